@@ -1,0 +1,187 @@
+"""One operator: the selective scan of an image in four directions (design: Serpent section 2.3, VMamba's SS2D).
+
+`ss2d` checks its arguments and calls the custom operator `serpent_ir::ss2d`, which has a fake (shapes without data),
+an autograd formula and a FLOP formula. The backend that does the work is chosen by device, or by name.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from serpent_ir.ops import reference
+
+_MODULES = {
+    "cpu": "serpent_ir.ops.cpu",
+    "triton": "serpent_ir.ops.triton_scan",
+    "torch": "serpent_ir.ops.chunked",
+}
+BACKENDS = ("reference", *_MODULES)
+
+
+def ss2d(
+    u: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Selective scan of a channels-last map in four directions, summed on the image grid.
+
+    Per direction k (0 row by row, 1 column by column, 2 and 3 those two backwards), walking all H * W positions:
+
+        dt = softplus(dt_weight[k] . proj[..., k, :R] + dt_bias[k])
+        h  = exp(-exp(A_log[k]) dt) h + dt B u      B = proj[..., k, R:R+N]
+        y += C . h + D[k] u                         C = proj[..., k, R+N:]
+
+    Args:
+        u: (B, H, W, d_inner), float64, float32, bfloat16 or float16.
+        proj: (B, H, W, 4, R + 2N), of u's dtype and device.
+        dt_weight: (4, d_inner, R).
+        dt_bias: (4, d_inner).
+        A_log: (4, d_inner, N).
+        D: (4, d_inner).
+        backend: one of `BACKENDS`, or None to choose by device (see `default_backend`).
+
+    Returns:
+        y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is.
+
+    Raises:
+        ValueError: a shape, dtype or backend name that does not fit.
+    """
+    if u.ndim != 4 or proj.ndim != 5 or dt_weight.ndim != 3 or A_log.ndim != 3:
+        raise ValueError(
+            f"ss2d wants u (B, H, W, d), proj (B, H, W, 4, R + 2N), dt_weight (4, d, R), A_log (4, d, N); "
+            f"got {tuple(u.shape)}, {tuple(proj.shape)}, {tuple(dt_weight.shape)}, {tuple(A_log.shape)}"
+        )
+    batch, height, width, d = u.shape
+    rank, state = dt_weight.shape[-1], A_log.shape[-1]
+    expected = {
+        "proj": (proj, (batch, height, width, 4, rank + 2 * state)),
+        "dt_weight": (dt_weight, (4, d, rank)),
+        "dt_bias": (dt_bias, (4, d)),
+        "A_log": (A_log, (4, d, state)),
+        "D": (D, (4, d)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"ss2d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if u.dtype != proj.dtype:
+        raise ValueError(f"ss2d: u is {u.dtype} but proj is {proj.dtype}; give both the same dtype")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return reference.forward(u, proj, dt_weight, dt_bias, A_log, D)
+    return _ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
+
+
+def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that serves tensors of this device and dtype: `triton`, `cpu`, or `torch` where neither fits.
+
+    Falling back to `torch` gives one RuntimeWarning a process that says why.
+    """
+    if dtype == torch.float64:
+        return "torch"  # the kernels hold float32 states; double is asked for by tests alone
+    name, missing = _fast_backend(device.type)
+    if missing:
+        _warn_once(f"serpent_ir: {missing}; the slower PyTorch scan serves {device.type} tensors")
+    return name
+
+
+@functools.cache
+def _fast_backend(device_type: str) -> tuple[str, str]:
+    """The backend of a kind of device, and what is missing where that is only `torch`."""
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return "triton", ""
+        return "torch", "no Triton here (pip install triton)"
+    if device_type == "cpu":
+        reason = _module("cpu").unavailable()
+        return ("torch", reason) if reason else ("cpu", "")
+    return "torch", f"no scan kernel for {device_type} devices"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+def _backend_module(name: str, u: Tensor) -> ModuleType:
+    return _module(default_backend(u.device, u.dtype) if name == "auto" else name)
+
+
+@torch.library.custom_op("serpent_ir::ss2d", mutates_args=())
+def _ss2d(
+    u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, backend: str
+) -> Tensor:
+    inputs = _dense(u, proj, dt_weight, dt_bias, A_log, D)
+    return _backend_module(backend, u).forward(*inputs)
+
+
+@torch.library.custom_op("serpent_ir::ss2d_backward", mutates_args=())
+def _ss2d_backward(
+    grad_y: Tensor,
+    u: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (u, proj, dt_weight, dt_bias, A_log, D)
+    grads = _backend_module(backend, u).backward(grad_y.contiguous(), *_dense(*given))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, given, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def _dense(u: Tensor, proj: Tensor, *params: Tensor) -> list[Tensor]:
+    """Contiguous inputs with parameters in the dtype of the state, which is what every backend takes."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return [u.contiguous(), proj.contiguous(), *(p.to(wide).contiguous() for p in params)]
+
+
+@_ss2d.register_fake
+def _(u, proj, dt_weight, dt_bias, A_log, D, backend):
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@_ss2d_backward.register_fake
+def _(grad_y, u, proj, dt_weight, dt_bias, A_log, D, backend):
+    given = (u, proj, dt_weight, dt_bias, A_log, D)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad_y):
+    return (*_ss2d_backward(grad_y, *ctx.saved_tensors, ctx.backend), None)
+
+
+_ss2d.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def ss2d_macs(u_shape: tuple[int, ...], dt_rank: int, d_state: int) -> int:
+    """Multiply-accumulates of one call: per direction 6 L d N + L d + L R d, the paper's count (fvcore on VMamba)."""
+    batch, height, width, d_inner = u_shape
+    return 4 * batch * height * width * d_inner * (6 * d_state + 1 + dt_rank)
+
+
+@register_flop_formula(torch.ops.serpent_ir.ss2d)
+def _(u_shape, proj_shape, dt_weight_shape, dt_bias_shape, A_log_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * ss2d_macs(u_shape, dt_weight_shape[-1], A_log_shape[-1])

@@ -1,0 +1,91 @@
+"""The scan in plain PyTorch operations, for any device: two levels of chunks of about sqrt(L) positions.
+
+All chunks advance side by side, so a sequence of L positions takes about 3 sqrt(L) steps instead of L. The state at
+a chunk's end is its state from zero plus the state at its start times exp(A * sum of dt), which is exact.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serpent_ir.ops.reference import DIRECTIONS, scan_order
+
+# Channels are independent, so they are walked in groups whose states in autograd's tape stay under this many numbers.
+MAX_STATES = 1 << 27
+
+
+def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """h <- exp(A dt) h + dt u B; y = C . h for u, dt (batch, L, d), A (d, N), B and C (batch, L, N); y is as u."""
+    batch, length, _ = u.shape
+    chunk = math.isqrt(length - 1) + 1
+    count = -(-length // chunk)
+    # A padded position has dt = 0: it keeps the state and adds nothing.
+    u, dt, B, C = (F.pad(x, (0, 0, 0, count * chunk - length)).unflatten(1, (count, chunk)) for x in (u, dt, B, C))
+    du = dt * u
+
+    def step(h: Tensor, t: int) -> Tensor:
+        return torch.exp(dt[:, :, t, :, None] * A) * h + du[:, :, t, :, None] * B[:, :, t, None, :]
+
+    ends = u.new_zeros(batch, count, *A.shape)
+    for t in range(chunk):
+        ends = step(ends, t)
+    decay = torch.exp(dt.sum(2)[..., None] * A)
+    starts = [torch.zeros_like(ends[:, 0])]
+    for c in range(count - 1):
+        starts.append(decay[:, c] * starts[-1] + ends[:, c])
+    h = torch.stack(starts, 1)
+    y = []
+    for t in range(chunk):
+        h = step(h, t)
+        y.append((h * C[:, :, t, None, :]).sum(-1))
+    return torch.stack(y, 2).flatten(1, 2)[:, :length]
+
+
+def _one_direction(
+    order: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+) -> Tensor:
+    """One direction's share of y in pixel order: u (batch, L, d), proj (batch, L, R + 2N), parameters of the direction."""
+    dt_low, B, C = proj[:, order].split([dt_weight.shape[-1], A_log.shape[-1], A_log.shape[-1]], dim=-1)
+    u_walk = u[:, order]
+    dt = F.softplus(dt_low @ dt_weight.T + dt_bias)
+    y = _scan(u_walk, dt, -A_log.exp(), B, C) + D * u_walk
+    return torch.empty_like(y).index_copy(1, order, y)
+
+
+def _pieces(u: Tensor, A_log: Tensor) -> list[tuple[int, slice]]:
+    batch, height, width, d_inner = u.shape
+    group = max(1, MAX_STATES // (batch * height * width * A_log.shape[-1]))
+    return [(k, slice(d, d + group)) for k in range(DIRECTIONS) for d in range(0, d_inner, group)]
+
+
+def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+    """See `serpent_ir.ops.ss2d`. Float32 inside, or float64 where the inputs are."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    u_flat, proj_flat = u.flatten(1, 2).to(wide), proj.flatten(1, 2).to(wide)
+    y = torch.zeros_like(u_flat)
+    for k, d in _pieces(u, A_log):
+        order = scan_order(u.shape[1], u.shape[2], k, u.device)
+        y[..., d] += _one_direction(
+            order, u_flat[..., d], proj_flat[:, :, k], dt_weight[k, d], dt_bias[k, d], A_log[k, d], D[k, d]
+        )
+    return y.to(u.dtype).view_as(u)
+
+
+def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients with respect to the six inputs; the states are computed again, piece by piece."""
+    u, proj, *params = inputs
+    wide = torch.promote_types(u.dtype, torch.float32)
+    u_flat, proj_flat, grad_flat = (x.flatten(1, 2).to(wide) for x in (u, proj, grad_y))
+    grads = [torch.zeros_like(x) for x in (u_flat, proj_flat, *params)]
+    for k, d in _pieces(u, params[2]):
+        order = scan_order(u.shape[1], u.shape[2], k, u.device)
+        where = [(..., d), (slice(None), slice(None), k), *[(k, d)] * 4]
+        leaves = [x[i] for x, i in zip((u_flat, proj_flat, *params), where, strict=True)]
+        _, pull_back = torch.func.vjp(functools.partial(_one_direction, order), *leaves)
+        pieces = pull_back(grad_flat[..., d])
+        for total, i, piece in zip(grads, where, pieces, strict=True):
+            total[i] += piece
+    return tuple(g.to(x.dtype).view_as(x) for g, x in zip(grads, inputs, strict=True))
