@@ -1,0 +1,13 @@
+"""Errors for people: one line that names the file or option and the remedy. The command line prints them as they are."""
+
+
+class SerpentError(Exception):
+    """Anything the user can mend. Exit status 1: the work failed."""
+
+
+class UsageError(SerpentError, ValueError):
+    """A wrong name, option or configuration key. Exit status 2."""
+
+
+class ImageError(SerpentError):
+    """A file that cannot be read or written as an image."""
