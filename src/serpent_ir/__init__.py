@@ -1,3 +1,43 @@
-"""Image restoration with linear-time state space networks."""
+"""Image restoration with linear-time state space networks.
+
+The public names are loaded at first use, so that `import serpent_ir` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from serpent_ir.degradations import create_degradation as create_degradation
+    from serpent_ir.errors import ImageError as ImageError
+    from serpent_ir.errors import SerpentError as SerpentError
+    from serpent_ir.errors import UsageError as UsageError
+    from serpent_ir.inference import restore as restore
+    from serpent_ir.models import create_model as create_model
+    from serpent_ir.models import list_models as list_models
+    from serpent_ir.models.serpent import Serpent as Serpent
+    from serpent_ir.models.serpent import SerpentConfig as SerpentConfig
+
+_HOMES = {
+    "ImageError": "serpent_ir.errors",
+    "Serpent": "serpent_ir.models.serpent",
+    "SerpentConfig": "serpent_ir.models.serpent",
+    "SerpentError": "serpent_ir.errors",
+    "UsageError": "serpent_ir.errors",
+    "create_degradation": "serpent_ir.degradations",
+    "create_model": "serpent_ir.models",
+    "list_models": "serpent_ir.models",
+    "restore": "serpent_ir.inference",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'serpent_ir' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,131 @@
+"""Serpent: a U-Net of visual state space blocks (Sepehri, Fabian, Soltanolkotabi, "Serpent", 2024).
+
+Symbols, the paper's and Mamba's:
+    B, H, W     batch, height and width of the map at hand; every map is channels-last, (B, H, W, channels)
+    P           patch size, 4, 2, 1 for Serpent-B, -L, -H: the first map is (H/P, W/P)
+    D = 32      embedding dimension (`dim`); also, per direction, the skip weight of the scan (as in Mamba)
+    c           channels of a level: D, 2D, 4D, 8D
+    d_inner     2c, channels inside a block
+    N           ceil(c / 6), states of each channel (`d_state`)
+    R           ceil(c / 16), rank of the projection that makes the step size (`dt_rank`)
+    K = 4       directions of the scan
+    dt, A, B, C step size, decay and the two input-dependent maps of the state space model (paper, Eq. 1)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from serpent_ir.image import pad_to_multiple
+from serpent_ir.ops import ss2d
+
+K = 4
+
+
+@dataclass(frozen=True)
+class SerpentConfig:
+    patch_size: int = 4
+    dim: int = 32
+    blocks: tuple[int, ...] = (2, 2, 3, 3)  # VSS blocks of each level; the last level is the bottleneck
+    in_channels: int = 3  # the first three are the image; a task may add more (a mask)
+    task: str = ""  # the degradation that the weights undo, "" for none
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+
+
+class SS2D(nn.Module):
+    """The two-dimensional selective scan with its projections and gate (paper, section 2.3 and Figure 2)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        d_inner, self.d_state, self.dt_rank = 2 * c, math.ceil(c / 6), math.ceil(c / 16)
+        self.in_proj = nn.Linear(c, 2 * d_inner, bias=False)
+        self.conv = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, K * (self.dt_rank + 2 * self.d_state), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(K, d_inner, self.dt_rank).uniform_(-1, 1) * self.dt_rank**-0.5)
+        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], and A = -1..-N in every channel, as in Mamba.
+        dt = torch.exp(torch.empty(K, d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(K, d_inner, 1))
+        self.D = nn.Parameter(torch.ones(K, d_inner))
+        self.norm = nn.LayerNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, c, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, d_inner) each
+        u = rearrange(self.conv(rearrange(u, "b h w d -> b d h w")), "b d h w -> b h w d")
+        u = F.silu(u)
+        proj = rearrange(self.x_proj(u), "b h w (k p) -> b h w k p", k=K)  # p = R + 2N: dt, B, C
+        y = ss2d(u, proj, self.dt_weight, self.dt_bias, self.A_log, self.D)
+        return self.out_proj(self.norm(y) * F.silu(z))
+
+
+class VSSBlock(nn.Module):
+    """x + SS2D(LayerNorm(x)) (paper, section 3.2 and Figure 2); no MLP branch."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(c)
+        self.ss2d = SS2D(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ss2d(self.norm(x))
+
+
+def s_block(c: int, count: int) -> nn.Sequential:
+    """S-block B: a stack of VSS blocks (paper, section 3.2)."""
+    return nn.Sequential(*(VSSBlock(c) for _ in range(count)))
+
+
+def patch_merging(c: int) -> nn.Sequential:
+    """(B, H, W, c) -> (B, H/2, W/2, 2c) (paper, section 3.3)."""
+    return nn.Sequential(Rearrange("b (h p) (w q) c -> b h w (p q c)", p=2, q=2), nn.Linear(4 * c, 2 * c, bias=False))
+
+
+def patch_expanding(c: int) -> nn.Sequential:
+    """(B, H, W, 2c) -> (B, 2H, 2W, c) (paper, section 3.3)."""
+    return nn.Sequential(nn.Linear(2 * c, 4 * c, bias=False), Rearrange("b h w (p q c) -> b (h p) (w q) c", p=2, q=2))
+
+
+class Serpent(nn.Module, PyTorchModelHubMixin):
+    """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
+
+    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    """
+
+    def __init__(self, config: SerpentConfig):
+        super().__init__()
+        self.config = config
+        P, dim, widths = config.patch_size, config.dim, [config.dim << i for i in range(len(config.blocks))]
+        *levels, bottleneck = zip(widths, config.blocks, strict=True)
+        self.size_multiple = P << len(levels)
+        self.patch_embed = nn.Conv2d(config.in_channels, dim, kernel_size=P, stride=P)
+        self.encoder = nn.ModuleList(s_block(*level) for level in levels)
+        self.down = nn.ModuleList(patch_merging(c) for c, _ in levels)
+        self.bottleneck = s_block(*bottleneck)
+        self.up = nn.ModuleList(patch_expanding(c) for c, _ in levels)
+        self.decoder = nn.ModuleList(s_block(*level) for level in levels)
+        self.head = nn.Linear(dim, 3 * P * P)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        image = pad_to_multiple(x, self.size_multiple)
+        x = rearrange(self.patch_embed(image), "b c h w -> b h w c")
+        skips = []
+        for block, down in zip(self.encoder, self.down, strict=True):
+            x = block(x)
+            skips.append(x)
+            x = down(x)
+        x = self.bottleneck(x)
+        for up, block in zip(reversed(self.up), reversed(self.decoder), strict=True):
+            x = block(up(x) + skips.pop())
+        P = self.config.patch_size
+        residual = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
+        return (image[:, :3] + residual)[..., :height, :width]
