@@ -1,4 +1,4 @@
-"""Errors for people: one line that names the file or option and the remedy. The command line prints them as they are."""
+"""Errors for people: one line that names the file or option and the remedy. The command line prints them."""
 
 
 class SerpentError(Exception):

@@ -47,7 +47,7 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def _one_direction(
     order: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> Tensor:
-    """One direction's share of y in pixel order: u (batch, L, d), proj (batch, L, R + 2N), parameters of the direction."""
+    """One direction's share of y in pixel order: u (batch, L, d), proj (batch, L, R + 2N), its own parameters."""
     dt_low, B, C = proj[:, order].split([dt_weight.shape[-1], A_log.shape[-1], A_log.shape[-1]], dim=-1)
     u_walk = u[:, order]
     dt = F.softplus(dt_low @ dt_weight.T + dt_bias)
@@ -84,8 +84,8 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         order = scan_order(u.shape[1], u.shape[2], k, u.device)
         where = [(..., d), (slice(None), slice(None), k), *[(k, d)] * 4]
         leaves = [x[i] for x, i in zip((u_flat, proj_flat, *params), where, strict=True)]
-        _, pull_back = torch.func.vjp(functools.partial(_one_direction, order), *leaves)
-        pieces = pull_back(grad_flat[..., d])
+        vjp = torch.func.vjp(functools.partial(_one_direction, order), *leaves)
+        pieces = vjp[1](grad_flat[..., d])
         for total, i, piece in zip(grads, where, pieces, strict=True):
             total[i] += piece
     return tuple(g.to(x.dtype).view_as(x) for g, x in zip(grads, inputs, strict=True))

@@ -1,0 +1,77 @@
+"""PSNR and SSIM of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.errors import UsageError
+from serpent_ir.inference import pick_device, run_network
+from serpent_ir.metrics import psnr, ssim
+from serpent_ir.models import create_model
+
+
+def evaluate(
+    data: Path,
+    task: str,
+    model: str,
+    *,
+    weights: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Degrade every image of a folder, restore it, and compare with the clean one.
+
+    Args:
+        data: folder of clean images; each is used whole (cropped to a multiple of the task's scale).
+        task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
+        model: network or weights, as `serpent_l.deblur`.
+        weights: safetensors file, instead of the weights that ship as `model`.
+        device: as `serpent_ir.inference.pick_device` takes.
+        seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
+        progress: called with (images done, images in all).
+
+    Returns:
+        model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
+        network was given), device, and `images`: file, psnr, ssim, input_psnr, input_ssim of each.
+    """
+    degradation = create_degradation(task)
+    network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
+    trained_for = getattr(network.config, "task", "")
+    if trained_for and trained_for != task:
+        raise UsageError(f"{weights or model} undoes {trained_for}, not {task}; choose --task {trained_for}")
+    network = network.to(pick_device(device))
+    result = evaluate_network(network, find_images(data), degradation.name, seed=seed, progress=progress)
+    return {"model": model, "task": task, **result, "data": str(data)}
+
+
+def evaluate_network(
+    network: nn.Module,
+    files: list[Path],
+    task: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """As `evaluate`, for a network that is already on its device."""
+    degradation = create_degradation(task)
+    device = next(network.parameters()).device
+    images = []
+    for index, file in enumerate(files):
+        clean = degradation.crop(read_rgb8(file)).float()[None].to(device) / 255
+        degraded = degradation(clean, generator=evaluation_generator(seed, index))
+        given = degradation.network_input(degraded)
+        restored = run_network(network, given)
+        row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
+        row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
+        images.append({"file": file.name, **{key: value.item() for key, value in row.items()}})
+        if progress:
+            progress(index + 1, len(files))
+    means = {key: sum(row[key] for row in images) / len(images) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"n": len(images), "seed": seed, **means, "device": name, "images": images}

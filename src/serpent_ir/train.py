@@ -1,0 +1,173 @@
+"""Training on one device: progressive crops, Adam with warm-up and cosine, averaged weights, resumable at any step."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from serpent_ir.data import ImageCache, find_images
+from serpent_ir.degradations import create_degradation
+from serpent_ir.errors import SerpentError
+from serpent_ir.evaluate import evaluate_network
+from serpent_ir.inference import pick_device
+from serpent_ir.models import create_model
+from serpent_ir.recipe import Recipe, Stage, load_recipe
+
+LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
+
+
+def train(config: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train a network as a recipe says, and return the file of its averaged weights.
+
+    The run's folder holds `recipe.json`, `log.jsonl`, `weights.safetensors` (averaged, float32, loadable with
+    `create_model(..., checkpoint_path=...)`) and `state.pt`. A run whose folder has a `state.pt` of the same recipe
+    goes on from there, and ends where an uninterrupted one does.
+
+    Raises:
+        UsageError: a recipe that does not fit its schema, or a folder without images.
+        SerpentError: a run folder of another recipe, or a loss that is not finite.
+    """
+    recipe = load_recipe(config, overrides)
+    return Trainer(recipe).run()
+
+
+class Trainer:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print):
+        self.recipe = recipe
+        self.say = say
+        self.device = pick_device(recipe.device)
+        self.out = Path(recipe.out)
+        self.val_files = find_images(Path(recipe.val))
+        degradation = create_degradation(recipe.task)
+        self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            network = create_model(recipe.model, task=recipe.task)
+        self.network = network.to(self.device).train()
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.lr, fused=fused)
+        self._open_run()
+        self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
+        for stage in recipe.stages:
+            self.cache.check_crop(stage.crop)
+
+    def run(self) -> Path:
+        """Train from the current step to the last one."""
+        recipe = self.recipe
+        self.say(
+            f"{recipe.model} {recipe.task}: {recipe.steps} steps in {len(recipe.stages)} stage(s) on {self.device}; "
+            f"{len(self.cache)} training and {len(self.val_files)} validation images"
+        )
+        since, since_step = time.perf_counter(), self.step
+        losses: list[Tensor] = []
+        while self.step < recipe.steps:
+            number, stage, first = self._place(self.step)
+            losses.append(self._train_step(stage, first))
+            self.step += 1
+            stage_ends = self.step == recipe.steps or self._place(self.step)[0] != number
+            keep = stage_ends or self.step % recipe.val_every == 0
+            if keep or self.step % LOG_EVERY == 0:
+                loss = torch.stack(losses).mean().item()
+                if not math.isfinite(loss):
+                    raise SerpentError(f"{self.out}: the loss is {loss} at step {self.step}; lower lr and train again")
+                spent = time.perf_counter() - since
+                self.seconds += spent
+                ms = 1000 * spent / (self.step - since_step)
+                self._log(step=self.step, stage=number + 1, crop=stage.crop, loss=loss, lr=self._lr(), ms=ms)
+                since, since_step, losses = time.perf_counter(), self.step, []
+            if keep:
+                self._validate()
+                self.save()
+                since = time.perf_counter()
+        return self.out / "weights.safetensors"
+
+    def save(self) -> None:
+        """Write the averaged weights and everything needed to go on, each file whole or not at all."""
+        metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
+        weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+        _replace(self.out / "weights.safetensors", lambda path: save_file(weights, path, metadata))
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        _replace(
+            self.out / "state.pt", lambda path: torch.save({"step": self.step, "seconds": self.seconds, **state}, path)
+        )
+
+    def _parts(self) -> dict[str, Any]:
+        return {"network": self.network, "average": self.average, "optimizer": self.optimizer}
+
+    def _open_run(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        told = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
+        recipe_file, state_file = self.out / "recipe.json", self.out / "state.pt"
+        if not state_file.exists():
+            recipe_file.write_text(told)
+            return
+        if recipe_file.read_text() != told:
+            raise SerpentError(f"{self.out}: holds a run of another recipe; choose another out= or remove the folder")
+        state = torch.load(state_file, map_location=self.device, weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.say(f"going on from step {self.step} of {state_file}")
+
+    def _place(self, step: int) -> tuple[int, Stage, int]:
+        """Number and stage of a step, and how many samples were drawn before it."""
+        samples = 0
+        for number, stage in enumerate(self.recipe.stages):
+            if step < stage.steps:
+                return number, stage, samples + step * stage.batch
+            step -= stage.steps
+            samples += stage.steps * stage.batch
+        raise IndexError(step)
+
+    def _lr(self) -> float:
+        """Learning rate of the current step: linear warm-up, then a cosine to zero."""
+        warm = min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
+        return self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.recipe.steps))
+
+    def _train_step(self, stage: Stage, first: int) -> Tensor:
+        degraded, clean = self.cache.batch(first, stage.batch, stage.crop, seed=self.recipe.seed, step=self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            restored = self.network(degraded)
+        loss = F.l1_loss(restored.float(), clean)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        # The average follows quickly at first, so that it never drags the initial weights along.
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
+        torch._foreach_lerp_(*pairs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        return loss.detach()
+
+    def _validate(self) -> None:
+        result = evaluate_network(self.average, self.val_files, self.recipe.task)
+        self._log(step=self.step, **{k: result[k] for k in ("psnr", "ssim", "input_psnr", "input_ssim")})
+
+    def _log(self, **row: Any) -> None:
+        row["seconds"] = round(self.seconds, 1)
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        texts = (f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        self.say("  ".join(texts))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it, so that `path` is always whole."""
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

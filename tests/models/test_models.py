@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serpent_ir import Serpent, create_model, list_models
+from serpent_ir.errors import SerpentError, UsageError
+
+
+def test_names():
+    assert list_models() == ["serpent_b", "serpent_l", "serpent_h"]
+    assert list_models("_l") == list_models("*_l") == ["serpent_l"]
+    assert all(name.split(".")[0] in list_models() for name in list_models(pretrained=True))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("serpent_x", {}, "unknown model 'serpent_x'; valid: serpent_b, serpent_l, serpent_h"),
+        ("serpent_b", {"depth": 3}, "serpent_b has no option depth; valid: patch_size, dim"),
+        ("serpent_b.nothing", {"pretrained": True}, "no weights 'serpent_b.nothing' ship; valid: "),
+        ("serpent_b", {"pretrained": True, "checkpoint_path": "x"}, "not both"),
+    ],
+)
+def test_wrong_names_list_the_valid_ones(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        create_model(name, **options)
+
+
+def test_checkpoint_round_trip_and_mismatch(tmp_path):
+    model = create_model("serpent_b")
+    file = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), file, {"network": "serpent_b", "task": "sr8"})
+    again = create_model("serpent_b", checkpoint_path=file)
+    assert again.config.task == "sr8"
+    assert not again.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(SerpentError, match=r"not weights of serpent_l: .*patch_embed.weight is \(32, 3, 4, 4\), not"):
+        create_model("serpent_l", checkpoint_path=file)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SerpentError, match=r"w\.safetensors: not a readable safetensors file"):
+        create_model("serpent_b", checkpoint_path=file)
+    with pytest.raises(SerpentError, match="no such weights file"):
+        create_model("serpent_b", checkpoint_path=tmp_path / "none")
+
+
+def test_half_precision_weights_load_as_float32(tmp_path):
+    model = create_model("serpent_b")
+    save_file({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "h.safetensors")
+    assert {p.dtype for p in create_model("serpent_b", checkpoint_path=tmp_path / "h.safetensors").parameters()} == {
+        torch.float32
+    }
+
+
+def test_save_pretrained_and_from_pretrained(tmp_path, capfd):
+    model = create_model("serpent_b.deblur", dim=16)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["task"] == "deblur"
+    again = Serpent.from_pretrained(tmp_path)
+    assert again.config == model.config
+    image = torch.rand(1, 3, 24, 40)
+    with torch.no_grad():
+        assert torch.equal(model(image), again(image))
