@@ -1,0 +1,176 @@
+"""Data, training and evaluation on a few images that code draws."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from serpent_ir import create_model
+from serpent_ir.data import ImageCache, find_images, random_crops, read_rgb8
+from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.train import Trainer, train
+
+CPU = torch.device("cpu")
+
+
+def draw_image(width: int, height: int, seed: int) -> Image.Image:
+    """Smooth colours with a few hard edges."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 4, generator=g)
+    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    image[..., height // 3 : height // 2, width // 4 :] = torch.rand(1, 3, 1, 1, generator=g)
+    return Image.fromarray((image[0].permute(1, 2, 0) * 255).byte().numpy())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, sizes in {
+        "train": [(48, 48), (48, 40), (48, 48), (40, 48), (48, 48)],
+        "val": [(48, 40), (33, 57)],
+    }.items():
+        (tmp_path / name / "sub").mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            draw_image(*size, seed=i).save(tmp_path / name / ("sub" if i == 1 else "") / f"{i}.png")
+    return tmp_path
+
+
+def recipe_file(folders, out="run", **changes):
+    recipe = {
+        "model": "serpent_b",
+        "task": "deblur",
+        "train": [str(folders / "train")],
+        "val": str(folders / "val"),
+        "out": str(folders / out),
+        "stages": [{"crop": 16, "batch": 4, "steps": 6}, {"crop": 32, "batch": 2, "steps": 4}],
+        "warmup": 2,
+        "val_every": 4,
+        "device": "cpu",
+    }
+    file = folders / f"{out}.yaml"
+    file.write_text(yaml.safe_dump({**recipe, **changes}))
+    return file
+
+
+@pytest.mark.parametrize("task", ["deblur", "sr8"])
+def test_batches_are_crops_of_whole_degraded_images(folders, task):
+    degradation = create_degradation(task)
+    cache = ImageCache([folders / "train"], degradation, CPU)
+    degraded, clean = cache.batch(3, 7, 24, seed=1, step=5)
+    assert degraded.shape == clean.shape == (7, 3, 24, 24)
+    again = cache.batch(3, 7, 24, seed=1, step=5)
+    assert torch.equal(degraded, again[0])
+    assert torch.equal(clean, again[1])
+    assert not torch.equal(degraded, cache.batch(3, 7, 24, seed=1, step=6)[0])
+    # Each clean crop is somewhere in one of the images, in one of eight orientations.
+    windows = set()
+    for file in cache.files:
+        image = degradation.crop(read_rgb8(file))
+        for square in image.unfold(1, 24, 1).unfold(2, 24, 1).permute(1, 2, 0, 3, 4).flatten(0, 1):
+            windows.add(square.numpy().tobytes())
+    for crop in (clean * 255).round().byte():
+        turned = [torch.rot90(t, k, (1, 2)) for t in (crop, crop.flip(1)) for k in range(4)]
+        assert any(t.contiguous().numpy().tobytes() in windows for t in turned)
+
+
+def test_degraded_and_clean_crops_stay_aligned(folders):
+    identity = create_degradation("deblur").__class__("identity", lambda clean: clean, sigma=0.0)
+    degraded, clean = ImageCache([folders / "train"], identity, CPU).batch(0, 16, 20, seed=0, step=0)
+    assert torch.equal(degraded, clean)
+
+
+def test_every_image_is_drawn_once_an_epoch(folders):
+    cache = ImageCache([folders / "train"], create_degradation("deblur"), CPU)
+    drawn = [file for first in range(0, 15, 3) for file in cache._draw(first, 3, seed=0)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == sorted(drawn[10:]) == list(range(5))
+    assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:]
+
+
+def test_random_crops_reach_all_places_and_orientations():
+    image = torch.arange(12.0).reshape(1, 1, 3, 4).expand(600, 1, 3, 4)
+    crops = random_crops(image, 3, torch.Generator().manual_seed(0))
+    assert len({tuple(c.flatten().tolist()) for c in crops}) == 2 * 8
+
+
+def test_training_is_the_same_when_interrupted(folders):
+    torch.manual_seed(5)
+    whole = load_file(train(recipe_file(folders)))
+    state = torch.get_rng_state()
+    trainer = Trainer(_loaded(folders, "parts"), say=lambda line: None)
+    for _ in range(3):  # three steps that are lost, then a checkpoint at step 4 by hand
+        trainer._train_step(*trainer._place(trainer.step)[1:])
+        trainer.step += 1
+    trainer._train_step(*trainer._place(trainer.step)[1:])
+    trainer.step += 1
+    trainer.save()
+    del trainer
+    resumed = Trainer(_loaded(folders, "parts"), say=lambda line: None)
+    assert resumed.step == 4
+    parts = load_file(resumed.run())
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert torch.equal(state, torch.get_rng_state()), "training must leave the global random state alone"
+
+
+def _loaded(folders, out):
+    from serpent_ir.recipe import load_recipe
+
+    return load_recipe(recipe_file(folders, out))
+
+
+def test_training_learns_logs_and_leaves_loadable_weights(folders):
+    steps = [{"crop": 32, "batch": 4, "steps": 30}]
+    weights = train(recipe_file(folders, "learn", stages=steps, lr=2e-3, val_every=100, ema=0.9))
+    rows = [json.loads(line) for line in (folders / "learn" / "log.jsonl").read_text().splitlines()]
+    (last,) = [row for row in rows if "psnr" in row]
+    assert last["step"] == 30
+    assert last["psnr"] > last["input_psnr"] + 0.5
+    assert create_model("serpent_b", checkpoint_path=weights).config.task == "deblur"
+    assert not list((folders / "learn").glob("*.part"))
+    with pytest.raises(SerpentError, match="holds a run of another recipe"):
+        train(recipe_file(folders, "learn", seed=1))
+
+
+def test_what_training_refuses(folders):
+    with pytest.raises(ImageError, match=r"40x48 is smaller than the crop of 48|48x40 is smaller than the crop of 48"):
+        train(recipe_file(folders, stages=[{"crop": 48, "batch": 1, "steps": 1}]))
+    with pytest.raises(UsageError, match="no such folder"):
+        train(recipe_file(folders, val="/nowhere"))
+    with pytest.raises(SerpentError, match=r"the loss is (nan|inf) at step"):
+        train(recipe_file(folders, "wild", lr=1e30, clip=1e30))
+
+
+def test_evaluation_reports_means_and_repeats(folders):
+    first = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
+    second = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
+    assert first == second
+    assert {"model", "task", "n", "psnr", "ssim", "input_psnr", "input_ssim"} <= first.keys()
+    assert first["n"] == 2
+    assert math.isclose(first["psnr"], sum(row["psnr"] for row in first["images"]) / 2)
+    with pytest.raises(UsageError, match="undoes deblur, not sr8"):
+        evaluate(folders / "val", "sr8", "serpent_b", weights=_random_weights(folders), device="cpu")
+
+
+def _random_weights(folders):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(create_model("serpent_b").state_dict(), folders / "w.safetensors", {"task": "deblur"})
+    return folders / "w.safetensors"
+
+
+def test_evaluation_scores_an_identity_network_as_its_input(folders):
+    network = torch.nn.Conv2d(3, 3, 1, bias=False)
+    torch.nn.init.dirac_(network.weight)
+    files = find_images(folders / "val")
+    result = evaluate_network(network, files, "sr8")
+    assert result["psnr"] == result["input_psnr"]
+    clean = create_degradation("sr8").crop(read_rgb8(files[1])).float()[None] / 255
+    y = create_degradation("sr8")(clean, generator=evaluation_generator(0, 1))
+    given = create_degradation("sr8").network_input(y).clamp(0, 1).mul(255).round() / 255
+    expected = -10 * math.log10((given - clean).double().square().mean())
+    assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)

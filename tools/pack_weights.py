@@ -1,0 +1,104 @@
+"""Turn a training run into weights that ship: float16 safetensors, their evaluation as JSON, and a model card.
+
+    python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...]
+
+RUN is the folder of `serpent train`. The float16 file is what gets evaluated, on every folder of --data.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from serpent_ir import create_degradation
+from serpent_ir.evaluate import evaluate
+from serpent_ir.models import WEIGHTS_DIR, create_model, load_weights
+
+CARD = """# {name}
+
+Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}.
+
+- **Licence**: CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use.
+- **Data**: {data}. What they are, and whose: see "Training images" below.
+- **Recipe**: {stages}; Adam, learning rate {lr:g}, {warmup} steps of warm-up, then a cosine to zero; L1; gradients
+  clipped at {clip:g}; bfloat16 autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
+- **Cost**: {minutes:.1f} minutes on one {trained_on} ({steps} steps, validation not counted).
+- **Size**: float16, {megabytes:.1f} MB; computed in float32 (bfloat16 autocast on a GPU).
+
+## Quality
+
+RGB, [0, 1], clamped and rounded to 8 bits, no crop, per image and then averaged; `serpent evaluate --seed 0` on
+{device}, of this very file. The numbers are those of `{name}.json`.
+
+| images | n | input PSNR | PSNR | input SSIM | SSIM |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+## Training images
+
+Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab London Set.
+Natural images: 393 of BSDS500 (train and test), 143 of ImageNet. No validation image, nor another image of a face in
+one of them, was trained on. FFHQ, One Million Impressions: CC BY-NC-SA 4.0; London Set: CC BY 4.0; BSDS500 and
+ImageNet: non-commercial research and education.
+
+## Limits
+
+Trained for one degradation at one strength: a Gaussian blur of 3.0 pixels (`deblur`) or an 8-fold reduction (`sr8`),
+with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed.
+Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that.
+"""
+
+TASK_TEXT = {
+    "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
+    "sr8": "8 times smaller by antialiased bicubic, and Gaussian noise of standard deviation 0.05",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--trained-on", required=True, help="name of the device, for the card")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders to evaluate on")
+    args = parser.parse_args()
+    recipe = json.loads((args.run / "recipe.json").read_text())
+    log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
+    name = f"{recipe['model']}.{create_degradation(recipe['task']).name}"
+    state, metadata = load_weights(args.run / "weights.safetensors")
+    if int(metadata["step"]) != sum(stage["steps"] for stage in recipe["stages"]):
+        raise SystemExit(f"{args.run}: stopped at step {metadata['step']}; finish the run first")
+    file = WEIGHTS_DIR / f"{name}.safetensors"
+    save_file({key: tensor.half() for key, tensor in state.items()}, file, metadata)
+    evaluations = []
+    for folder in args.data:
+        result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
+        result.pop("images")
+        evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
+        print(json.dumps(evaluations[-1]))
+    training = {**recipe, "train": ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]}
+    training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
+    card = {"name": name, "training": training, "evaluations": evaluations}
+    (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    rows = [
+        f"| {e['data']} | {e['n']} | {e['input_psnr']:.2f} | {e['psnr']:.2f} | {e['input_ssim']:.4f} | {e['ssim']:.4f} |"
+        for e in evaluations
+    ]
+    text = CARD.format(
+        **{key: recipe[key] for key in ("model", "task", "lr", "warmup", "clip", "ema", "seed")},
+        name=name,
+        params=sum(p.numel() for p in create_model(recipe["model"]).parameters()) / 1e6,
+        task_text=TASK_TEXT[recipe["task"]],
+        data=" and ".join(training["train"]),
+        stages=", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in recipe["stages"]),
+        steps=sum(s["steps"] for s in recipe["stages"]),
+        minutes=training["minutes"],
+        trained_on=args.trained_on,
+        megabytes=file.stat().st_size / 1e6,
+        device=evaluations[0]["device"],
+        rows="\n".join(rows),
+    )
+    (WEIGHTS_DIR / f"{name}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
