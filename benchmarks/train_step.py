@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,13 +72,14 @@ def main() -> None:
             torch.cuda.synchronize()
             first = time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
-            step = median_ms(lambda s=stage: trainer._train_step(s, 0), 3, args.repeats)
+            step = median_ms(partial(trainer._train_step, stage, 0), 3, args.repeats)
             memory = torch.cuda.max_memory_allocated() / 1e9
-            data = median_ms(lambda s=stage: trainer.cache.batch(0, s.batch, s.crop, seed=0, step=0), 2, args.repeats)
+            cut = partial(trainer.cache.batch, 0, stage.batch, stage.crop, seed=0, step=0)
+            data = median_ms(cut, 2, args.repeats)
             row = {"model": args.model, "crop": stage.crop, "batch": stage.batch, "compiled": compiled}
             rows.append(row | {"ms": step, "data_ms": data, "gb": memory, "first_call_s": first})
             if args.profile:
-                kernels[f"{stage.crop} {compiled}"] = top_kernels(lambda s=stage: trainer._train_step(s, 0))
+                kernels[f"{stage.crop} {compiled}"] = top_kernels(partial(trainer._train_step, stage, 0))
     device = torch.cuda.get_device_name()
     args.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "steps": rows, "kernels": kernels}))
     for key, names in kernels.items():

@@ -7,13 +7,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from serpent_ir import create_model
 from serpent_ir.data import ImageCache, find_images, random_crops, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_training_is_the_same_when_interrupted(folders):
     torch.manual_seed(5)
     whole = load_file(train(recipe_file(folders)))
     state = torch.get_rng_state()
-    trainer = Trainer(_loaded(folders, "parts"), say=lambda line: None)
+    trainer = Trainer(load_recipe(recipe_file(folders, "parts")), say=lambda line: None)
     for _ in range(3):  # three steps that are lost, then a checkpoint at step 4 by hand
         trainer._train_step(*trainer._place(trainer.step)[1:])
         trainer.step += 1
@@ -109,26 +110,23 @@ def test_training_is_the_same_when_interrupted(folders):
     trainer.step += 1
     trainer.save()
     del trainer
-    resumed = Trainer(_loaded(folders, "parts"), say=lambda line: None)
+    resumed = Trainer(load_recipe(recipe_file(folders, "parts")), say=lambda line: None)
     assert resumed.step == 4
     parts = load_file(resumed.run())
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert torch.equal(state, torch.get_rng_state()), "training must leave the global random state alone"
 
 
-def _loaded(folders, out):
-    from serpent_ir.recipe import load_recipe
-
-    return load_recipe(recipe_file(folders, out))
-
-
 def test_training_learns_logs_and_leaves_loadable_weights(folders):
-    steps = [{"crop": 32, "batch": 4, "steps": 30}]
-    weights = train(recipe_file(folders, "learn", stages=steps, lr=2e-3, val_every=100, ema=0.9))
+    file = recipe_file(folders, "learn", stages=[{"crop": 32, "batch": 4, "steps": 40}], lr=2e-3, val_every=20, ema=0.9)
+    before = Trainer(load_recipe(file), say=lambda line: None)
+    untrained = evaluate_network(before.average, before.val_files, "deblur")
+    weights = train(file)
     rows = [json.loads(line) for line in (folders / "learn" / "log.jsonl").read_text().splitlines()]
-    (last,) = [row for row in rows if "psnr" in row]
-    assert last["step"] == 30
-    assert last["psnr"] > last["input_psnr"] + 0.5
+    first, last = [row for row in rows if "psnr" in row]
+    assert (first["step"], last["step"]) == (20, 40)
+    assert last["psnr"] > first["psnr"] > untrained["psnr"] + 3
+    assert math.isclose(last["input_psnr"], untrained["input_psnr"])
     assert create_model("serpent_b", checkpoint_path=weights).config.task == "deblur"
     assert not list((folders / "learn").glob("*.part"))
     with pytest.raises(SerpentError, match="holds a run of another recipe"):
@@ -156,8 +154,6 @@ def test_evaluation_reports_means_and_repeats(folders):
 
 
 def _random_weights(folders):
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     save_file(create_model("serpent_b").state_dict(), folders / "w.safetensors", {"task": "deblur"})
     return folders / "w.safetensors"

@@ -79,10 +79,8 @@ def main() -> None:
     training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
     card = {"name": name, "training": training, "evaluations": evaluations}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
-    rows = [
-        f"| {e['data']} | {e['n']} | {e['input_psnr']:.2f} | {e['psnr']:.2f} | {e['input_ssim']:.4f} | {e['ssim']:.4f} |"
-        for e in evaluations
-    ]
+    row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
+    rows = [row.format(**evaluation) for evaluation in evaluations]
     text = CARD.format(
         **{key: recipe[key] for key in ("model", "task", "lr", "warmup", "clip", "ema", "seed")},
         name=name,

@@ -31,9 +31,8 @@ def find_images(folder: Path) -> list[Path]:
 def read_rgb8(path: Path) -> Tensor:
     """An image file as (3, H, W) uint8; deeper files are rounded to 8 bits, alpha is left out."""
     pixels = read_image(path).pixels
-    if pixels.dtype == np.uint16:
-        pixels = np.rint(pixels / 257).astype(np.uint8)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    eight = np.rint(pixels / 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    return torch.from_numpy(eight.transpose(2, 0, 1).copy())
 
 
 class ImageCache:

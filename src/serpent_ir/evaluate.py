@@ -9,9 +9,9 @@ from torch import nn
 
 from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
-from serpent_ir.metrics import psnr, ssim
+from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
 from serpent_ir.models import create_model
 
 
@@ -63,7 +63,11 @@ def evaluate_network(
     device = next(network.parameters()).device
     images = []
     for index, file in enumerate(files):
-        clean = degradation.crop(read_rgb8(file)).float()[None].to(device) / 255
+        pixels = read_rgb8(file)
+        if min(pixels.shape[1:]) < SSIM_WINDOW:
+            size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+            raise ImageError(f"{file}: {size} px is too small to compare; remove it (least side: {SSIM_WINDOW} px)")
+        clean = degradation.crop(pixels).float()[None].to(device) / 255
         degraded = degradation(clean, generator=evaluation_generator(seed, index))
         given = degradation.network_input(degraded)
         restored = run_network(network, given)

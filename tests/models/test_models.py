@@ -36,6 +36,8 @@ def test_checkpoint_round_trip_and_mismatch(tmp_path):
     assert again.config.task == "sr8"
     assert not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(UsageError, match=r"weights for sr8, not deblur; ask for serpent_b\.sr8"):
+        create_model("serpent_b.deblur", checkpoint_path=file)
     with pytest.raises(SerpentError, match=r"not weights of serpent_l: .*patch_embed.weight is \(32, 3, 4, 4\), not"):
         create_model("serpent_l", checkpoint_path=file)
     file.write_bytes(file.read_bytes()[:1000])

@@ -73,8 +73,11 @@ def create_model(
     if checkpoint_path is None:
         return build(replace(preset, **fields)).eval()
     state, metadata = load_weights(checkpoint_path)
-    if "task" not in fields and metadata.get("task"):
-        fields["task"] = metadata["task"]
+    trained_for = metadata.get("task", "")
+    if trained_for and fields.setdefault("task", trained_for) != trained_for:
+        raise UsageError(
+            f"{checkpoint_path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}"
+        )
     model = build(replace(preset, **fields)).eval()
     expected = model.state_dict()
     problems = [f"{k} is missing" for k in expected.keys() - state.keys()]

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all the set-up on a fresh machine. `make help` lists the rest.
+
+PYTHON ?= python3
+# A release that the tests ran with. Anything that pip takes: make demo TORCH="torch==2.13.0 --index-url URL"
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# What decides whether an installation is still the right one; Python sources are not copied by it.
+INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/csrc/*)
+
+.PHONY: help demo test clean
+
+help:
+	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
+	@echo "make test    format, lint, types, layers and tests"
+	@echo "make clean   remove $(VENV), demo/ and caches"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), TORCH=\"$(TORCH)\""
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/python examples/demo.py demo
+
+test: $(VENV)/.dev-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "serpent-ir needs Python 3.11 or later, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and by itself: the package asks only for a lower bound.
+$(VENV)/.torch-installed: | $(VENV)/.created
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo-installed: $(INSTALLED) | $(VENV)/.torch-installed
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(INSTALLED) | $(VENV)/.torch-installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,400 @@
+"""The command `serpent`: real processes for the main paths, and in-process calls for each bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from serpent_ir import __version__, cli, create_model
+from serpent_ir.errors import SerpentError, UsageError
+
+# Where no C compiler is, the scan says once that a slower one serves.
+pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the tests share few cores
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> dict[str, Path]:
+    """Untrained weights of serpent_b by task; "" says neither task nor network."""
+    torch.manual_seed(0)
+    state = create_model("serpent_b").state_dict()
+    folder = tmp_path_factory.mktemp("weights")
+    for task in ("deblur", "sr8"):
+        save_file(state, folder / f"{task}.safetensors", metadata={"network": "serpent_b", "task": task})
+    save_file(state, folder / "bare.safetensors")
+    return {task: folder / f"{task}.safetensors" for task in ("deblur", "sr8", "bare")}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three images, one of them in a subfolder, and a file that is none."""
+    folder = tmp_path / "photos"
+    save_photo(folder / "a.png", 20, 12)
+    save_photo(folder / "b.jpg", 12, 20)
+    save_photo(folder / "trip" / "c.png", 9, 8)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def save_photo(path: Path, height: int, width: int, channels: int = 3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, channels), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    return pixels_of(path).shape[1::-1]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def serpent(*args: object) -> Result:
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="serpent")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def process(
+    *args: object, stdout: IO[str] | int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serpent_ir.cli", *map(str, args)]
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+
+
+# Real processes
+
+
+def test_restore_as_a_process(photos, weights, tmp_path):
+    (photos / "broken.png").write_bytes(b"not a PNG")
+    before, out = tree(photos), tmp_path / "out"
+    run = process("restore", photos, "-o", out, "--weights", weights["deblur"], "--device", "cpu")
+    assert run.returncode == 1
+    assert sorted(tree(out)) == ["a.png", "b.jpg", "trip/c.png"]
+    assert [size_of(out / name) for name in ("a.png", "b.jpg", "trip/c.png")] == [(12, 20), (20, 12), (8, 9)]
+    assert (pixels_of(out / "a.png") != pixels_of(photos / "a.png")).any()
+    broken, summary = (line for line in run.stderr.splitlines() if line.startswith("serpent: error: "))
+    assert str(photos / "broken.png") in broken
+    assert summary == "serpent: error: 1 of 4 images failed; 3 restored"
+    assert f"[1/4] {photos / 'a.png'} -> {out / 'a.png'}" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert tree(photos) == before
+
+
+def test_evaluate_as_a_process_prints_one_json_object(tmp_path, weights):
+    for name in ("a", "b"):
+        save_photo(tmp_path / "data" / f"{name}.png", 24, 16)
+    run = process("evaluate", "--data", tmp_path / "data", "--task", "deblur", "--weights", weights["deblur"], "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result.keys() >= {"model", "task", "n", "psnr", "ssim", "input_psnr", "input_ssim"}
+    assert (result["model"], result["task"], result["n"]) == ("serpent_b", "deblur", 2)
+    assert result["psnr"] != result["input_psnr"] > 0
+
+
+def test_models_as_a_process_warns_in_one_plain_line():
+    run = process("models", "--json", SERPENT_CPU_LEVEL="none")
+    assert run.returncode == 0
+    result = json.loads(run.stdout)
+    rows = {row["name"]: row for row in result["models"]}
+    assert [rows[f"serpent_{x}"]["params"] for x in "blh"] == [
+        sum(p.numel() for p in create_model(f"serpent_{x}").parameters()) for x in "blh"
+    ]
+    assert all(isinstance(row["tasks"], list) for row in rows.values())
+    assert result["backends"]["cpu"] == "torch"
+    (line,) = (line for line in run.stderr.splitlines() if "cpu tensors" in line)
+    assert line.startswith("serpent: warning: ")
+    assert "RuntimeWarning" not in run.stderr
+
+
+def test_a_closed_pipe_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        run = process("models", stdout=closed)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "Exception ignored" not in run.stderr
+
+
+def test_interrupting_leaves_whole_files_only(tmp_path):
+    folder, out = tmp_path / "many", tmp_path / "out"
+    photo = save_photo(folder / "0.png", 32, 32).read_bytes()
+    for i in range(1, 3000):
+        (folder / f"{i}.png").write_bytes(photo)
+    # Python handles the signal only where the parent of the tests does not ignore it, as a shell's "&" would.
+    start = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from serpent_ir.cli import main; main()"
+    command = [sys.executable, "-c", start, "degrade", str(folder), "-o", str(out), "--task", "deblur"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
+        assert run.stderr
+        assert run.stderr.readline().startswith("[1/3000] ")
+        run.send_signal(signal.SIGINT)
+        rest = run.stderr.read()
+    assert run.returncode == 130
+    assert rest.splitlines()[-1] == "serpent: interrupted"
+    assert "Traceback" not in rest
+    assert 1 <= len(list(out.iterdir())) < 3000
+    assert all(size_of(path) == (32, 32) for path in out.iterdir())
+
+
+def test_help_loads_no_heavy_library():
+    code = (
+        "import sys; from serpent_ir.cli import app; app(['--help'], standalone_mode=False); print(list(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert "Restore images." in run.stdout
+    assert not [name for name in ("torch", "numpy", "PIL", "cv2", "rich") if f"'{name}'" in run.stdout]
+
+
+# In this process
+
+
+def test_version_and_help():
+    assert serpent("--version").stdout == f"serpent {__version__}\n"
+    for command in ("restore", "degrade", "evaluate", "train", "models"):
+        assert f"Usage: serpent {command}" in serpent(command, "--help").stdout
+
+
+def test_restore_one_file_into_one_file(photos, weights, tmp_path):
+    target = tmp_path / "new" / "restored.png"
+    result = serpent("restore", photos / "a.png", "-o", target, "--weights", weights["deblur"])
+    assert result.exit_code == 0, result.stderr
+    assert size_of(target) == (12, 20)
+    again = tmp_path / "again"  # no suffix of an image: a folder
+    assert (
+        serpent("restore", photos / "a.png", "-o", again, "-n", "serpent_b", "--weights", weights["bare"]).exit_code
+        == 0
+    )
+    np.testing.assert_array_equal(pixels_of(again / "a.png"), pixels_of(target))
+
+
+def test_restore_sr8_writes_8_times_the_size(photos, weights, tmp_path):
+    target = tmp_path / "large.png"
+    assert serpent("restore", photos / "trip" / "c.png", "-o", target, "--weights", weights["sr8"]).exit_code == 0
+    assert size_of(target) == (64, 72)
+
+
+def test_restore_keeps_alpha_and_depth(weights, tmp_path):
+    import cv2
+
+    save_photo(tmp_path / "alpha.png", 9, 12, channels=4)
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 12, 3), np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    out = tmp_path / "out"
+    call = ("restore", tmp_path / "alpha.png", tmp_path / "deep.png", "-o", out, "--weights", weights["deblur"])
+    assert serpent(*call).exit_code == 0
+    np.testing.assert_array_equal(pixels_of(out / "alpha.png")[..., 3], pixels_of(tmp_path / "alpha.png")[..., 3])
+    restored = cv2.imread(str(out / "deep.png"), cv2.IMREAD_UNCHANGED)
+    assert restored is not None
+    assert (restored.dtype, restored.shape) == (np.uint16, (9, 12, 3))
+
+
+def test_formats_that_are_not_written_become_png(weights, tmp_path):
+    save_photo(tmp_path / "photo.gif", 9, 12)
+    save_photo(tmp_path / "in" / "photo.ppm", 9, 12)
+    call = ("restore", tmp_path / "photo.gif", tmp_path / "in", "-o", tmp_path / "out", "--weights", weights["deblur"])
+    assert "photo.png: both" in serpent(*call).stderr
+    (tmp_path / "photo.gif").rename(tmp_path / "other.gif")
+    call = ("restore", tmp_path / "other.gif", *call[2:])
+    assert serpent(*call).exit_code == 0
+    assert sorted(tree(tmp_path / "out")) == ["other.png", "photo.png"]
+
+
+def test_outputs_of_an_earlier_run_are_no_inputs(photos, weights):
+    call = ("restore", photos, "-o", photos / "restored", "--weights", weights["deblur"])
+    assert [serpent(*call).exit_code for _ in range(2)] == [0, 0]
+    assert sorted(tree(photos / "restored")) == ["a.png", "b.jpg", "trip/c.png"]
+
+
+def test_degrade_makes_the_images_of_an_evaluation(photos, tmp_path):
+    from serpent_ir.data import read_rgb8
+    from serpent_ir.degradations import create_degradation, evaluation_generator
+
+    for name in ("first", "second"):
+        assert serpent("degrade", photos, "-o", tmp_path / name, "--task", "deblur", "--seed", 3).exit_code == 0
+    assert tree(tmp_path / "first") == tree(tmp_path / "second")
+    assert sorted(tree(tmp_path / "first")) == ["a.png", "b.jpg", "trip/c.png"]
+    clean = read_rgb8(photos / "trip" / "c.png")[None] / 255
+    y = create_degradation("deblur")(clean, generator=evaluation_generator(3, 2))  # the third file
+    expected = y[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(pixels_of(tmp_path / "first" / "trip" / "c.png"), expected)
+
+
+def test_degrade_sr8_writes_small_8_bit_files(photos, tmp_path):
+    import cv2
+
+    cv2.imwrite(str(photos / "deep.png"), np.zeros((17, 25, 3), np.uint16))
+    assert serpent("degrade", photos, "-o", tmp_path / "out", "--task", "sr8").exit_code == 0
+    assert size_of(tmp_path / "out" / "a.png") == (1, 2)
+    deep = cv2.imread(str(tmp_path / "out" / "deep.png"), cv2.IMREAD_UNCHANGED)
+    assert deep is not None
+    assert (deep.dtype, deep.shape) == (np.uint8, (2, 3, 3))
+
+
+def test_evaluate_prints_a_table(tmp_path, weights):
+    save_photo(tmp_path / "[data]" / "a.png", 24, 16)
+    result = serpent("evaluate", "--data", tmp_path / "[data]", "--task", "sr8", "--weights", weights["sr8"])
+    assert result.exit_code == 0, result.stderr
+    assert "PSNR (dB)" in result.stdout
+    assert "restored" in result.stdout
+
+
+def test_infinite_figures_are_null_in_json(monkeypatch, tmp_path):
+    import serpent_ir.evaluate
+
+    figures = {"psnr": float("inf"), "ssim": 1.0, "images": [{"psnr": float("nan"), "n": 1}]}
+    monkeypatch.setattr(serpent_ir.evaluate, "evaluate", lambda *args, **kwargs: figures)
+    result = serpent("evaluate", "--data", tmp_path, "--task", "deblur", "--json")
+    assert json.loads(result.stdout) == {"psnr": None, "ssim": 1.0, "images": [{"psnr": None, "n": 1}]}
+
+
+def test_models_prints_every_network_and_device():
+    shown = serpent("models").stdout
+    assert all(text in shown for text in ("serpent_b", "serpent_l", "serpent_h", "3.920 M", "the scan on cpu: "))
+
+
+def test_train_passes_config_and_overrides(monkeypatch, tmp_path):
+    import serpent_ir.train
+
+    calls = []
+    monkeypatch.setattr(serpent_ir.train, "train", lambda config, overrides: calls.append((config, list(overrides))))
+    assert serpent("train", tmp_path / "c.yaml", "steps=1", "lr=0.1").exit_code == 0
+    assert serpent("train", tmp_path / "c.yaml").exit_code == 0
+    assert calls == [(tmp_path / "c.yaml", ["steps=1", "lr=0.1"]), (tmp_path / "c.yaml", [])]
+
+
+def test_commands_are_python_functions_that_raise(photos, weights, tmp_path):
+    cli.restore([photos], tmp_path / "out", weights=weights["deblur"])
+    assert (tmp_path / "out" / "trip" / "c.png").exists()
+    with pytest.raises(UsageError, match="no such file or folder"):
+        cli.restore([photos / "none.png"], tmp_path / "out", weights=weights["deblur"])
+    (photos / "b.jpg").write_bytes(b"")
+    with pytest.raises(SerpentError, match="1 of 3 images failed"):
+        cli.degrade([photos], tmp_path / "out", "deblur")
+
+
+# Bad input: (arguments, exit status, what the one line says). {name} is a file or folder of the fixture below.
+WORKS = "--weights {deblur}"
+BAD_INPUT = {
+    "missing file": ("restore {none.png} -o {out} " + WORKS, 2, "{none.png}: no such file or folder"),
+    "missing file among others": ("restore {a.png} {none.png} -o {out} " + WORKS, 2, "{none.png}: no such file"),
+    "empty folder": ("restore {empty} -o {out} " + WORKS, 2, "{empty}: no images"),
+    "empty file": ("restore {empty.png} -o {kept.png} " + WORKS, 1, "{empty.png}"),
+    "truncated PNG": ("restore {cut.png} -o {kept.png} " + WORKS, 1, "{cut.png}"),
+    "truncated JPEG": ("restore {cut.jpg} -o {kept.png} " + WORKS, 1, "{cut.jpg}"),
+    "text": ("restore {notes.txt} -o {kept.png} " + WORKS, 1, "{notes.txt}"),
+    "text named PNG": ("degrade {text.png} -o {kept.png} --task deblur", 1, "{text.png}"),
+    "unknown model": ("restore {a.png} -o {kept.png} -n nope.deblur", 2, "unknown model 'nope'; valid: serpent_b"),
+    "no weights for the task": ("restore {a.png} -o {kept.png} -n serpent_b.nope", 2, "no weights 'serpent_b.nope'"),
+    "no weights without a task": ("restore {a.png} -o {kept.png} -n serpent_h", 2, "no weights 'serpent_h'"),
+    "missing weights": ("restore {a.png} -o {kept.png} --weights {none}", 1, "{none}: no such weights file"),
+    "no weights in the file": ("restore {a.png} -o {kept.png} --weights {text.png}", 1, "{text.png}: not a readable"),
+    "weights are a folder": ("restore {a.png} -o {kept.png} --weights {empty}", 1, "{empty}"),
+    "other network": ("restore {a.png} -o {kept.png} -n serpent_l " + WORKS, 1, "{deblur}: not weights of serpent_l"),
+    "weights of an unknown network": (
+        "restore {a.png} -o {kept.png} --weights {bare}",
+        2,
+        "{bare}: does not say which",
+    ),
+    "unknown device": ("restore {a.png} -o {kept.png} --device gpu " + WORKS, 2, "no device 'gpu' here; valid: auto"),
+    "file as output folder": ("restore {a.png} {b.png} -o {notes.txt} " + WORKS, 1, "{notes.txt}"),
+    "file above the output": ("restore {a.png} -o {notes.txt}/out/a.png " + WORKS, 1, "{notes.txt}/out"),
+    "folder as output file": ("restore {a.png} -o {folders} " + WORKS, 1, "{folders}/a.png"),
+    "a format that is not written": ("restore {a.png} -o {a.gif} " + WORKS, 2, "{a.gif}: cannot write .gif; use .png"),
+    "output over input": ("restore {a.png} -o {a.png} " + WORKS, 2, "{a.png}: would overwrite an input"),
+    "outputs over inputs": ("restore {photos} -o {photos} " + WORKS, 2, "x.png: would overwrite an input"),
+    "output linked to an input": ("degrade {a.png} -o {link.png} --task deblur", 2, "{link.png}: would overwrite"),
+    "two outputs of one name": ("restore {a.png} {other/a.png} -o {out} " + WORKS, 2, "{out}/a.png: both {a.png} and"),
+    "the same input twice": ("restore {a.png} {a.png} -o {out} " + WORKS, 2, "{out}/a.png: both"),
+    "unknown task": ("degrade {a.png} -o {kept.png} --task nope", 2, "'nope'"),
+    "too small for sr8": ("degrade {tiny.png} -o {kept.png} --task sr8", 1, "{tiny.png}: sr8: the image is 7x9 px"),
+    "evaluate: missing folder": ("evaluate --data {none} --task deblur " + WORKS, 2, "{none}"),
+    "evaluate: empty folder": ("evaluate --data {empty} --task deblur " + WORKS, 2, "{empty}"),
+    "evaluate: broken image": ("evaluate --data {broken} --task deblur " + WORKS, 1, "{broken}/x.png"),
+    "evaluate: unknown task": ("evaluate --data {photos} --task nope " + WORKS, 2, "'nope'"),
+    "evaluate: other task": ("evaluate --data {photos} --task sr8 " + WORKS, 2, "{deblur} undoes deblur, not sr8"),
+    "evaluate: unknown model": ("evaluate --data {photos} --task sr8 -n nope", 2, "'nope'"),
+    "train: missing recipe": ("train {none}", 2, "{none}"),
+    "train: no YAML": ("train {cut.png}", 2, "{cut.png}"),
+    "train: unknown key": ("train {recipe.yaml}", 2, "{recipe.yaml}: unknown key colour"),
+    "train: no key": ("train {recipe.yaml} colour", 2, "'colour'"),
+}
+if sys.platform == "linux":
+    BAD_INPUT["unwritable output"] = ("restore {a.png} {b.png} -o /proc/out " + WORKS, 1, "/proc/out")
+
+
+@pytest.fixture
+def places(tmp_path, weights) -> dict[str, Path]:
+    for name in ("a.png", "b.png", "other/a.png", "photos/x.png"):
+        save_photo(tmp_path / name, 12, 16)
+    save_photo(tmp_path / "tiny.png", 9, 7)
+    for name in ("cut.png", "cut.jpg"):
+        whole = save_photo(tmp_path / name, 64, 64).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    for name in ("empty", "folders/a.png", "broken"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("notes.txt", "text.png", "broken/x.png", "kept.png"):
+        (tmp_path / name).write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "recipe.yaml").write_text("colour: blue\n")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    return weights
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_changes_nothing(case, places, tmp_path):
+    arguments, status, expected = BAD_INPUT[case]
+
+    def fill(text: str) -> str:
+        for name, path in places.items():
+            text = text.replace(f"{{{name}}}", str(path))
+        return text.replace("{", f"{tmp_path}/").replace("}", "")
+
+    before = tree(tmp_path)
+    result = serpent(*map(fill, arguments.split()))
+    lines = result.stderr.splitlines()
+    assert result.exit_code == status, result.stderr
+    assert len(lines) == 1
+    assert lines[0].startswith("serpent: error: ")
+    assert fill(expected) in lines[0]
+    assert result.stdout == ""
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("restore", "a.png"), "'-o'"),
+        (("restore", "-o", "out"), "INPUT"),
+        (("degrade", "a.png", "-o", "out"), "'--task'"),
+        (("degrade", "a.png", "-o", "out", "--task", "deblur", "--seed", "-1"), "'--seed'"),
+        (("restore", "a.png", "-o", "out", "--tile", "4"), "--tile"),
+        (("nope",), "'nope'"),
+    ],
+)
+def test_a_wrong_call_is_status_2(arguments, expected):
+    result = serpent(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
