@@ -1,0 +1,462 @@
+"""Files made here from drawn images and scikit-image's bundled ones: what is read, written, kept and refused."""
+
+import dataclasses
+import io
+import os
+import random
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import tifffile
+import torch
+from PIL import Image, ImageCms, ImageOps, features
+from PIL.TiffImagePlugin import IFDRational
+
+from serpent_ir import image as image_module
+from serpent_ir.errors import ImageError, UsageError
+from serpent_ir.image import Picture, pad_to_multiple, read_image, to_pixels, to_tensor, write_image
+
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LOSSLESS = (".png", ".webp", ".tif", ".bmp")
+
+
+def exif(orientation: int | None = None) -> bytes:
+    tags = Image.Exif()
+    tags[271] = "Maker"
+    tags[306] = "2024:05:01 12:00:00"
+    if orientation:
+        tags[0x0112] = orientation
+    tags.get_ifd(0x8769)[33434] = IFDRational(1, 50)
+    return tags.tobytes()
+
+
+def tags_of(data: bytes | None) -> dict[int, object]:
+    assert data is not None
+    tags = Image.Exif()
+    tags.load(data)
+    return {**tags, **tags.get_ifd(0x8769), 0x8769: None}
+
+
+def draw(dtype: type = np.uint8, height: int = 23, width: int = 37, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Smooth waves with some noise, over the whole range of the dtype."""
+    waves = np.sin(np.arange(height)[:, None, None] / 4 + np.arange(channels)) * np.cos(np.arange(width)[:, None] / 6)
+    noise = np.random.default_rng(seed).normal(0, 0.03, waves.shape)
+    return np.rint(np.clip(0.5 + 0.6 * waves + noise, 0, 1) * np.iinfo(dtype).max).astype(dtype)
+
+
+def picture(mode: str, dtype: type = np.uint8) -> Picture:
+    grey = mode in ("L", "LA")
+    samples = draw(dtype, channels=4)
+    pixels = np.repeat(samples[..., :1], 3, -1) if grey else samples[..., :3]
+    alpha = np.ascontiguousarray(samples[..., 3]) if mode.endswith("A") else None
+    return Picture(pixels, alpha, mode, icc_profile=ICC, exif=exif(), dpi=(300.0, 150.0))
+
+
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_round_trip_8_bit(suffix, mode, tmp_path):
+    before = picture(mode)
+    if suffix == ".bmp":
+        before = dataclasses.replace(before, alpha=None, icc_profile=None, exif=None)
+    write_image(tmp_path / f"a{suffix}", before)
+    after = read_image(tmp_path / f"a{suffix}")
+    assert same(after.pixels, before.pixels)
+    assert same(after.alpha, before.alpha)
+    assert after.icc_profile == before.icc_profile
+    assert after.is_grey == (before.is_grey and suffix != ".webp")  # WebP has colour only
+    assert (after.exif is None) == (before.exif is None)
+    if before.exif and after.exif:
+        assert tags_of(after.exif) == tags_of(before.exif)
+    if suffix != ".webp":
+        assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_round_trip_16_bit(suffix, mode, tmp_path):
+    before = picture(mode, np.uint16)
+    file = tmp_path / f"a{suffix}"
+    write_image(file, before)
+    after = read_image(file)
+    assert same(after.pixels, before.pixels)
+    assert same(after.alpha, before.alpha)
+    assert after.icc_profile == before.icc_profile
+    assert after.is_grey == (before.is_grey and (suffix, mode) != (".png", "LA"))
+    if (suffix, mode) != (".tiff", "LA"):  # Pillow, and so its EXIF parser, does not open that
+        assert after.exif is not None
+        assert before.exif is not None
+        assert tags_of(after.exif) == tags_of(before.exif)
+        assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+        with Image.open(file) as checked:  # every chunk is well-formed
+            checked.verify()
+    write_image(file.with_suffix(".png"), dataclasses.replace(after, exif=None))
+    assert same(read_image(file.with_suffix(".png")).pixels, before.pixels)
+
+
+@pytest.mark.parametrize("dark", [1, 256])
+def test_depth_is_that_of_the_header(dark, tmp_path):
+    """A 16-bit file whose values would fit 8 bits stays 16-bit."""
+    pixels = draw(np.uint8).astype(np.uint16) // dark
+    for name in ("a.png", "a.tif"):
+        write_image(tmp_path / name, Picture(pixels))
+        assert same(read_image(tmp_path / name).pixels, pixels)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_jpeg(mode, tmp_path):
+    before = dataclasses.replace(picture(mode), dpi=(300.0, 150.0))
+    write_image(tmp_path / "a.JPG", before)
+    after = read_image(tmp_path / "a.JPG")
+    assert np.abs(after.pixels.astype(int) - before.pixels).mean() < 4
+    assert after.is_grey == before.is_grey
+    assert (after.icc_profile, after.dpi) == (ICC, (300, 150))
+    assert tags_of(after.exif) == tags_of(before.exif)
+    if mode == "RGB":
+        with Image.open(tmp_path / "a.JPG") as stored:
+            layers = stored.layer  # pyright: ignore[reportAttributeAccessIssue]
+        assert {layer[1:3] for layer in layers} == {(1, 1)}  # 4:4:4
+
+
+def test_16_bits_are_rounded_to_8(tmp_path):
+    pixels = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1).repeat(3, -1)
+    write_image(tmp_path / "a.webp", Picture(pixels))
+    assert same(read_image(tmp_path / "a.webp").pixels, np.floor(pixels / 257 + 0.5).astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
+def test_what_a_format_cannot_hold_is_named(suffix, tmp_path):
+    with pytest.warns(UserWarning, match=r"cannot hold transparency.*write \.png"):
+        write_image(tmp_path / f"a{suffix}", picture("RGBA"))
+    opaque = Picture(draw(), np.full((23, 37), 255, np.uint8))
+    write_image(tmp_path / f"b{suffix}", opaque)  # nothing is lost, so nothing is said
+    assert read_image(tmp_path / f"b{suffix}").alpha is None
+
+
+def pillow_modes() -> dict[str, Image.Image]:
+    rgb = Image.fromarray(draw())
+    palette = rgb.quantize(16)
+    see_through = palette.copy()
+    see_through.info["transparency"] = 3
+    return {
+        "1": rgb.convert("1"),
+        "L": rgb.convert("L"),
+        "P": palette,
+        "P+t": see_through,
+        "RGBA": Image.fromarray(draw(channels=4)),
+        "LA": Image.fromarray(draw(channels=2)),
+        "CMYK": rgb.convert("CMYK"),
+        "YCbCr": rgb.convert("YCbCr"),
+        "I;16": Image.fromarray(draw(np.uint16, channels=1)[..., 0]),
+    }
+
+
+@pytest.mark.parametrize("mode", pillow_modes())
+@pytest.mark.parametrize("suffix", ["png", "tif", "gif", "jpg", "webp", "jp2", "ppm", "tga", "avif"])
+def test_reads_what_pillow_writes(mode, suffix, tmp_path):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    source = pillow_modes()[mode]
+    file = tmp_path / f"a.{suffix}"
+    try:
+        source.save(file)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"not a mode of this format: {error}")
+    if (mode, suffix) == ("YCbCr", "tif"):  # Pillow cannot read what it wrote
+        with pytest.raises(ImageError):
+            read_image(file)
+        return
+    after = read_image(file)
+    with Image.open(file) as stored:
+        assert after.format == stored.format
+        if after.pixels.dtype == np.uint16:
+            assert np.array_equal(after.pixels[..., 0], np.asarray(source))
+            assert after.is_grey
+            return
+        if stored.mode != "I;16":
+            assert after.mode == stored.mode
+        expected = np.asarray(stored.convert("RGBA"))
+    assert np.array_equal(after.pixels, expected[..., :3])
+    if after.alpha is None:
+        assert (expected[..., 3] == 255).all()
+    else:
+        assert np.array_equal(after.alpha, expected[..., 3])
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "camera.png", "rocket.jpg", "chelsea.png", "page.png"])
+def test_real_images(name, tmp_path):
+    file = Path(str(skimage.data.__file__)).parent / name
+    before = read_image(file)
+    with Image.open(file) as stored:
+        assert np.array_equal(before.pixels, np.asarray(stored.convert("RGB")))
+    write_image(tmp_path / "a.png", before)
+    assert same(read_image(tmp_path / "a.png").pixels, before.pixels)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
+def test_first_frame(suffix, tmp_path):
+    frames = [Image.fromarray(draw(seed=seed)).quantize(64) for seed in range(3)]
+    file = tmp_path / f"a.{suffix}"
+    options: dict = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(file, save_all=True, append_images=frames[1:], **options)
+    assert np.array_equal(read_image(file).pixels, np.asarray(frames[0].convert("RGB")))
+    if suffix == "tif":
+        tifffile.imwrite(file, np.stack([draw(np.uint16, seed=seed) for seed in range(3)]), photometric="rgb")
+        assert same(read_image(file).pixels, draw(np.uint16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_orientation(orientation, suffix, tmp_path):
+    source = Image.fromarray(draw(channels=3))
+    file = tmp_path / f"a{suffix}"
+    source.save(file, exif=exif(orientation), dpi=(300, 150))
+    after = read_image(file)
+    with Image.open(file) as stored:
+        assert np.array_equal(after.pixels, np.asarray(ImageOps.exif_transpose(stored)))
+    assert tags_of(after.exif).get(0x0112, 1) == 1
+    assert tags_of(after.exif)[271] == "Maker"
+    if suffix != ".webp":
+        assert after.dpi == pytest.approx((150, 300) if orientation >= 5 else (300, 150), rel=1e-4)
+    write_image(file, after)
+    assert read_image(file).pixels.shape == after.pixels.shape
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_orientation_of_16_bits(orientation, tmp_path):
+    pixels = draw(np.uint16)
+    write_image(tmp_path / "a.png", Picture(pixels, exif=exif(orientation)))
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, np.rot90(pixels, {3: 2, 6: -1}[orientation]))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=[(274, "H", 1, orientation, True)], photometric="rgb")
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels, np.rot90(pixels, {3: 2, 6: -1}[orientation]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tile": (16, 16)}, {"byteorder": ">"}, {"bigtiff": True}, {"rowsperstrip": 5}]
+)
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_16_bit_tiff_layouts(options, compression, tmp_path):
+    pixels = draw(np.uint16)
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, pixels, photometric="rgb", compression=compression, **options)
+    assert same(read_image(file).pixels, pixels)
+    tifffile.imwrite(file, pixels.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **options)
+    assert same(read_image(file).pixels, pixels)
+    tifffile.imwrite(file, pixels[..., 0], photometric="miniswhite", compression=compression, **options)
+    assert same(read_image(file).pixels, np.repeat(65535 - pixels[..., :1], 3, -1))
+
+
+def test_16_bit_tiff_of_other_programs(tmp_path):
+    pixels = draw(np.uint16, channels=4)
+    cv2.imwrite(str(tmp_path / "lzw.tif"), pixels[..., 2::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
+    assert same(read_image(tmp_path / "lzw.tif").pixels, pixels[..., :3])
+    alpha = np.maximum(pixels[..., 3:], 9000)
+    premultiplied = np.rint(pixels[..., :3] * (alpha / 65535)).astype(np.uint16)
+    stored = np.concatenate([premultiplied, alpha], -1)
+    tifffile.imwrite(tmp_path / "p.tif", stored, photometric="rgb", extrasamples=["assocalpha"])
+    after = read_image(tmp_path / "p.tif")
+    assert np.abs(after.pixels.astype(int) - pixels[..., :3]).max() <= 4
+    assert after.alpha is not None
+    assert np.array_equal(after.alpha, alpha[..., 0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint32, np.int16])
+def test_other_samples_are_refused(dtype, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", draw().astype(dtype), photometric="rgb")
+    with pytest.raises(ImageError, match=rf"a\.tif: has {np.dtype(dtype)} samples.*8- and 16-bit integers.*convert"):
+        read_image(tmp_path / "a.tif")
+
+
+DAMAGED = ["png", "jpg", "webp", "tif", "bmp", "progressive.jpg", "png16", "tif16", "lzw16.tif", "raw16.tif"]
+
+
+def files_to_damage() -> dict[str, bytes]:
+    files = {}
+    for suffix, options in {"png": {}, "jpg": {}, "webp": {}, "tif": {"compression": "tiff_lzw"}, "bmp": {}}.items():
+        buffer = io.BytesIO()
+        Image.fromarray(draw()).save(
+            buffer,
+            {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix),
+            exif=b"" if suffix == "tif" else exif(6),
+            **options,
+        )
+        files[suffix] = buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(draw()).save(buffer, "JPEG", progressive=True, icc_profile=ICC)
+    files["progressive.jpg"] = buffer.getvalue()
+    for name in ("png16", "tif16"):
+        deep = Picture(draw(np.uint16), icc_profile=ICC, dpi=(72, 72))
+        files[name] = image_module._encode(deep, f".{name[:3]}")
+    files["lzw16.tif"] = cv2.imencode(".tif", draw(np.uint16), [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, draw(np.uint16), photometric="rgb")
+    files["raw16.tif"] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_give_the_image_or_an_image_error(name, tmp_path, capfd):
+    whole = files_to_damage()[name]
+    file = tmp_path / "a"
+    file.write_bytes(whole)
+    expected = read_image(file)
+    chance = random.Random(0)
+    cuts = {*range(1, min(len(whole), 60)), *(len(whole) - n for n in range(1, 20))}
+    cuts |= {chance.randrange(1, len(whole)) for _ in range(80)}
+    refused = 0
+    for cut in cuts:
+        file.write_bytes(whole[:cut])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                after = read_image(file)
+        except ImageError as error:
+            refused += 1
+            assert str(error).startswith(f"{file}: ")
+            assert "\n" not in str(error)
+        else:  # what was cut is not the image
+            assert same(after.pixels, expected.pixels), cut
+    assert refused > len(cuts) * 0.7
+    for _ in range(60):  # flipped bytes: any result but another exception
+        position = chance.randrange(len(whole))
+        file.write_bytes(whole[:position] + bytes([chance.randrange(256)]) + whole[position + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read_image(file)
+            except ImageError as error:
+                assert "\n" not in str(error)
+    if "tif" not in name:  # Pillow's libtiff writes to stderr from C
+        assert capfd.readouterr().err == ""
+
+
+def test_errors_of_reading(tmp_path, monkeypatch):
+    def check(file: Path, message: str):
+        with pytest.raises(ImageError, match=message) as caught:
+            read_image(file)
+        assert str(caught.value).startswith(f"{file}: ")
+
+    check(tmp_path / "none.png", "No such file")
+    check(tmp_path, "directory")
+    (tmp_path / "empty.png").touch()
+    check(tmp_path / "empty.png", "is empty")
+    (tmp_path / "text.png").write_text("hello world " * 50)
+    check(tmp_path / "text.png", "not an image")
+    write_image(tmp_path / "big.png", Picture(draw()))
+    write_image(tmp_path / "big.tif", Picture(draw(np.uint16)))
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 23 * 37 - 1)
+    check(tmp_path / "big.png", "37x23 px, over the bound")
+    check(tmp_path / "big.tif", "37x23 px, over the bound")
+    monkeypatch.undo()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own bound would refuse it
+    assert read_image(tmp_path / "big.png").pixels.shape == (23, 37, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    check(tmp_path / "big.png", "Permission denied")
+
+
+def test_errors_of_writing(tmp_path, monkeypatch):
+    drawn = Picture(draw())
+    for name in ("a.gif", "a", "a.png.zip"):
+        with pytest.raises(ImageError, match=r"cannot write .*use \.png"):
+            write_image(tmp_path / name, drawn)
+    with pytest.raises(ImageError, match="No such file"):
+        write_image(tmp_path / "none" / "a.png", drawn)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ImageError, match="cannot be written"):
+        write_image(tmp_path / "folder.png", drawn)
+    with pytest.raises(ImageError, match=r"a\.webp: cannot be written in this format"):
+        write_image(tmp_path / "a.webp", Picture(np.zeros((1, 20000, 3), np.uint8)))
+    with pytest.raises(UsageError, match="expected alpha"):
+        write_image(tmp_path / "a.png", Picture(draw(), np.zeros((5, 5), np.uint8)))
+    with pytest.raises(UsageError, match="expected pixels"):
+        write_image(tmp_path / "a.png", Picture(draw().astype(np.float32)))  # pyright: ignore[reportArgumentType]
+    assert os.listdir(tmp_path) == ["folder.png"]  # noqa: PTH208
+    assert not list((tmp_path / "folder.png").iterdir())
+
+
+@pytest.mark.parametrize("where", ["write", "replace"])
+def test_a_failed_write_leaves_the_old_file(where, tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    write_image(file, Picture(draw()))
+    old = file.read_bytes()
+
+    def fail(*_args):
+        raise OSError(28, "No space left on device")
+
+    if where == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+    else:
+        plain_open = Path.open
+
+        def open_full_disk(self, mode="r", *args, **kwargs):
+            opened = plain_open(self, mode, *args, **kwargs)
+            return opened if "r" in mode else FullDisk(opened)
+
+        class FullDisk:
+            def __init__(self, opened):
+                self.opened = opened
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.opened.close()
+
+            def write(self, data):
+                self.opened.write(data[:10])
+                fail()
+
+        monkeypatch.setattr(Path, "open", open_full_disk)
+    with pytest.raises(ImageError, match=r"a\.png: cannot be written: No space left"):
+        write_image(file, Picture(draw(seed=1)))
+    monkeypatch.undo()
+    assert file.read_bytes() == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tensors(dtype):
+    full = np.iinfo(dtype).max
+    pixels = np.arange(full + 1, dtype=dtype).repeat(3).reshape(16, -1, 3)
+    tensor = to_tensor(pixels)
+    assert (tensor.dtype, tensor.shape, tensor.min(), tensor.max()) == (
+        torch.float32,
+        (1, 3, 16, (full + 1) // 16),
+        0,
+        1,
+    )
+    for back in (to_pixels(tensor, dtype), to_pixels(tensor.double() + 0.4 / full, dtype)):
+        assert same(back, pixels)
+    assert to_pixels(torch.tensor([-3.0, 0.5, 7.0]).view(1, 3, 1, 1), dtype).tolist() == [[[0, (full + 1) // 2, full]]]
+    for bad in (torch.nan, torch.inf):
+        tensor[0, 1, 2, 3] = bad
+        with pytest.raises(ImageError, match="NaN"):
+            to_pixels(tensor, dtype)
+    with pytest.raises(UsageError):
+        to_pixels(tensor[0], dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (8, 8), (9, 15), (17, 5)])
+def test_pad_to_multiple(size):
+    x = torch.rand(2, 3, *size)
+    padded = pad_to_multiple(x, 8)
+    assert padded.shape[-2:] == tuple(-(-side // 8) * 8 for side in size)
+    assert torch.equal(padded[..., : size[0], : size[1]], x)
+    expected = x.numpy()
+    for axis, side in ((2, size[0]), (3, size[1])):
+        pad = [(0, 0)] * 4
+        pad[axis] = (0, -side % 8)
+        expected = np.pad(expected, pad, mode="reflect" if -side % 8 < side else "edge")
+    assert np.array_equal(padded.numpy(), expected)

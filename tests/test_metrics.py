@@ -1,0 +1,130 @@
+"""PSNR and SSIM against their formulas written out in float64, and against scikit-image."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from serpent_ir import metrics
+from serpent_ir.errors import UsageError
+from serpent_ir.metrics import eight_bits, psnr, ssim
+
+
+def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth clean batch with flat areas, and a restored one that also leaves [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.arange(shape[-2])[:, None], torch.arange(shape[-1])
+    clean = (0.5 + 0.6 * torch.sin(rows / 7) * torch.cos(columns / 5)).clamp(0, 1).expand(shape).clone()
+    return clean + 0.05 * torch.randn(shape, generator=generator), clean
+
+
+def rounded(image: torch.Tensor) -> np.ndarray:
+    return np.round(np.clip(image.double().numpy(), 0, 1) * 255) / 255
+
+
+def ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """SSIM of two (H, W) channels by the definition: every 11x11 window, reflected at the border."""
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    x, y = (np.lib.stride_tricks.sliding_window_view(np.pad(a, 5, mode="reflect"), (11, 11)) for a in (x, y))
+    mean_x, mean_y = ((window * a).sum((-1, -2), keepdims=True) for a in (x, y))
+    variance_x, variance_y = (window * (x - mean_x) ** 2).sum((-1, -2)), (window * (y - mean_y) ** 2).sum((-1, -2))
+    covariance = (window * (x - mean_x) * (y - mean_y)).sum((-1, -2))
+    mean_x, mean_y = mean_x[..., 0, 0], mean_y[..., 0, 0]
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)
+
+
+def test_psnr_is_its_formula():
+    restored, clean = pair(3, 3, 20, 33)
+    error = np.mean((rounded(restored) - rounded(clean)) ** 2, axis=(1, 2, 3))
+    values = psnr(restored, clean)
+    assert values.dtype == torch.float64
+    np.testing.assert_allclose(values.numpy(), -10 * np.log10(error), rtol=1e-13)
+    for value, a, b in zip(values, eight_bits(restored), eight_bits(clean), strict=True):
+        assert value.item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [(11, 11), (23, 12), (40, 31)])
+@pytest.mark.parametrize("strip", [1, 16, 512])
+def test_ssim_is_its_formula(size, strip, monkeypatch):
+    monkeypatch.setattr(metrics, "_STRIP", strip)
+    restored, clean = pair(2, 3, *size)
+    maps = [[ssim_map(a, b) for a, b in zip(*images, strict=True)] for images in zip(rounded(restored), rounded(clean))]  # noqa: B905
+    values = ssim(restored, clean)
+    assert values.dtype == torch.float64
+    np.testing.assert_allclose(values.numpy(), np.mean(maps, axis=(1, 2, 3)), rtol=1e-10)
+
+
+def test_ssim_is_that_of_scikit_image_but_for_the_border():
+    restored, clean = (rounded(image)[0, 0] for image in pair(1, 1, 48, 64))
+    theirs, their_map = structural_similarity(  # pyright: ignore[reportAssignmentType]
+        restored, clean, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, full=True
+    )
+    ours = ssim_map(restored, clean)
+    np.testing.assert_allclose(ours[5:-5, 5:-5], their_map[5:-5, 5:-5], rtol=1e-9)
+    assert theirs == pytest.approx(ours[5:-5, 5:-5].mean(), rel=1e-9)  # scikit-image leaves the border out of its mean
+    assert theirs == pytest.approx(ours.mean(), abs=0.02)
+
+
+def test_identical_images():
+    _, clean = pair(2, 3, 16, 16)
+    clean = (clean * 255).round() / 255
+    almost = clean + 1e-3 * (clean < 0.5)  # the same file once rounded
+    for restored in (clean, almost):
+        assert torch.equal(psnr(restored, clean), torch.full((2,), torch.inf, dtype=torch.float64))
+        torch.testing.assert_close(ssim(restored, clean), torch.ones(2, dtype=torch.float64))
+
+
+def test_values_are_per_image_and_symmetric_and_blind_to_dtype():
+    restored, clean = pair(3, 3, 24, 24)
+    for metric in (psnr, ssim):
+        batch = metric(restored, clean)
+        singles = torch.cat([metric(a, b) for a, b in zip(restored.split(1), clean.split(1), strict=True)])
+        torch.testing.assert_close(batch, singles, rtol=1e-12, atol=0)
+        torch.testing.assert_close(batch, metric(clean, restored), rtol=1e-12, atol=0)
+        torch.testing.assert_close(batch, metric(restored.double(), clean), rtol=1e-12, atol=0)
+
+
+def test_nan_is_not_hidden():
+    restored, clean = pair(2, 3, 16, 16)
+    restored[0, 0, 0, 0] = torch.nan
+    for metric in (psnr, ssim):
+        values = metric(restored, clean)
+        assert values[0].isnan()
+        assert values[1].isfinite()
+
+
+def test_eight_bits():
+    levels = torch.arange(256) / 255
+    assert torch.equal(eight_bits(levels + 0.001), torch.arange(256).double() / 255)
+    assert eight_bits(torch.tensor([-1.0, 2.0])).tolist() == [0, 1]
+
+
+def test_errors():
+    with pytest.raises(UsageError, match="at least 11x11 px; this one is 30x10 px"):
+        ssim(torch.zeros(1, 3, 10, 30), torch.zeros(1, 3, 10, 30))
+    for metric in (psnr, ssim):
+        with pytest.raises(UsageError, match="one shape"):
+            metric(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17))
+
+
+def test_import_is_light():
+    code = "import sys, serpent_ir.metrics; print({'torchmetrics', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_equals_cpu():
+    restored, clean = pair(2, 3, 96, 80)
+    for metric in (psnr, ssim):
+        torch.testing.assert_close(
+            metric(restored.cuda(), clean.cuda()).cpu(), metric(restored, clean), rtol=1e-9, atol=0
+        )
