@@ -295,7 +295,7 @@ def files_to_damage() -> dict[str, bytes]:
     files["progressive.jpg"] = buffer.getvalue()
     for name in ("png16", "tif16"):
         deep = Picture(draw(np.uint16), icc_profile=ICC, dpi=(72, 72))
-        files[name] = image_module._encode(deep, f".{name[:3]}")
+        files[name] = image_module.image_encoders.encode(deep, f".{name[:3]}")
     files["lzw16.tif"] = cv2.imencode(".tif", draw(np.uint16), [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, draw(np.uint16), photometric="rgb")

@@ -9,10 +9,8 @@ import io
 import logging
 import math
 import secrets
-import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,26 +23,17 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from serpent_ir import image_encoders
 from serpent_ir.errors import ImageError, UsageError
+from serpent_ir.image_encoders import SUB_IFDS
 
 MAX_PIXELS = 2**30
 """Largest image read, in pixels: 32768 x 32768. Above Pillow's own bound, since large images are a use of this package;
 the bound that is left keeps a small hostile file from filling the memory."""
 
-_JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG"},
-    ".jpg": _JPEG,
-    ".jpeg": _JPEG,
-    ".webp": {"format": "WEBP", "lossless": True, "exact": True},  # exact: keeps the colour of transparent pixels
-    ".tif": {},  # not by Pillow
-    ".tiff": {},
-    ".bmp": {"format": "BMP"},
-}
-WRITTEN_SUFFIXES = tuple(_SAVE_OPTIONS)
+WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
 """The endings that `write_image` takes, in either case."""
 
-_DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B")
 _PNG, _TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What Pillow knows well: if it finds no image there the file is damaged, and OpenCV would return a part of it.
@@ -52,7 +41,7 @@ _PILLOW_SIGNATURES = (_PNG, *_TIFFS, b"\xff\xd8", b"RIFF", b"BM", b"GIF8")
 # The tags of a TIFF that describe the scene (description, make, model, software, date and time, artist, copyright); the
 # others describe how that one file is laid out.
 _EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432)
-_ORIENTATION, _SUB_IFDS = ExifTags.Base.Orientation, (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+_ORIENTATION = ExifTags.Base.Orientation
 _bound_lock = threading.Lock()
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
@@ -131,7 +120,7 @@ def write_image(path: str | Path, picture: Picture) -> None:
     if alpha is not None and (alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype):
         raise UsageError(f"expected alpha {pixels.shape[:2]}, {pixels.dtype}; got {alpha.shape}, {alpha.dtype}")
     try:
-        data = _encode(picture, suffix)
+        data = image_encoders.encode(picture, suffix)
     except Exception as error:  # as above: encoders have no common type for what they refuse
         raise ImageError(f"{path}: cannot be written in this format: {_reason(error)}") from error
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -144,7 +133,7 @@ def write_image(path: str | Path, picture: Picture) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {_reason(error)}") from error
-    if lost := _left_out(picture, suffix):
+    if lost := image_encoders.left_out(picture, suffix):
         warnings.warn(f"{path}: {suffix} cannot hold {', '.join(lost)}; write .png to keep everything", stacklevel=2)
 
 
@@ -331,11 +320,11 @@ def _metadata(image: Image.Image | None) -> tuple[dict[str, Any], int]:
         if image.format == "TIFF" or _ORIENTATION in tags:
             kept = Image.Exif()
             for tag, value in tags.items():
-                if tag in _SUB_IFDS:
+                if tag in SUB_IFDS:
                     kept.get_ifd(tag).update(tags.get_ifd(tag))
                 elif tag != _ORIENTATION and (image.format != "TIFF" or tag in _EXIF_OF_TIFF):
                     kept[tag] = value
-            exif = kept.tobytes() if len(kept) or any(kept.get_ifd(tag) for tag in _SUB_IFDS) else None
+            exif = kept.tobytes() if len(kept) or any(kept.get_ifd(tag) for tag in SUB_IFDS) else None
     except Exception:  # damaged metadata must not cost the image; the types are any, as in read_image
         exif = None
     dpi = dpi[::-1] if dpi and orientation in (5, 6, 7, 8) else dpi
@@ -373,83 +362,3 @@ def _reason(error: Exception) -> str:
     """One line of what an exception says."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return text.splitlines()[0]
-
-
-def _encode(picture: Picture, suffix: str) -> bytes:
-    pixels, alpha = picture.pixels, picture.alpha
-    if pixels.dtype == np.uint16 and suffix not in _DEEP:
-        pixels, alpha = (None if x is None else np.rint(x / 257).astype(np.uint8) for x in (pixels, alpha))
-        assert pixels is not None
-    if picture.is_grey:
-        pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(pixels.dtype)
-    array = pixels if alpha is None or suffix in _OPAQUE else np.dstack([pixels, alpha])
-    if suffix in (".tif", ".tiff"):
-        return _encode_tiff(picture, array)
-    if array.dtype == np.uint16:
-        return _encode_png16(picture, array)
-    options = dict(_SAVE_OPTIONS[suffix], icc_profile=picture.icc_profile, exif=picture.exif, dpi=picture.dpi)
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
-    return buffer.getvalue()
-
-
-def _left_out(picture: Picture, suffix: str) -> list[str]:
-    """What of a picture the format cannot hold, in words."""
-    lost = []
-    if suffix in _OPAQUE and picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
-        lost.append("transparency")
-    if suffix == ".bmp":
-        lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
-    return lost
-
-
-def _encode_png16(picture: Picture, array: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 2 to 4): OpenCV writes the pixels, the metadata is put in after the header."""
-    import cv2
-
-    order = {2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}  # OpenCV knows no grey with alpha
-    data = cv2.imencode(".png", array if array.ndim == 2 else array[..., order[array.shape[2]]])[1].tobytes()
-    chunks = []
-    if picture.icc_profile:
-        chunks.append(b"iCCPICC Profile\0\0" + zlib.compress(picture.icc_profile))
-    if picture.dpi:
-        chunks.append(b"pHYs" + struct.pack(">IIB", *(round(value / 0.0254) for value in picture.dpi), 1))
-    if picture.exif:
-        chunks.append(b"eXIf" + picture.exif.removeprefix(b"Exif\0\0"))
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-    end_of_header = 33  # signature and IHDR
-    return b"".join([data[:end_of_header], *framed, data[end_of_header:]])
-
-
-def _encode_tiff(picture: Picture, array: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 2 to 4), 8 or 16 bits, deflated.
-
-    By tifffile at either depth: Pillow has no 16-bit colour, and cannot write EXIF data into a compressed TIFF.
-    """
-    import tifffile
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    tags = Image.Exif()
-    if array.nbytes < 2**31:  # beyond 4 GB tifffile writes BigTIFF, whose directories are others
-        tags.load(picture.exif or b"")
-    sub_ifds = {tag: ifd for tag in _SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
-    extra = [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
-    extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {"compression": "zlib", "predictor": True, "byteorder": "<", "metadata": None}
-    options |= {"photometric": "minisblack" if picture.is_grey else "rgb", "software": False, "extratags": extra}
-    if array.ndim == 3:
-        options |= {"planarconfig": "contig", "extrasamples": ["unassalpha"] * (array.shape[2] in (2, 4))}
-    if picture.dpi:
-        options |= {"resolution": picture.dpi, "resolutionunit": "INCH"}
-    tifffile.imwrite(buffer, array, iccprofile=picture.icc_profile, **options)
-    data = bytearray(buffer.getvalue())
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        entries = {tag: file.pages.first.aspage().tags[tag - 1].offset for tag in sub_ifds}
-    for tag, entry in entries.items():  # append each directory and point there
-        data += b"\0" * (len(data) % 2)
-        struct.pack_into("<HHII", data, entry, tag, 4, 1, len(data))
-        directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=tag)
-        directory.update(sub_ifds[tag])
-        data += directory.tobytes(len(data))
-    return bytes(data)
