@@ -1,7 +1,165 @@
-"""The scan on the CPU (placeholder until the C library lands)."""
+"""The scan on the CPU: a small C library with a plain C ABI (csrc/), called through ctypes.
 
-from serpent_ir.ops.chunked import backward, forward  # noqa: F401
+ctypes releases the interpreter lock for the length of a call. The library works with the threads that PyTorch's
+OpenMP runtime keeps, where that can be found, and else makes its own for each call (csrc/threads.c says why). Results
+do not depend on either choice, nor on the number of threads; calls from several Python threads share nothing.
+"""
+
+import ctypes
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+PARTIAL_FLOATS = 1 << 26  # room for the gradients of proj by channel group, which are then added up in order
+LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
+_FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
+
+
+@dataclass
+class _Library:
+    forward: Callable[..., int]
+    backward: Callable[..., int]
+    levels: list[str]
+    openmp: int | None  # address of PyTorch's GOMP_parallel
+    process: int = field(default_factory=os.getpid)
+    level: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.level = len(self.levels) - 1
+
+
+@functools.cache
+def _load() -> tuple[_Library | None, str]:
+    """The library, or None and the reason."""
+    # An editable installation's package spans two folders, the sources' and the one that holds the library.
+    folders = importlib.import_module("serpent_ir.ops").__path__
+    found = [path for folder in folders for name in _FILES if (path := Path(folder) / name).is_file()]
+    if not found:
+        return None, "the CPU library was not built (no C compiler at installation); reinstall serpent-ir with one"
+    try:
+        handle = ctypes.CDLL(str(found[0]))
+        handle.serpent_scan_abi.restype = ctypes.c_int
+        if (abi := handle.serpent_scan_abi()) != ABI:
+            return None, f"{found[0]} has interface {abi} where {ABI} is expected; reinstall serpent-ir"
+        forward, backward, level = (
+            getattr(handle, f"serpent_scan_{name}") for name in ("forward", "backward", "level")
+        )
+    except (OSError, AttributeError) as error:
+        return None, f"the CPU library does not load ({' '.join(str(error).split())}); reinstall serpent-ir"
+    level.restype, level.argtypes = ctypes.c_char_p, [ctypes.c_int]
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    forward.restype = backward.restype = number
+    forward.argtypes = [number, number, *[pointer] * 4]
+    backward.argtypes = [number, number, *[pointer] * 5, ctypes.c_int64]
+    levels = []
+    while (name := level(len(levels))) is not None:
+        levels.append(name.decode())
+    library = _Library(forward, backward, levels, _find_openmp())
+    if wanted := os.environ.get(LEVEL_VARIABLE):
+        if wanted not in levels:
+            return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
+        library.level = levels.index(wanted)
+    return library, ""
+
+
+def _find_openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch is linked to (GNU's and LLVM's have it on Linux)."""
+    if sys.platform != "linux" or _forked():
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so").GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _forked() -> bool:
+    """Whether this process is a fork without an exec: an OpenMP pool that its parent used would wait for ever here."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return bool(int(fields[6]) & 0x40)  # the kernel's PF_FORKNOEXEC
 
 
 def unavailable() -> str:
-    return "the C library was not built"
+    """Why the library cannot serve, in one line; empty when it can."""
+    return _load()[1]
+
+
+def _library() -> _Library:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"ss2d: {reason}")
+    return library
+
+
+def levels() -> list[str]:
+    """Dispatch levels that this machine can run, the plainest first."""
+    return list(_library().levels)
+
+
+def use_level(name: str | None = None) -> None:
+    """Force one of `levels()`, or with None the best; the environment variable SERPENT_CPU_LEVEL does so at start."""
+    library = _library()
+    library.level = library.levels.index(name) if name is not None else len(library.levels) - 1
+
+
+def _how(library: _Library) -> tuple[int, int, int | None]:
+    """Dispatch level, number of threads, and whose threads."""
+    openmp = library.openmp if os.getpid() == library.process else None  # see _forked
+    return library.level, torch.get_num_threads(), openmp
+
+
+def _sizes(u: Tensor, dt_weight: Tensor, A_log: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 6)(*u.shape, A_log.shape[-1], dt_weight.shape[-1])
+
+
+def _pointers(tensors: tuple[Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+def _check(status: int) -> None:
+    if status == 1:
+        raise MemoryError("ss2d: not enough memory for the scan's states; give smaller images or batches")
+    if status:
+        raise RuntimeError(f"ss2d: the CPU library failed with status {status}")
+
+
+def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+    """See `serpent_ir.ops.ss2d`: contiguous inputs, u and proj of any floating dtype, parameters float32."""
+    library = _library()
+    inputs = (u.float(), proj.float(), dt_weight, dt_bias, A_log, D)
+    y = torch.empty_like(inputs[0])
+    if u.numel():
+        status = library.forward(*_how(library), _sizes(u, dt_weight, A_log), _pointers(inputs), y.data_ptr())
+        _check(status)
+    return y.to(u.dtype)
+
+
+def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the six inputs of `forward`, u's and proj's in their dtype; the states are computed again."""
+    library = _library()
+    u, _, dt_weight, _, A_log, _ = inputs
+    wide = tuple(x.float() for x in inputs)
+    grad_y = grad_y.float()
+    if not u.numel():
+        return tuple(torch.zeros_like(x) for x in inputs)
+    grads = tuple(torch.empty_like(x) for x in wide)
+    status = library.backward(
+        *_how(library),
+        _sizes(u, dt_weight, A_log),
+        _pointers(wide),
+        grad_y.data_ptr(),
+        _pointers(grads),
+        PARTIAL_FLOATS,
+    )
+    _check(status)
+    return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))

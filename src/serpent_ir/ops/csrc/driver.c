@@ -1,0 +1,187 @@
+/* The library's interface: choice of the dispatch level, memory, and the order in which tasks run.
+ *
+ * Every number is written by one task, and sums over tasks are taken afterwards in a fixed order: results do not
+ * depend on the number of threads. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "scan.h"
+#include "threads.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { ABI = 1, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+
+extern const scan_kernels scan_kernels_generic;
+#if defined(SERPENT_X86_LEVELS)
+extern const scan_kernels scan_kernels_x86_64_v2, scan_kernels_x86_64_v3, scan_kernels_x86_64_v4;
+#endif
+
+/* The level of that number, from the plainest on; NULL past the last that this machine can run. */
+static const scan_kernels *kernels_at(int level) {
+    const scan_kernels *found[4] = {&scan_kernels_generic};
+    int count = 1;
+#if defined(SERPENT_X86_LEVELS)
+    /* The features that CMakeLists.txt compiles each level for. */
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2"))
+        found[count++] = &scan_kernels_x86_64_v2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &scan_kernels_x86_64_v3;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+        found[count++] = &scan_kernels_x86_64_v4;
+#endif
+    return level >= 0 && level < count ? found[level] : NULL;
+}
+
+EXPORT int serpent_scan_abi(void) { return ABI; }
+
+EXPORT const char *serpent_scan_level(int level) {
+    const scan_kernels *kernels = kernels_at(level);
+    return kernels ? kernels->name : NULL;
+}
+
+typedef struct {
+    scan_problem problem;
+    const scan_kernels *kernels;
+    float *scratch;
+    int64_t scratch_floats;
+} call;
+
+/* Cache line aligned; the pointer that free() takes goes to *block. */
+static float *allocate(int64_t floats, void **block) {
+    *block = NULL;
+    if (floats < 0 || (uint64_t)floats > (SIZE_MAX - 64) / sizeof(float)) return NULL;
+    *block = malloc((size_t)floats * sizeof(float) + 64);
+    return *block ? (float *)(((uintptr_t)*block + 63) & ~(uintptr_t)63) : NULL;
+}
+
+static int clamp_threads(int threads, int64_t tasks) {
+    if (threads < 1) return 1;
+    return threads > tasks ? (int)tasks : threads;
+}
+
+static scan_problem problem_of(const int64_t sizes[6], const float *const inputs[6]) {
+    scan_problem p = {0};
+    p.batch = sizes[0], p.height = sizes[1], p.width = sizes[2];
+    p.channels = sizes[3], p.state = sizes[4], p.rank = sizes[5];
+    p.u = inputs[0], p.proj = inputs[1], p.dt_weight = inputs[2];
+    p.dt_bias = inputs[3], p.A_log = inputs[4], p.D = inputs[5];
+    return p;
+}
+
+static void forward_task(void *context, int64_t task, int thread) {
+    call *c = context;
+    c->kernels->forward(&c->problem, task, c->scratch + thread * c->scratch_floats);
+}
+
+/* sizes: batch, height, width, channels, state, rank, all at least 1; inputs: u, proj, dt_weight, dt_bias, A_log, D.
+ * openmp: see threads.h. Writes y. */
+EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
+                                const float *const inputs[6], float *y) {
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0};
+    void *block;
+    if (!c.kernels) return NO_LEVEL;
+    int64_t tasks = c.problem.batch * scan_groups(&c.problem);
+    threads = clamp_threads(threads, tasks);
+    c.problem.y = y;
+    c.scratch_floats = c.kernels->scratch_floats(&c.problem, 0);
+    c.scratch = allocate(c.scratch_floats * threads, &block);
+    if (!c.scratch) return NO_MEMORY;
+    run_tasks(forward_task, &c, tasks, threads, openmp);
+    free(block);
+    return OK;
+}
+
+static void backward_task(void *context, int64_t task, int thread) {
+    call *c = context;
+    c->kernels->backward(&c->problem, task, c->scratch + thread * c->scratch_floats);
+}
+
+/* Adds up the groups' gradients of one chunk of proj and writes them to its pixels. */
+static void gather_task(void *context, int64_t task, int thread) {
+    const scan_problem *p = &((call *)context)->problem;
+    int64_t chunks = scan_chunks(p), row = scan_row(p), groups = p->group_end - p->group_begin;
+    int64_t chunk = task % chunks, image = task / chunks % p->batch, k = task / chunks / p->batch + p->k_begin;
+    const float *first = p->partial + ((task / chunks * groups) * chunks + chunk) * row * CHUNK;
+    int64_t pixel[CHUNK], left = scan_length(p) - chunk * CHUNK, count = left < CHUNK ? left : CHUNK;
+    (void)thread;
+    scan_pixels(p, k, chunk * CHUNK, count, pixel);
+    for (int64_t i = 0; i < row; i++) {
+        float sums[CHUNK];
+        memcpy(sums, first + i * CHUNK, sizeof sums);
+        for (int64_t group = 1; group < groups; group++)
+            for (int t = 0; t < CHUNK; t++) sums[t] += first[(group * chunks * row + i) * CHUNK + t];
+        for (int64_t t = 0; t < count; t++) {
+            float *to = p->dproj + ((image * scan_length(p) + pixel[t]) * DIRECTIONS + k) * row + i;
+            *to = p->group_begin > 0 ? *to + sums[t] : sums[t];
+        }
+    }
+}
+
+/* Parameter gradients: the images' added up in order, and laid out as the parameters are. */
+static void gather_parameters(const scan_problem *p, float *const grads[6]) {
+    int64_t rows = scan_params(p), groups = scan_groups(p), rank = p->rank;
+    for (int64_t k = 0; k < DIRECTIONS; k++)
+        for (int64_t channel = 0; channel < p->channels; channel++)
+            for (int64_t i = 0; i < rows; i++) {
+                int64_t at = k * p->channels + channel;
+                double sum = 0;
+                for (int64_t image = 0; image < p->batch; image++)
+                    sum += p->dparams[(((image * DIRECTIONS + k) * groups + channel / GROUP) * rows + i) * GROUP +
+                                      channel % GROUP];
+                if (i < rank)
+                    grads[2][at * rank + i] = (float)sum;
+                else if (i == rank)
+                    grads[3][at] = (float)sum;
+                else if (i == rank + 1)
+                    grads[5][at] = (float)sum;
+                else
+                    grads[4][at * p->state + i - rank - 2] = (float)sum;
+            }
+}
+
+/* As serpent_scan_forward; writes the gradients of the six inputs, in their order. The gradients of proj before their
+ * sum over channel groups take at most partial_floats floats, or as many as that sum where this is more. */
+EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
+                                 const float *const inputs[6], const float *grad_y, float *const grads[6],
+                                 int64_t partial_floats) {
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0};
+    scan_problem *p = &c.problem;
+    if (!c.kernels) return NO_LEVEL;
+    int64_t groups = scan_groups(p), chunks = scan_chunks(p);
+    int64_t per_group = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_group;
+    int64_t limit = whole > partial_floats ? whole : partial_floats;
+    /* As much side by side as the limit allows: all directions of all groups, or some groups of one direction. */
+    int64_t directions = whole * groups <= limit ? DIRECTIONS : 1;
+    int64_t groups_at_once = directions == DIRECTIONS ? groups : limit / per_group;
+    if (groups_at_once > groups) groups_at_once = groups;
+    threads = threads < 1 ? 1 : threads;
+    int workers = clamp_threads(threads, p->batch * groups_at_once);
+
+    void *scratch_block, *partial_block;
+    c.scratch_floats = c.kernels->scratch_floats(p, 1);
+    c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
+    p->partial = allocate(directions * groups_at_once * per_group, &partial_block);
+    p->dparams = calloc((size_t)(p->batch * DIRECTIONS * groups * scan_params(p) * GROUP), sizeof(double));
+    int status = c.scratch && p->partial && p->dparams ? OK : NO_MEMORY;
+    p->grad_y = grad_y, p->du = grads[0], p->dproj = grads[1];
+    for (int64_t k = 0; status == OK && k < DIRECTIONS; k += directions)
+        for (int64_t group = 0; group < groups; group += groups_at_once) {
+            p->k_begin = k, p->k_end = k + directions;
+            p->group_begin = group, p->group_end = groups - group < groups_at_once ? groups : group + groups_at_once;
+            int64_t tasks = p->batch * (p->group_end - p->group_begin);
+            run_tasks(backward_task, &c, tasks, clamp_threads(workers, tasks), openmp);
+            tasks = directions * p->batch * chunks;
+            run_tasks(gather_task, &c, tasks, clamp_threads(threads, tasks), openmp);
+        }
+    if (status == OK) gather_parameters(p, grads);
+    free(scratch_block);
+    free(partial_block);
+    free(p->dparams);
+    return status;
+}

@@ -1,0 +1,64 @@
+/* What the kernels of every dispatch level and the driver (driver.c) share. All floats are float32. */
+#ifndef SERPENT_SCAN_H
+#define SERPENT_SCAN_H
+
+#include <stdint.h>
+
+enum {
+    GROUP = 16, /* channels that one task walks side by side: a cache line of floats */
+    CHUNK = 32, /* positions whose values are packed in the first level cache */
+    DIRECTIONS = 4
+};
+
+/* One call. Maps are (batch, height, width, ...), contiguous; parameters as in serpent_ir.ops.ss2d. */
+typedef struct {
+    int64_t batch, height, width, channels, state, rank;
+    const float *u, *proj, *dt_weight, *dt_bias, *A_log, *D;
+    float *y; /* forward only; what follows is the backward pass's */
+    const float *grad_y;
+    float *du, *dproj;
+    double *dparams; /* (batch, direction, group, rank + 2 + state, GROUP): rows of dt_weight, dt_bias, D, A_log */
+    /* dproj before its sum over channel groups, for the directions and groups of the current phase:
+     * (direction, batch, group, chunk of the direction's walk, rank + 2 state, CHUNK) */
+    float *partial;
+    int64_t k_begin, k_end, group_begin, group_end;
+} scan_problem;
+
+static inline int64_t scan_length(const scan_problem *p) { return p->height * p->width; }
+static inline int64_t scan_chunks(const scan_problem *p) { return (scan_length(p) + CHUNK - 1) / CHUNK; }
+static inline int64_t scan_groups(const scan_problem *p) { return (p->channels + GROUP - 1) / GROUP; }
+static inline int64_t scan_row(const scan_problem *p) { return p->rank + 2 * p->state; }
+static inline int64_t scan_params(const scan_problem *p) { return p->rank + 2 + p->state; }
+
+/* Where `count` steps of direction k from step `first` on fall: pixel numbers row * width + column.
+ * 0 walks row by row, 1 column by column, 2 and 3 are those two backwards. */
+static inline void scan_pixels(const scan_problem *p, int64_t k, int64_t first, int64_t count, int64_t *pixel) {
+    int64_t forward = k < 2 ? first : scan_length(p) - 1 - first;
+    int64_t step = k < 2 ? 1 : -1;
+    if (k % 2 == 0) {
+        for (int64_t t = 0; t < count; t++) pixel[t] = forward + step * t;
+        return;
+    }
+    int64_t column = forward / p->height, row = forward % p->height;
+    for (int64_t t = 0; t < count; t++) {
+        pixel[t] = row * p->width + column;
+        row += step;
+        if (row == p->height) {
+            row = 0;
+            column++;
+        } else if (row < 0) {
+            row = p->height - 1;
+            column--;
+        }
+    }
+}
+
+/* One dispatch level: kernels.c compiled for one instruction set. A task is (image, channel group of the phase). */
+typedef struct {
+    const char *name;
+    int64_t (*scratch_floats)(const scan_problem *p, int backward);
+    void (*forward)(const scan_problem *p, int64_t task, float *scratch);
+    void (*backward)(const scan_problem *p, int64_t task, float *scratch);
+} scan_kernels;
+
+#endif

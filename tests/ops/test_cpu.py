@@ -1,0 +1,282 @@
+"""The C library of the `cpu` backend against the plain loop in double precision."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from serpent_ir import ops
+from serpent_ir.ops import cpu, ss2d
+
+NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
+LEVELS = [] if cpu.unavailable() else cpu.levels()
+needs_library = pytest.mark.skipif(not LEVELS, reason=cpu.unavailable() or "built")
+PAPER = [(6, 2), (11, 4), (22, 8), (43, 16)]
+
+
+def make_inputs(batch: int, height: int, width: int, d: int, state: int, rank: int, dt_shift: float = -3.0):
+    """Six inputs in float32 at the scale of a fresh network (dt about e^dt_shift), and a gradient for y."""
+    g = torch.Generator().manual_seed(height * width + d)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    A_log = torch.arange(1.0, state + 1).log() + 0.1 * draw(4, d, state)
+    inputs = [
+        draw(batch, height, width, d),
+        draw(batch, height, width, 4, rank + 2 * state),
+        draw(4, d, rank) * 0.5 * rank**-0.5,
+        draw(4, d) * 0.5 + dt_shift,
+        A_log,
+        draw(4, d),
+    ]
+    return inputs, draw(batch, height, width, d)
+
+
+def run(backend: str, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:
+    """y and the gradients of the six inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = ss2d(*leaves, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm())
+
+
+def without_cancellation(inputs: list[Tensor], grad_y: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The same step sizes and decays with everything that is added up positive: the scale of rounding errors."""
+    u, proj, dt_weight, dt_bias, A_log, D = inputs
+    rank = dt_weight.shape[-1]
+    proj = torch.cat([proj[..., :rank], proj[..., rank:].abs()], -1)
+    return [u.abs(), proj, dt_weight, dt_bias, A_log, D.abs()], grad_y.abs()
+
+
+def check(inputs: list[Tensor], grad_y: Tensor, exact_backend: str = "reference", few_numbers: bool = False) -> None:
+    """The error may be twice the one that the same precision costs in plain PyTorch operations.
+
+    Those sum pairwise where a scan goes on and on; one unit of rounding is allowed where they happen to be exact. Where
+    there are few numbers, a norm may be all cancellation, and that unit is one of the sums of absolute values.
+    """
+    wide = [x.double() for x in inputs], grad_y.double()
+    exact = run(exact_backend, *wide)
+    scale = run(exact_backend, *without_cancellation(*wide)) if few_numbers else exact
+    plain = run("torch", inputs, grad_y)
+    for name, value, by_torch, expected, big in zip(
+        NAMES, run("cpu", inputs, grad_y), plain, exact, scale, strict=True
+    ):
+        assert value.dtype == by_torch.dtype
+        allowed = max(2 * error(by_torch, expected), torch.finfo(torch.float32).eps * float(big.norm()), 1e-30)
+        assert error(value, expected) <= allowed, name
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What the backend allocates holds NaN before it is written."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if LEVELS:
+        cpu.use_level()
+
+
+def test_ci_tests_the_library_where_a_compiler_is():
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if not os.environ.get("CI") or compiler is None:
+        pytest.skip("outside CI, or no C compiler: the library is optional")
+    assert cpu.unavailable() == ""
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 3, 1, 1),
+        (2, 5, 7, 20, *PAPER[0]),
+        (1, 1, 67, 16, *PAPER[1]),
+        (3, 33, 1, 5, *PAPER[2]),
+        (1, 4, 8, 40, *PAPER[3]),
+    ],
+    ids=str,
+)
+def test_output_and_every_gradient(sizes, level):
+    cpu.use_level(level)
+    check(*make_inputs(*sizes))
+
+
+@needs_library
+def test_long_memory():
+    check(*make_inputs(1, 31, 27, 16, 6, 2, dt_shift=-7.0))
+
+
+@needs_library
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, top) for top in (3, 12, 12, 40, 9, 5)]),
+    st.sampled_from(LEVELS or [""]),
+    st.floats(-6, 4),
+)
+def test_any_sizes(sizes, level, dt_shift):
+    cpu.use_level(level)
+    check(*make_inputs(*sizes, dt_shift=dt_shift), exact_backend="torch", few_numbers=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_maps(dtype):
+    (u, proj, *params), grad_y = make_inputs(2, 6, 5, 20, 6, 2)
+    check([u.to(dtype), proj.to(dtype), *params], grad_y.to(dtype))
+
+
+@needs_library
+def test_bits_do_not_depend_on_threads_or_memory(monkeypatch):
+    given_inputs = make_inputs(2, 9, 11, 90, 5, 2)
+    torch.set_num_threads(1)
+    expected = run("cpu", *given_inputs)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert same_bits(run("cpu", *given_inputs), expected)
+    monkeypatch.setattr(cpu._library(), "openmp", None)
+    assert same_bits(run("cpu", *given_inputs), expected), "threads of our own"
+    monkeypatch.setattr(cpu, "PARTIAL_FLOATS", 0)  # six channel groups, so four and then two at once
+    in_parts = run("cpu", *given_inputs)
+    check(*given_inputs, exact_backend="torch")
+    torch.set_num_threads(1)
+    assert same_bits(run("cpu", *given_inputs), in_parts)
+
+
+@needs_library
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_calls_from_several_python_threads(own_threads, monkeypatch):
+    if own_threads:
+        monkeypatch.setattr(cpu._library(), "openmp", None)
+    torch.set_num_threads(2)
+    cases = [make_inputs(1, 8, 5 + i, 40, 6, 2) for i in range(4)]
+    expected = [run("cpu", *case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: run("cpu", *cases[i % 4]), range(24)))
+    assert all(same_bits(result, expected[i % 4]) for i, result in enumerate(results))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+def test_nan_goes_where_it_belongs(level):
+    cpu.use_level(level)
+    odd_nan = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32)  # not the one that arithmetic makes
+    inputs, grad_y = make_inputs(1, 3, 5, 18, 3, 2)
+    for i in range(6):
+        spoilt = [x.clone() for x in inputs]
+        spoilt[i].view(-1)[spoilt[i].numel() // 2] = odd_nan
+        for name, value, expected in zip(
+            NAMES, run("cpu", spoilt, grad_y), run("reference", spoilt, grad_y), strict=True
+        ):
+            assert torch.equal(value.isnan(), expected.isnan()), (i, name)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dt_bias", [-100.0, 100.0])
+@pytest.mark.parametrize("A_log", [-30.0, 30.0, 200.0])
+def test_extreme_parameters(level, dt_bias, A_log):
+    cpu.use_level(level)
+    inputs, _ = make_inputs(1, 2, 3, 4, 2, 1)
+    inputs[3].fill_(dt_bias)
+    inputs[4].fill_(A_log)
+    expected = ss2d(*inputs, backend="reference")
+    torch.testing.assert_close(ss2d(*inputs, backend="cpu"), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_empty_maps_and_too_large_ones():
+    inputs, grad_y = make_inputs(2, 0, 3, 4, 2, 1)
+    assert all(not x.any() for x in run("cpu", inputs, grad_y))
+    inputs, grad_y = make_inputs(1, 1, 1, 4, 2, 1)
+    library, pointers = cpu._library(), cpu._pointers(tuple(inputs))
+    sizes = cpu._sizes(inputs[0], inputs[2], inputs[4])
+    sizes[1] = 1 << 50
+    with pytest.raises(MemoryError):
+        cpu._check(library.backward(*cpu._how(library), sizes, pointers, grad_y.data_ptr(), pointers, 0))
+
+
+FORK = """
+    import os, pickle, sys, threading
+    import torch
+
+    torch.set_num_threads(2)
+    torch.randn(600, 600) @ torch.randn(600, 600)  # PyTorch's threads exist, and a child will not have them
+    sys.path.insert(0, sys.argv[1])
+
+    def results():
+        from test_cpu import make_inputs, run
+        return [x.numpy().tobytes() for x in run("cpu", *make_inputs(2, 7, 9, 40, 6, 2))]
+
+    def in_child():
+        read, write = os.pipe()
+        if os.fork() == 0:
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(results(), pipe)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            return pickle.load(pipe)
+
+    first = in_child()  # loads the library after the fork
+    own = results()
+    assert first == own == in_child()  # and before it
+    from serpent_ir.ops import cpu
+    print(cpu.levels()[cpu._library().level])
+"""
+
+
+@needs_library
+def test_after_a_fork_and_with_dirty_memory():
+    """MALLOC_PERTURB_ makes glibc hand out memory full of 3e38, which would show in a sum that was not cleared."""
+    environment = os.environ | {"MALLOC_PERTURB_": "128", cpu.LEVEL_VARIABLE: "generic"}
+    command = [sys.executable, "-c", textwrap.dedent(FORK), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["generic"]
+
+
+def load_again(monkeypatch, folder) -> str:
+    monkeypatch.setattr(ops, "__path__", [str(folder)])
+    library, reason = cpu._load.__wrapped__()
+    assert library is None
+    assert "\n" not in reason
+    return reason
+
+
+def test_says_what_is_wrong_with_the_library(monkeypatch, tmp_path):
+    assert "not built" in load_again(monkeypatch, tmp_path)
+    (tmp_path / cpu._FILES[0]).write_text("no library")
+    assert "does not load" in load_again(monkeypatch, tmp_path)
+
+
+@needs_library
+def test_says_what_is_wrong_with_a_setting_or_an_old_library(monkeypatch):
+    monkeypatch.setenv(cpu.LEVEL_VARIABLE, "mmx")
+    library, reason = cpu._load.__wrapped__()
+    assert library is None
+    assert "mmx" in reason
+    assert "generic" in reason
+    monkeypatch.setattr(cpu, "ABI", 999)
+    assert "interface" in cpu._load.__wrapped__()[1]
