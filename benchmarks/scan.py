@@ -1,0 +1,175 @@
+"""Milliseconds of the scan on a GPU, forward and backward, beside what public CUDA software takes.
+
+    python benchmarks/scan.py [--backends triton torch] [--maps 256 512] [--train] [--dtype bfloat16] --out scan.json
+
+A row is one map of the network: level l of a map of side s has side s / 2^l and 64 * 2^l channels. Each backend is
+checked against float64 on small maps first, and a wrong one is not timed. `events` times calls as a program makes
+them, `graph` the same kernels replayed from a CUDA graph, without Python between them (null where that fails).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serpent_ir.ops import ss2d
+
+LEVELS = [(64, 6, 2), (128, 11, 4), (256, 22, 8), (512, 43, 16)]  # d_inner, d_state, dt_rank
+TRAINING = [(128, 32), (64, 64), (16, 128)]  # batch, side of the first level's map
+SOURCE = "issue 3"  # where the figures below come from: public CUDA scan, cross scan and merge, batch 1 on an H100
+PUBLIC_FORWARD = dict(zip([(256, 64), (128, 128), (64, 256), (32, 512)], [0.447, 0.207, 0.142, 0.110], strict=True))
+PUBLIC_BACKWARD = dict(zip([(256, 64), (128, 128), (64, 256), (32, 512)], [0.758, 0.700, 0.590, 0.621], strict=True))
+
+
+def make_inputs(batch: int, side: int, level: int, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs of `ss2d` with the step sizes of a fresh network (softplus of the bias in [1e-3, 1e-1])."""
+    d, N, R = LEVELS[level]
+    torch.manual_seed(0)
+    dt = torch.exp(torch.empty(4, d).uniform_(-6.9, -2.3))
+    inputs = [
+        torch.randn(batch, side, side, d).to(dtype),
+        torch.randn(batch, side, side, 4, R + 2 * N).to(dtype),
+        torch.empty(4, d, R).uniform_(-(R**-0.5), R**-0.5),
+        dt + torch.log(-torch.expm1(-dt)),
+        torch.arange(1.0, N + 1).log().repeat(4, d, 1),
+        torch.ones(4, d),
+    ]
+    return [x.cuda() for x in inputs]
+
+
+def run_both(inputs: list[Tensor], grad_y: Tensor, backend: str) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = ss2d(*leaves, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
+
+
+def worst_error(backend: str, level: int, dtype: torch.dtype) -> float:
+    """Largest error of y and the gradients against float64, each relative to its largest value."""
+    inputs = make_inputs(2, 24, level, dtype)
+    grad_y = torch.randn_like(inputs[0])
+    truth = run_both([x.double() for x in inputs], grad_y.double(), "torch")
+    ours = run_both(inputs, grad_y, backend)
+    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(ours, truth, strict=True)]
+    return float(torch.stack(errors).max())  # NaN stays NaN
+
+
+def time_events(call: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds of a call, each between two CUDA events."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_graph(call: Callable[[], Any], repeats: int) -> float | None:
+    """Median milliseconds of the call's kernels replayed from a CUDA graph."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}", file=sys.stderr)
+        return None
+    return time_events(graph.replay, repeats)
+
+
+def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    inputs = make_inputs(batch, side, level, dtype)
+    grad_y = torch.randn_like(inputs[0])
+
+    def forward() -> Tensor:
+        return torch.ops.serpent_ir.ss2d(*inputs, backend)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.ops.serpent_ir.ss2d_backward(grad_y, *inputs, backend)
+
+    row: dict[str, Any] = {"name": backend, "shape": list(inputs[0].shape), "d_state": LEVELS[level][1]}
+    for name, call in (("forward", forward), ("backward", backward)):
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        row[f"{name}_events_ms"] = time_events(call, repeats)
+        row[f"{name}_scratch_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
+        # The plain path launches tens of thousands of kernels, too many for a graph.
+        row[f"{name}_graph_ms"] = None if backend == "torch" else time_graph(call, repeats)
+    if batch == 1 and (side, LEVELS[level][0]) in PUBLIC_FORWARD:
+        row["public_forward_ms"] = PUBLIC_FORWARD[side, LEVELS[level][0]]
+        row["public_backward_ms"] = PUBLIC_BACKWARD[side, LEVELS[level][0]]
+    return row
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{'backend':8} {'map':20} {'fwd':>8} {'graph':>8} {'x':>5} {'bwd':>8} {'graph':>8} {'x':>5} {'scratch GB':>10}"
+    )
+    for row in rows:
+        cells = [f"{row['name']:8} {'x'.join(map(str, row['shape'])):20}"]
+        for way in ("forward", "backward"):
+            events, graph, public = row[f"{way}_events_ms"], row[f"{way}_graph_ms"], row.get(f"public_{way}_ms")
+            best = events if graph is None else graph
+            ratio = f"{public / best:.1f}" if public else ""
+            cells.append(f"{events:8.3f} {'' if graph is None else format(graph, '.3f'):>8} {ratio:>5}")
+        cells.append(f"{row['backward_scratch_gb']:10.2f}")
+        print(" ".join(cells))
+    print(f"x: how many times faster than the public software ({SOURCE})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--backends", nargs="+", default=["triton", "torch"])
+    parser.add_argument("--maps", nargs="*", type=int, default=[256, 512], help="sides of first-level maps, batch 1")
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="also training batches")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/scan.py times GPU kernels: no CUDA device here")
+    dtype = getattr(torch, args.dtype)
+    allowed = {"bfloat16": 2**-7, "float16": 2**-9, "float32": 1e-4}[args.dtype]
+    maps = [(1, side) for side in args.maps] + (TRAINING if args.train else [])
+    rows, errors = [], {}
+    for backend in args.backends:
+        errors[backend] = [worst_error(backend, level, dtype) for level in range(len(LEVELS))]
+        print(f"{backend}: relative errors {' '.join(f'{e:.1e}' for e in errors[backend])}", flush=True)
+        if not all(e <= allowed for e in errors[backend]):
+            sys.exit(f"{backend} is wrong (more than {allowed:.1e}): not timed")
+        repeats = args.repeats if backend != "torch" else 3
+        for batch, side in maps:
+            for level in range(len(LEVELS)):
+                rows.append(measure(backend, batch, side >> level, level, dtype, repeats))
+                print(json.dumps(rows[-1]), flush=True)
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "dtype": args.dtype,
+        "public_source": SOURCE,
+        "relative_errors": errors,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

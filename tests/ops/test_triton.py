@@ -1,0 +1,204 @@
+"""The Triton scan against the plain loop in float64; where there is no GPU, through Triton's interpreter.
+
+A tolerance is twice the error that plain PyTorch makes in the same dtype, plus a few roundings of the largest value.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # has to stand before triton is imported anywhere
+
+pytest.importorskip("triton")
+
+from serpent_ir.ops import chunked, reference, ss2d  # noqa: E402
+from serpent_ir.ops import triton_scan as scan  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: real sizes are checked where there is one")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new buffer holds NaN, so an element that no kernel writes shows."""
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, chunks and blocks of channels already on maps that the interpreter can walk."""
+    monkeypatch.setattr(scan, "FORWARD_TILE", (4, 4))
+    monkeypatch.setattr(scan, "BACKWARD_TILE", (4, 4))
+    monkeypatch.setattr(scan, "SHORTEST", 8)
+
+
+def make(shape: tuple[int, int, int, int], N: int, R: int, dtype: torch.dtype, spread: float = 1.0) -> list[Tensor]:
+    batch, height, width, d = shape
+    torch.manual_seed(0)
+    return [
+        torch.randn(shape, device=DEVICE).to(dtype),
+        torch.randn(batch, height, width, 4, R + 2 * N, device=DEVICE).to(dtype),
+        torch.randn(4, d, R, device=DEVICE) * R**-0.5 * spread,
+        torch.randn(4, d, device=DEVICE) * spread - 2,
+        (torch.rand(4, d, N, device=DEVICE) * N + 0.5).log(),
+        torch.randn(4, d, device=DEVICE),
+    ]
+
+
+def check(inputs: list[Tensor], *, truth=reference) -> None:
+    grad_y = torch.randn(inputs[0].shape, device=DEVICE).to(inputs[0].dtype)
+    double = [x.double() for x in inputs]
+    if truth is reference:
+        leaves = [x.requires_grad_() for x in double]
+        y = reference.forward(*leaves)
+        expected = (y.detach(), *torch.autograd.grad(y, leaves, grad_y.double()))
+    else:
+        expected = (truth.forward(*double), *truth.backward(grad_y.double(), *double))
+    plain = (chunked.forward(*inputs), *chunked.backward(grad_y, *inputs))
+    ours = (scan.forward(*inputs), *scan.backward(grad_y, *inputs))
+    for name, a, b, want in zip(NAMES, ours, plain, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == want.shape and a.is_contiguous(), name
+        tolerance = 2 * (b.double() - want).abs().max() + 32 * torch.finfo(torch.float32).eps * want.abs().max()
+        if a.dtype == torch.bfloat16 and not GPU:  # the interpreter truncates where a GPU rounds to nearest
+            tolerance += torch.finfo(a.dtype).eps * want.abs().max()
+        error = (a.double() - want).abs().max()
+        assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 7, 2), (1, 5, 3, 5), (1, 1, 1, 1), (1, 1, 9, 3), (1, 9, 1, 2), (1, 4, 4, 4)],
+    ids=str,
+)
+def test_ragged_maps(shape: tuple[int, int, int, int], small_tiles: None) -> None:
+    check(make(shape, 2, 1, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, small_tiles: None) -> None:
+    check(make((1, 2, 5, 3), 2, 2, dtype))
+
+
+@pytest.mark.parametrize(("N", "R"), [(6, 2), (11, 4), (22, 8), (43, 16)])
+def test_states_and_ranks_of_the_paper(N: int, R: int, small_tiles: None) -> None:
+    check(make((1, 2, 3, 1), N, R, torch.float32))
+
+
+def test_real_tiles() -> None:
+    check(make((1, 3, 11, 3), 1, 1, torch.float32))
+
+
+def test_one_direction_at_a_time(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large maps run direction by direction, adding up into one array."""
+    monkeypatch.setattr(scan, "SIDE_BY_SIDE", 0)
+    check(make((2, 2, 5, 2), 1, 1, torch.bfloat16))
+    check(make((1, 2, 5, 2), 1, 1, torch.float32))
+
+
+def test_walks_of_one_chunk(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "ENOUGH", 0)
+    check(make((1, 3, 5, 2), 1, 1, torch.float32))
+
+
+def test_64_bit_offsets(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "WIDE_FROM", 0)
+    check(make((1, 3, 3, 2), 2, 1, torch.float32))
+
+
+def test_far_step_sizes(small_tiles: None) -> None:
+    """Softplus far from zero on either side."""
+    check(make((1, 3, 4, 3), 2, 1, torch.float32, spread=30.0))
+
+
+def test_softplus_is_accurate_for_tiny_steps() -> None:
+    """With B = C = 1 and one position, y = 4 dt u: relative error where dt is as small as exp(-40)."""
+    bias = torch.linspace(-40, 40, 32, device=DEVICE).repeat(4, 1)
+    u = torch.ones(1, 1, 1, 32, device=DEVICE)
+    proj = torch.ones(1, 1, 1, 4, 3, device=DEVICE)
+    proj[..., 0] = 0
+    y = scan.forward(u, proj, torch.zeros(4, 32, 1, device=DEVICE), bias, torch.zeros_like(bias)[..., None], bias * 0)
+    expected = 4 * torch.nn.functional.softplus(bias[0].double(), threshold=100)
+    torch.testing.assert_close(y[0, 0, 0].double(), expected, rtol=4e-6, atol=0)
+
+
+def test_gradients_repeat_bit_for_bit(small_tiles: None) -> None:
+    inputs = make((1, 3, 5, 2), 1, 1, torch.float32)
+    grad_y = torch.randn_like(inputs[0])
+    for a, b in zip(scan.backward(grad_y, *inputs), scan.backward(grad_y, *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["u", "proj"])
+def test_nan_reaches_every_later_position(which: int, small_tiles: None) -> None:
+    inputs = make((1, 3, 4, 2), 1, 1, torch.float32)
+    inputs[which][0, 1, 2] = torch.nan
+    y = scan.forward(*inputs)
+    assert y.isnan().all()  # what a walk has not passed yet, the same walk backwards has
+    grad_y = torch.ones_like(y)
+    leaves = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(reference.forward(*leaves), leaves, grad_y)
+    for name, a, b in zip(NAMES[1:], scan.backward(grad_y, *inputs), expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+
+
+def test_empty_batch() -> None:
+    inputs = make((0, 3, 5, 2), 2, 1, torch.float32)
+    assert scan.forward(*inputs).shape == inputs[0].shape
+    assert [g.shape for g in scan.backward(inputs[0], *inputs)] == [x.shape for x in inputs]
+
+
+def test_through_the_operator(small_tiles: None) -> None:
+    inputs = make((1, 2, 3, 2), 2, 1, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    ss2d(*leaves, backend="triton").square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_network_levels_on_gpu(d: int, N: int, R: int, side: int, batch: int, dtype: torch.dtype) -> None:
+    check(make((batch, side, side, d), N, R, dtype), truth=chunked)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_larger_and_ragged_maps_on_gpu(dtype: torch.dtype) -> None:
+    check(make((1, 256, 256, 64), 6, 2, dtype), truth=chunked)
+    check(make((2, 97, 61, 100), 7, 3, dtype), truth=chunked)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("height", "width"), [(2048, 2048), (8192, 4096)])
+def test_long_walks_on_gpu(height: int, width: int) -> None:
+    """Up to 2^31 elements; three of the 64 channels are compared."""
+    inputs = make((1, height, width, 64), 6, 2, torch.bfloat16)
+    y = scan.forward(*inputs)
+    some = [0, 31, 63]
+    u, proj, *params = inputs
+    expected = chunked.forward(u[..., some], proj, *(p[:, some] for p in params))
+    difference = (y[..., some].float() - expected.float()).abs()
+    assert (difference <= 2**-7 * expected.float().abs() + 1e-3).all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_gradients_repeat_bit_for_bit_on_gpu() -> None:
+    inputs = make((4, 64, 64, 64), 6, 2, torch.bfloat16)
+    grad_y = torch.randn_like(inputs[0])
+    for a, b in zip(scan.backward(grad_y, *inputs), scan.backward(grad_y, *inputs), strict=True):
+        assert torch.equal(a, b)
