@@ -170,3 +170,19 @@ def test_evaluation_scores_an_identity_network_as_its_input(folders):
     given = create_degradation("sr8").network_input(y).clamp(0, 1).mul(255).round() / 255
     expected = -10 * math.log10((given - clean).double().square().mean())
     assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured where there is one")
+def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
+    losses = {}
+    for graphs in (False, True):
+        monkeypatch.setattr("serpent_ir.train.CUDA_GRAPHS", graphs)
+        recipe = load_recipe(recipe_file(folders, f"graphs{graphs}", device="cuda"))
+        trainer = Trainer(recipe, say=lambda line: None)
+        steps = []
+        while trainer.step < recipe.steps:
+            steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
+            trainer.step += 1
+        losses[graphs] = steps
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)

@@ -30,7 +30,7 @@ _HOMES = {
     "list_models": "serpent_ir.models",
     "restore": "serpent_ir.inference",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

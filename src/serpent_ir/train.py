@@ -24,6 +24,7 @@ from serpent_ir.models import create_model
 from serpent_ir.recipe import Recipe, Stage, load_recipe
 
 LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
+CUDA_GRAPHS = True  # a step of many small kernels is otherwise bound by the host that launches them
 
 
 def train(config: Path, overrides: Sequence[str] = ()) -> Path:
@@ -55,8 +56,13 @@ class Trainer:
             network = create_model(recipe.model, task=recipe.task)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.lr, fused=fused)
+        self.update: Callable[[Tensor, Tensor], Tensor] = self._update
+        lr: float | Tensor = recipe.lr
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and CUDA_GRAPHS:
+            self.update = GraphedStep(self._update)
+            lr = torch.tensor(recipe.lr, device=self.device)  # a number would be frozen into the graph
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, fused=on_gpu, capturable=on_gpu)
         self._open_run()
         self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
         for stage in recipe.stages:
@@ -138,7 +144,19 @@ class Trainer:
     def _train_step(self, stage: Stage, first: int) -> Tensor:
         degraded, clean = self.cache.batch(first, stage.batch, stage.crop, seed=self.recipe.seed, step=self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self._lr())
+            else:
+                group["lr"] = self._lr()
+        loss = self.update(degraded, clean)
+        # The average follows quickly at first, so that it never drags the initial weights along.
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
+        torch._foreach_lerp_(*pairs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        return loss
+
+    def _update(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        """Forward, backward and the optimiser's step; returns the loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             restored = self.network(degraded)
         loss = F.l1_loss(restored.float(), clean)
@@ -146,10 +164,6 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         self.optimizer.step()
-        # The average follows quickly at first, so that it never drags the initial weights along.
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
-        torch._foreach_lerp_(*pairs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         return loss.detach()
 
     def _validate(self) -> None:
@@ -162,6 +176,48 @@ class Trainer:
             file.write(json.dumps(row) + "\n")
         texts = (f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         self.say("  ".join(texts))
+
+
+class GraphedStep:
+    """Calls `step(*tensors) -> tensor` from a CUDA graph, captured anew whenever the shapes change.
+
+    The first calls at a shape run as they are, on a stream of their own as capturing asks for: they make the kernels,
+    the gradients and the optimiser's state that the graph goes on with.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, step: Callable[..., Tensor]):
+        self.step = step
+        self.shapes: list[torch.Size] = []
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.output: Tensor | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        shapes = [x.shape for x in tensors]
+        if shapes != self.shapes:
+            torch.cuda.synchronize()  # before the memory of the old graph goes
+            self.shapes, self.calls, self.graph, self.inputs, self.output = shapes, 0, None, [], None
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = self.step(*tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        if self.graph is None:
+            self.inputs = [x.clone() for x in tensors]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.step(*self.inputs)
+        for kept, x in zip(self.inputs, tensors, strict=True):
+            kept.copy_(x)
+        self.graph.replay()
+        assert self.output is not None
+        return self.output.clone()
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -40,6 +40,20 @@ class SerpentConfig:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that keeps the dtype of its input, with statistics in float32.
+
+    Autocast would make a float32 copy of the map before it and hand one on.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class SS2D(nn.Module):
     """The two-dimensional selective scan with its projections and gate (paper, section 2.3 and Figure 2)."""
 
@@ -55,7 +69,7 @@ class SS2D(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(K, d_inner, 1))
         self.D = nn.Parameter(torch.ones(K, d_inner))
-        self.norm = nn.LayerNorm(d_inner)
+        self.norm = LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, c, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ class VSSBlock(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm = nn.LayerNorm(c)
+        self.norm = LayerNorm(c)
         self.ss2d = SS2D(c)
 
     def forward(self, x: Tensor) -> Tensor:
