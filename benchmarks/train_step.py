@@ -1,4 +1,4 @@
-"""Milliseconds and memory of one training step on a GPU, by crop and batch, plain and compiled, and the share of data.
+"""Milliseconds and memory of one training step on a GPU by crop and batch, plain and as a CUDA graph, and of its data.
 
     python benchmarks/train_step.py --data DIR [DIR ...] --out train_step.json
 
@@ -10,15 +10,13 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from serpent_ir.models.serpent import VSSBlock
+from serpent_ir import train
 from serpent_ir.recipe import Recipe, Stage
-from serpent_ir.train import Trainer
 
 STAGES = [Stage(64, 128, 1), Stage(128, 64, 1), Stage(256, 16, 1)]
 
@@ -52,34 +50,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--model", default="serpent_l")
-    parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows, kernels = [], {}
-    for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
-        folders = [str(folder) for folder in args.data]
+    folders = [str(folder) for folder in args.data]
+    for graph in (False, True):
+        train.CUDA_GRAPHS = graph
         recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), STAGES)
-        trainer = Trainer(recipe)
-        if compiled:
-            for module in trainer.network.modules():
-                if isinstance(module, VSSBlock):
-                    module.compile()
-        for stage in STAGES:
-            began = time.perf_counter()
-            trainer._train_step(stage, 0)
-            torch.cuda.synchronize()
-            first = time.perf_counter() - began
-            torch.cuda.reset_peak_memory_stats()
-            step = median_ms(partial(trainer._train_step, stage, 0), 3, args.repeats)
-            memory = torch.cuda.max_memory_allocated() / 1e9
-            cut = partial(trainer.cache.batch, 0, stage.batch, stage.crop, seed=0, step=0)
-            data = median_ms(cut, 2, args.repeats)
-            row = {"model": args.model, "crop": stage.crop, "batch": stage.batch, "compiled": compiled}
-            rows.append(row | {"ms": step, "data_ms": data, "gb": memory, "first_call_s": first})
-            if args.profile:
-                kernels[f"{stage.crop} {compiled}"] = top_kernels(partial(trainer._train_step, stage, 0))
+        with train.own_stream(torch.device("cuda")):
+            trainer = train.Trainer(recipe)
+            for stage in STAGES:
+                step = partial(trainer._train_step, stage, 0)
+                cut = partial(trainer.cache.batch, 0, stage.batch, stage.crop, seed=0, step=0)
+                median_ms(step, 0, 5)  # compiles, and captures
+                torch.cuda.reset_peak_memory_stats()
+                row = {"model": args.model, "crop": stage.crop, "batch": stage.batch, "graph": graph}
+                row |= {"ms": median_ms(step, 1, args.repeats), "data_ms": median_ms(cut, 1, args.repeats)}
+                rows.append(row | {"gb": torch.cuda.max_memory_allocated() / 1e9})
+                if args.profile and not graph:
+                    kernels[str(stage.crop)] = top_kernels(step)
     device = torch.cuda.get_device_name()
     args.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "steps": rows, "kernels": kernels}))
     for key, names in kernels.items():

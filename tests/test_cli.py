@@ -54,6 +54,11 @@ def save_photo(path: Path, height: int, width: int, channels: int = 3) -> Path:
     return path
 
 
+def save_recipe(path: Path, images: Path, out: Path) -> None:
+    recipe = {"model": "serpent_b", "task": "deblur", "train": [str(images)], "val": str(images), "out": str(out)}
+    path.write_text(json.dumps({**recipe, "stages": [{"crop": 8, "batch": 2, "steps": 9}], "device": "cpu"}))
+
+
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -285,6 +290,20 @@ def test_train_passes_config_and_overrides(monkeypatch, tmp_path):
     assert calls == [(tmp_path / "c.yaml", ["steps=1", "lr=0.1"]), (tmp_path / "c.yaml", [])]
 
 
+def test_what_was_trained_is_evaluated_and_restores(tmp_path):
+    for name in ("a", "b"):
+        save_photo(tmp_path / "data" / f"{name}.png", 24, 16)
+    save_recipe(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run")
+    trained = serpent("train", tmp_path / "recipe.yaml", "stages.0.steps=2")
+    assert trained.exit_code == 0, trained.stderr
+    weights = ("--weights", tmp_path / "run" / "weights.safetensors")
+    measured = serpent("evaluate", "--data", tmp_path / "data", "--task", "deblur", *weights, "--json")
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert (logged["step"], json.loads(measured.stdout)["psnr"]) == (2, pytest.approx(logged["psnr"]))
+    assert serpent("restore", tmp_path / "data", "-o", tmp_path / "out", *weights).exit_code == 0
+    assert sorted(tree(tmp_path / "out")) == ["a.png", "b.png"]
+
+
 def test_commands_are_python_functions_that_raise(photos, weights, tmp_path):
     cli.restore([photos], tmp_path / "out", weights=weights["deblur"])
     assert (tmp_path / "out" / "trip" / "c.png").exists()
@@ -340,6 +359,11 @@ BAD_INPUT = {
     "train: no YAML": ("train {cut.png}", 2, "{cut.png}"),
     "train: unknown key": ("train {recipe.yaml}", 2, "{recipe.yaml}: unknown key colour"),
     "train: no key": ("train {recipe.yaml} colour", 2, "'colour'"),
+    "train: ill-typed key": ("train {good.yaml} lr=fast", 2, "{good.yaml}: lr: expected float, got str 'fast'"),
+    "train: unknown model": ("train {good.yaml} model=nope", 2, "unknown model 'nope'; valid: serpent_b"),
+    "train: unknown task": ("train {good.yaml} task=nope", 2, "'nope'; the known ones are deblur, sr8"),
+    "train: missing images": ("train {good.yaml} val={none}", 2, "{none}: no such folder"),
+    "train: file as the run's folder": ("train {good.yaml} out={notes.txt}", 1, "{notes.txt}"),
 }
 if sys.platform == "linux":
     BAD_INPUT["unwritable output"] = ("restore {a.png} {b.png} -o /proc/out " + WORKS, 1, "/proc/out")
@@ -359,6 +383,7 @@ def places(tmp_path, weights) -> dict[str, Path]:
         (tmp_path / name).write_text("not an image")
     (tmp_path / "empty.png").touch()
     (tmp_path / "recipe.yaml").write_text("colour: blue\n")
+    save_recipe(tmp_path / "good.yaml", tmp_path / "photos", tmp_path / "run")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     return weights
 

@@ -171,7 +171,11 @@ def test_reads_what_pillow_writes(mode, suffix, tmp_path):
         source.save(file)
     except (OSError, ValueError) as error:
         pytest.skip(f"not a mode of this format: {error}")
-    if (mode, suffix) == ("YCbCr", "tif"):  # Pillow cannot read what it wrote
+    try:
+        with Image.open(file) as stored:
+            stored.load()
+    except OSError:  # Pillow 12 cannot read the YCbCr TIFF that it wrote
+        assert (mode, suffix) == ("YCbCr", "tif")
         with pytest.raises(ImageError):
             read_image(file)
         return

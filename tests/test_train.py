@@ -15,7 +15,7 @@ from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.recipe import load_recipe
-from serpent_ir.train import Trainer, train
+from serpent_ir.train import Trainer, own_stream, train
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,7 @@ def recipe_file(folders, out="run", **changes):
 def test_batches_are_crops_of_whole_degraded_images(folders, task):
     degradation = create_degradation(task)
     cache = ImageCache([folders / "train"], degradation, CPU)
+    assert all(images.dtype == torch.uint8 for images in cache.images.values())
     degraded, clean = cache.batch(3, 7, 24, seed=1, step=5)
     assert degraded.shape == clean.shape == (7, 3, 24, 24)
     again = cache.batch(3, 7, 24, seed=1, step=5)
@@ -117,6 +118,37 @@ def test_training_is_the_same_when_interrupted(folders):
     assert torch.equal(state, torch.get_rng_state()), "training must leave the global random state alone"
 
 
+def test_the_learning_rate_warms_up_and_falls_to_zero(folders):
+    trainer = Trainer(load_recipe(recipe_file(folders, warmup=4, lr=0.5)), say=lambda line: None)
+    rates = []
+    for trainer.step in range(11):
+        rates.append(trainer._lr())
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[0] == 0.5 / 4
+    assert rates[5] == pytest.approx(0.25)  # half-way along the cosine
+    assert rates[10] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("fails", ["serpent_ir.train.save_file", "torch.save"])
+def test_a_failed_checkpoint_leaves_the_old_one_whole(folders, monkeypatch, fails):
+    trainer = Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
+    trainer.save()
+    old = (folders / "run" / "state.pt").read_bytes()
+
+    def full_disk(_content, path, *_):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    trainer.step = 1
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(fails, full_disk)
+        trainer.save()
+    assert (folders / "run" / "state.pt").read_bytes() == old
+    load_file(folders / "run" / "weights.safetensors")
+    assert Trainer(load_recipe(recipe_file(folders)), say=lambda line: None).step == 0
+
+
 def test_training_learns_logs_and_leaves_loadable_weights(folders):
     file = recipe_file(folders, "learn", stages=[{"crop": 32, "batch": 4, "steps": 40}], lr=2e-3, val_every=20, ema=0.9)
     before = Trainer(load_recipe(file), say=lambda line: None)
@@ -138,8 +170,31 @@ def test_what_training_refuses(folders):
         train(recipe_file(folders, stages=[{"crop": 48, "batch": 1, "steps": 1}]))
     with pytest.raises(UsageError, match="no such folder"):
         train(recipe_file(folders, val="/nowhere"))
+    with pytest.raises(UsageError, match=r"unknown model 'serpent_b\.sr8'; valid: serpent_b"):
+        train(recipe_file(folders, model="serpent_b.sr8"))
+    assert not (folders / "run").exists(), "what is refused leaves no folder behind"
+    with pytest.raises(SerpentError, match=r"0\.png: cannot be made a folder .*choose another out="):
+        train(recipe_file(folders, out="train/0.png"))
     with pytest.raises(SerpentError, match=r"the loss is (nan|inf) at step"):
         train(recipe_file(folders, "wild", lr=1e30, clip=1e30))
+
+
+def test_a_bad_validation_image_is_found_before_training(folders):
+    (folders / "val" / "x.png").write_bytes((folders / "val" / "0.png").read_bytes()[:-40])
+    with pytest.raises(ImageError, match=r"x\.png"):
+        Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
+    draw_image(9, 30, 0).save(folders / "val" / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png: 9x30 px is too small to compare"):
+        Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
+
+
+def test_a_damaged_checkpoint_is_one_line(folders):
+    (folders / "run").mkdir()
+    Trainer(load_recipe(recipe_file(folders)), say=lambda line: None).save()
+    state = folders / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(SerpentError, match=r"state\.pt: is damaged \(\w+\); remove it to start anew"):
+        train(recipe_file(folders))
 
 
 def test_evaluation_reports_means_and_repeats(folders):
@@ -179,10 +234,11 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
     for graphs in (False, True):
         monkeypatch.setattr("serpent_ir.train.CUDA_GRAPHS", graphs)
         recipe = load_recipe(recipe_file(folders, f"graphs{graphs}", device="cuda"))
-        trainer = Trainer(recipe, say=lambda line: None)
         steps = []
-        while trainer.step < recipe.steps:
-            steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
-            trainer.step += 1
+        with own_stream(torch.device("cuda")):
+            trainer = Trainer(recipe, say=lambda line: None)
+            while trainer.step < recipe.steps:
+                steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
+                trainer.step += 1
         losses[graphs] = steps
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)

@@ -75,7 +75,9 @@ def main() -> None:
         result.pop("images")
         evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
         print(json.dumps(evaluations[-1]))
-    training = {**recipe, "train": ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]}
+    of_the_machine = ("out", "val", "val_every", "device")
+    training = {key: value for key, value in recipe.items() if key not in of_the_machine}
+    training["train"] = ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
     training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
     card = {"name": name, "training": training, "evaluations": evaluations}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")

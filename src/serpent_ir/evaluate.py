@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from serpent_ir.data import find_images, read_rgb8
-from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
@@ -63,11 +63,7 @@ def evaluate_network(
     device = next(network.parameters()).device
     images = []
     for index, file in enumerate(files):
-        pixels = read_rgb8(file)
-        if min(pixels.shape[1:]) < SSIM_WINDOW:
-            size = f"{pixels.shape[2]}x{pixels.shape[1]}"
-            raise ImageError(f"{file}: {size} px is too small to compare; remove it (least side: {SSIM_WINDOW} px)")
-        clean = degradation.crop(pixels).float()[None].to(device) / 255
+        clean = read_clean(file, degradation).to(device)
         degraded = degradation(clean, generator=evaluation_generator(seed, index))
         given = degradation.network_input(degraded)
         restored = run_network(network, given)
@@ -79,3 +75,16 @@ def evaluate_network(
     means = {key: sum(row[key] for row in images) / len(images) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"n": len(images), "seed": seed, **means, "device": name, "images": images}
+
+
+def read_clean(file: Path, degradation: Degradation) -> Tensor:
+    """A clean image (1, 3, H, W) float32 in [0, 1], cropped for the degradation.
+
+    Raises ImageError, as `read_image` does, and where it is too small to be degraded or compared.
+    """
+    pixels = read_rgb8(file)
+    height, width = pixels.shape[1:]
+    least = max(SSIM_WINDOW, 2 * degradation.scale)
+    if min(height, width) < least:
+        raise ImageError(f"{file}: {width}x{height} px is too small to compare; remove it (least side: {least} px)")
+    return degradation.crop(pixels)[None].float() / 255

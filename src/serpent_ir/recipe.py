@@ -1,6 +1,7 @@
 """Training recipes: a YAML file, checked against typed dataclasses, with `key=value` overrides."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -67,8 +68,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(f"{override!r}: the value is not YAML") from None
     recipe = _typed(Recipe, raw, str(path), "")
     for key in ("lr", "clip", "val_every"):
-        if getattr(recipe, key) <= 0:
-            raise UsageError(f"{path}: {key} is {getattr(recipe, key)}; it must be positive")
+        if not 0 < getattr(recipe, key) < math.inf:  # a NaN is neither
+            raise UsageError(f"{path}: {key} is {getattr(recipe, key)}; it must be positive and finite")
+    if not 0 <= recipe.seed < 1 << 63:
+        raise UsageError(f"{path}: seed is {recipe.seed}; it must be 0 or more, and less than 2^63")
     if recipe.warmup < 0:
         raise UsageError(f"{path}: warmup is {recipe.warmup}; it must be 0 or more")
     if not 0 <= recipe.ema < 1:

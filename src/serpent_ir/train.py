@@ -2,11 +2,15 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,10 @@ from torch import Tensor, nn
 
 from serpent_ir.data import ImageCache, find_images
 from serpent_ir.degradations import create_degradation
-from serpent_ir.errors import SerpentError
-from serpent_ir.evaluate import evaluate_network
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.evaluate import evaluate_network, read_clean
 from serpent_ir.inference import pick_device
-from serpent_ir.models import create_model
+from serpent_ir.models import create_model, list_models
 from serpent_ir.recipe import Recipe, Stage, load_recipe
 
 LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
@@ -39,17 +43,39 @@ def train(config: Path, overrides: Sequence[str] = ()) -> Path:
         SerpentError: a run folder of another recipe, or a loss that is not finite.
     """
     recipe = load_recipe(config, overrides)
-    return Trainer(recipe).run()
+    with own_stream(pick_device(recipe.device)):
+        return Trainer(recipe).run()
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A CUDA stream to build and run a Trainer on; nothing on other devices.
+
+    Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
+    """
+    return torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print):
+    """The training of one recipe. On a CUDA device build it and call it inside `own_stream`."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = _progress):
+        if recipe.model not in list_models():
+            raise UsageError(f"unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
         self.recipe = recipe
         self.say = say
         self.device = pick_device(recipe.device)
         self.out = Path(recipe.out)
-        self.val_files = find_images(Path(recipe.val))
         degradation = create_degradation(recipe.task)
+        self.val_files = find_images(Path(recipe.val))
+        for file in self.val_files:  # a bad one is better found now than at the first validation
+            read_clean(file, degradation)
+        self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
+        for stage in recipe.stages:
+            self.cache.check_crop(stage.crop)
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -64,9 +90,6 @@ class Trainer:
             lr = torch.tensor(recipe.lr, device=self.device)  # a number would be frozen into the graph
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, fused=on_gpu, capturable=on_gpu)
         self._open_run()
-        self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
-        for stage in recipe.stages:
-            self.cache.check_crop(stage.crop)
 
     def run(self) -> Path:
         """Train from the current step to the last one."""
@@ -90,7 +113,8 @@ class Trainer:
                 spent = time.perf_counter() - since
                 self.seconds += spent
                 ms = 1000 * spent / (self.step - since_step)
-                self._log(step=self.step, stage=number + 1, crop=stage.crop, loss=loss, lr=self._lr(), ms=ms)
+                row = {"stage": number + 1, "crop": stage.crop, "loss": loss, "lr": self._lr(), "ms": ms}
+                self._log(f"of {recipe.steps}, {self._minutes_left(ms):.1f} min left", **row)
                 since, since_step, losses = time.perf_counter(), self.step, []
             if keep:
                 self._validate()
@@ -112,17 +136,24 @@ class Trainer:
         return {"network": self.network, "average": self.average, "optimizer": self.optimizer}
 
     def _open_run(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Make the run's folder, or go on from its last checkpoint."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SerpentError(f"{self.out}: cannot be made a folder ({error.strerror}); choose another out=") from None
         told = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
         recipe_file, state_file = self.out / "recipe.json", self.out / "state.pt"
         if not state_file.exists():
             recipe_file.write_text(told)
             return
-        if recipe_file.read_text() != told:
+        if not recipe_file.exists() or recipe_file.read_text() != told:
             raise SerpentError(f"{self.out}: holds a run of another recipe; choose another out= or remove the folder")
-        state = torch.load(state_file, map_location=self.device, weights_only=True)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        try:
+            state = torch.load(state_file, map_location=self.device, weights_only=True)
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # pickle, zip and torch each have their own types for a damaged file
+            raise SerpentError(f"{state_file}: is damaged ({type(error).__name__}); remove it to start anew") from error
         self.step, self.seconds = state["step"], state["seconds"]
         self.say(f"going on from step {self.step} of {state_file}")
 
@@ -168,21 +199,29 @@ class Trainer:
 
     def _validate(self) -> None:
         result = evaluate_network(self.average, self.val_files, self.recipe.task)
-        self._log(step=self.step, **{k: result[k] for k in ("psnr", "ssim", "input_psnr", "input_ssim")})
+        self._log("validation", **{k: result[k] for k in ("psnr", "ssim", "input_psnr", "input_ssim")})
 
-    def _log(self, **row: Any) -> None:
-        row["seconds"] = round(self.seconds, 1)
+    def _minutes_left(self, ms: float) -> float:
+        """Estimate for the rest of the run from the milliseconds of a step now: a step costs as its pixels do."""
+        number, stage, _ = self._place(self.step - 1)
+        ahead = [replace(stage, steps=sum(s.steps for s in self.recipe.stages[: number + 1]) - self.step)]
+        pixels = sum(s.steps * s.batch * s.crop**2 for s in [*ahead, *self.recipe.stages[number + 1 :]])
+        return pixels * ms / (stage.batch * stage.crop**2) / 60_000
+
+    def _log(self, note: str, **row: Any) -> None:
+        """Append a row to the log, and say it with a note."""
+        row = {"step": self.step, **row, "seconds": round(self.seconds, 1)}
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        texts = (f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-        self.say("  ".join(texts))
+        texts = [f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
+        self.say("  ".join([f"{texts[0]} ({note})", *texts[1:]]))
 
 
 class GraphedStep:
     """Calls `step(*tensors) -> tensor` from a CUDA graph, captured anew whenever the shapes change.
 
-    The first calls at a shape run as they are, on a stream of their own as capturing asks for: they make the kernels,
-    the gradients and the optimiser's state that the graph goes on with.
+    The first calls at a shape run as they are: they make the kernels and the optimiser's state that the graph goes on
+    with. All calls must come on one stream that is not the default one.
     """
 
     WARMUP = 3
@@ -202,16 +241,12 @@ class GraphedStep:
             self.shapes, self.calls, self.graph, self.inputs, self.output = shapes, 0, None, [], None
         self.calls += 1
         if self.calls <= self.WARMUP:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                output = self.step(*tensors)
-            torch.cuda.current_stream().wait_stream(stream)
-            return output
+            return self.step(*tensors)
         if self.graph is None:
             self.inputs = [x.clone() for x in tensors]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            gc.collect()  # a forgotten autograd graph would still hold nodes of its own
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.output = self.step(*self.inputs)
         for kept, x in zip(self.inputs, tensors, strict=True):
             kept.copy_(x)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scan_inputs import make_inputs
 from torch import Tensor
 
 from serpent_ir import ops
@@ -23,26 +24,13 @@ needs_library = pytest.mark.skipif(not LEVELS, reason=cpu.unavailable() or "buil
 PAPER = [(6, 2), (11, 4), (22, 8), (43, 16)]
 
 
-def make_inputs(batch: int, height: int, width: int, d: int, state: int, rank: int, dt_shift: float = -3.0):
-    """Six inputs in float32 at the scale of a fresh network (dt about e^dt_shift), and a gradient for y."""
-    g = torch.Generator().manual_seed(height * width + d)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    A_log = torch.arange(1.0, state + 1).log() + 0.1 * draw(4, d, state)
-    inputs = [
-        draw(batch, height, width, d),
-        draw(batch, height, width, 4, rank + 2 * state),
-        draw(4, d, rank) * 0.5 * rank**-0.5,
-        draw(4, d) * 0.5 + dt_shift,
-        A_log,
-        draw(4, d),
-    ]
-    return inputs, draw(batch, height, width, d)
+def make_case(*sizes: int, **options) -> tuple[list[Tensor], Tensor]:
+    """Inputs, and a gradient for y."""
+    inputs = make_inputs(*sizes, spread=0.5, **options)
+    return inputs, torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype)
 
 
-def run(backend: str, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:
+def run(backend: str | None, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:
     """y and the gradients of the six inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = ss2d(*leaves, backend=backend)
@@ -65,7 +53,9 @@ def check(inputs: list[Tensor], grad_y: Tensor, exact_backend: str = "reference"
     """The error may be twice the one that the same precision costs in plain PyTorch operations.
 
     Those sum pairwise where a scan goes on and on; one unit of rounding is allowed where they happen to be exact. Where
-    there are few numbers, a norm may be all cancellation, and that unit is one of the sums of absolute values.
+    there are few numbers, luck does not average out: a norm may be all cancellation, so that the unit is one of the
+    sums of absolute values, and plain operations may hit every number, so that it is taken for each of the about four
+    roundings (softplus, two exponentials, products) that lie between an input and a gradient.
     """
     wide = [x.double() for x in inputs], grad_y.double()
     exact = run(exact_backend, *wide)
@@ -75,7 +65,8 @@ def check(inputs: list[Tensor], grad_y: Tensor, exact_backend: str = "reference"
         NAMES, run("cpu", inputs, grad_y), plain, exact, scale, strict=True
     ):
         assert value.dtype == by_torch.dtype
-        allowed = max(2 * error(by_torch, expected), torch.finfo(torch.float32).eps * float(big.norm()), 1e-30)
+        unit = torch.finfo(torch.float32).eps * float(big.norm()) * (4 if few_numbers else 1)
+        allowed = max(2 * error(by_torch, expected), unit, 1e-30)
         assert error(value, expected) <= allowed, name
 
 
@@ -106,6 +97,16 @@ def test_ci_tests_the_library_where_a_compiler_is():
 
 
 @needs_library
+def test_it_serves_the_cpu_by_default(monkeypatch):
+    assert ops.default_backend(torch.device("cpu")) == "cpu"
+    case = make_case(1, 3, 4, 5, 2, 1)
+    expected = run("cpu", *case)
+    for other in ("chunked", "reference"):  # nothing else may do the work
+        monkeypatch.setattr(f"serpent_ir.ops.{other}.forward", None)
+    assert same_bits(run(None, *case), expected)
+
+
+@needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "sizes",
@@ -120,12 +121,12 @@ def test_ci_tests_the_library_where_a_compiler_is():
 )
 def test_output_and_every_gradient(sizes, level):
     cpu.use_level(level)
-    check(*make_inputs(*sizes))
+    check(*make_case(*sizes), few_numbers=sizes[3] <= 5)
 
 
 @needs_library
 def test_long_memory():
-    check(*make_inputs(1, 31, 27, 16, 6, 2, dt_shift=-7.0))
+    check(*make_case(1, 31, 27, 16, 6, 2, dt_shift=-7.0))
 
 
 @needs_library
@@ -137,19 +138,18 @@ def test_long_memory():
 )
 def test_any_sizes(sizes, level, dt_shift):
     cpu.use_level(level)
-    check(*make_inputs(*sizes, dt_shift=dt_shift), exact_backend="torch", few_numbers=True)
+    check(*make_case(*sizes, dt_shift=dt_shift), exact_backend="torch", few_numbers=True)
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_maps(dtype):
-    (u, proj, *params), grad_y = make_inputs(2, 6, 5, 20, 6, 2)
-    check([u.to(dtype), proj.to(dtype), *params], grad_y.to(dtype))
+    check(*make_case(2, 6, 5, 20, 6, 2, dtype=dtype))
 
 
 @needs_library
 def test_bits_do_not_depend_on_threads_or_memory(monkeypatch):
-    given_inputs = make_inputs(2, 9, 11, 90, 5, 2)
+    given_inputs = make_case(2, 9, 11, 90, 5, 2)
     torch.set_num_threads(1)
     expected = run("cpu", *given_inputs)
     for threads in (1, 2, 3):
@@ -170,7 +170,7 @@ def test_calls_from_several_python_threads(own_threads, monkeypatch):
     if own_threads:
         monkeypatch.setattr(cpu._library(), "openmp", None)
     torch.set_num_threads(2)
-    cases = [make_inputs(1, 8, 5 + i, 40, 6, 2) for i in range(4)]
+    cases = [make_case(1, 8, 5 + i, 40, 6, 2) for i in range(4)]
     expected = [run("cpu", *case) for case in cases]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda i: run("cpu", *cases[i % 4]), range(24)))
@@ -182,7 +182,7 @@ def test_calls_from_several_python_threads(own_threads, monkeypatch):
 def test_nan_goes_where_it_belongs(level):
     cpu.use_level(level)
     odd_nan = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32)  # not the one that arithmetic makes
-    inputs, grad_y = make_inputs(1, 3, 5, 18, 3, 2)
+    inputs, grad_y = make_case(1, 3, 5, 18, 3, 2)
     for i in range(6):
         spoilt = [x.clone() for x in inputs]
         spoilt[i].view(-1)[spoilt[i].numel() // 2] = odd_nan
@@ -198,7 +198,7 @@ def test_nan_goes_where_it_belongs(level):
 @pytest.mark.parametrize("A_log", [-30.0, 30.0, 200.0])
 def test_extreme_parameters(level, dt_bias, A_log):
     cpu.use_level(level)
-    inputs, _ = make_inputs(1, 2, 3, 4, 2, 1)
+    inputs, _ = make_case(1, 2, 3, 4, 2, 1)
     inputs[3].fill_(dt_bias)
     inputs[4].fill_(A_log)
     expected = ss2d(*inputs, backend="reference")
@@ -207,9 +207,9 @@ def test_extreme_parameters(level, dt_bias, A_log):
 
 @needs_library
 def test_empty_maps_and_too_large_ones():
-    inputs, grad_y = make_inputs(2, 0, 3, 4, 2, 1)
+    inputs, grad_y = make_case(2, 0, 3, 4, 2, 1)
     assert all(not x.any() for x in run("cpu", inputs, grad_y))
-    inputs, grad_y = make_inputs(1, 1, 1, 4, 2, 1)
+    inputs, grad_y = make_case(1, 1, 1, 4, 2, 1)
     library, pointers = cpu._library(), cpu._pointers(tuple(inputs))
     sizes = cpu._sizes(inputs[0], inputs[2], inputs[4])
     sizes[1] = 1 << 50
@@ -226,8 +226,8 @@ FORK = """
     sys.path.insert(0, sys.argv[1])
 
     def results():
-        from test_cpu import make_inputs, run
-        return [x.numpy().tobytes() for x in run("cpu", *make_inputs(2, 7, 9, 40, 6, 2))]
+        from test_cpu import make_case, run
+        return [x.numpy().tobytes() for x in run("cpu", *make_case(2, 7, 9, 40, 6, 2))]
 
     def in_child():
         read, write = os.pipe()
@@ -278,5 +278,13 @@ def test_says_what_is_wrong_with_a_setting_or_an_old_library(monkeypatch):
     assert library is None
     assert "mmx" in reason
     assert "generic" in reason
-    monkeypatch.setattr(cpu, "ABI", 999)
-    assert "interface" in cpu._load.__wrapped__()[1]
+    monkeypatch.delenv(cpu.LEVEL_VARIABLE)
+    current = cpu.ABI
+    monkeypatch.setattr(cpu, "ABI", current + 1)
+    library, reason = cpu._load.__wrapped__()
+    assert library is None
+    assert f"has interface {current} where {current + 1} is expected; reinstall serpent-ir" in reason
+    assert "\n" not in reason
+    with monkeypatch.context() as stale, pytest.raises(RuntimeError, match="reinstall serpent-ir"):
+        stale.setattr(cpu, "_load", lambda: (None, reason))
+        ss2d(*make_inputs(1, 1, 2, 3, 2, 1), backend="cpu")

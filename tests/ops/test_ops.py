@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from scan_inputs import make_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,28 +13,9 @@ from serpent_ir import ops
 from serpent_ir.ops import chunked, ss2d
 
 
-def make_inputs(
-    batch: int,
-    height: int,
-    width: int,
-    d: int,
-    state: int,
-    rank: int,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Inputs of ss2d at the scale that a network has after initialisation, requiring gradients."""
-    g = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    u, proj = draw(batch, height, width, d), draw(batch, height, width, 4, rank + 2 * state)
-    dt_weight, dt_bias = draw(4, d, rank) * rank**-0.5, draw(4, d) - 3
-    A_log = torch.arange(1.0, state + 1).double().log() + 0.1 * draw(4, d, state)
-    params = [dt_weight, dt_bias, A_log, draw(4, d)]
-    wide = torch.promote_types(dtype, torch.float32)
-    return [x.to(t).requires_grad_() for x, t in zip([u, proj, *params], [dtype] * 2 + [wide] * 4, strict=True)]
+def make_leaves(*sizes: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """`make_inputs`, requiring gradients."""
+    return [x.requires_grad_() for x in make_inputs(*sizes, dtype=dtype)]
 
 
 def scan_row_major(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
@@ -53,7 +35,7 @@ def scan_row_major(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_four_directions_are_flips_and_transposes_of_one_scan(backend):
-    inputs = [x.detach() for x in make_inputs(2, 3, 5, 4, 3, 2)]
+    inputs = make_inputs(2, 3, 5, 4, 3, 2, torch.float64)
     u, proj, *params = inputs
 
     def turn(x: Tensor, k: int) -> Tensor:
@@ -71,14 +53,15 @@ def test_the_four_directions_are_flips_and_transposes_of_one_scan(backend):
 
 
 def test_reference_gradients_by_finite_differences():
-    assert torch.autograd.gradcheck(lambda *x: ss2d(*x, backend="reference"), make_inputs(2, 2, 3, 3, 2, 2))
+    assert torch.autograd.gradcheck(lambda *x: ss2d(*x, backend="reference"), make_leaves(2, 2, 3, 3, 2, 2))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 9), (1, 13, 1), (2, 7, 4), (1, 16, 17)])
-@pytest.mark.parametrize("state, rank", [(1, 1), (6, 2), (11, 4)])
+@pytest.mark.parametrize("state, rank", [(1, 1), (6, 2), (11, 4), (22, 8), (43, 16)])
 def test_chunked_path_agrees_with_the_reference(shape, state, rank, monkeypatch):
     monkeypatch.setattr(chunked, "MAX_STATES", 64 * state)  # so that channels are walked in several groups
-    inputs = make_inputs(*shape, 5, state, rank)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    inputs = make_leaves(*shape, 5, state, rank)
     expected, actual = ss2d(*inputs, backend="reference"), ss2d(*inputs, backend="torch")
     grad = torch.randn_like(expected)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
@@ -87,27 +70,40 @@ def test_chunked_path_agrees_with_the_reference(shape, state, rank, monkeypatch)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
 
 
-def test_operator_passes_the_checks_of_torch_library():
-    inputs = make_inputs(1, 3, 4, 4, 2, 1, torch.float32)
-    torch.library.opcheck(torch.ops.serpent_ir.ss2d.default, (*inputs, "torch"))
+@pytest.mark.filterwarnings("ignore:serpent_ir")  # where no C compiler is
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_operator_passes_the_checks_of_torch_library(backend):
+    inputs = make_leaves(1, 3, 4, 4, 2, 1, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.serpent_ir.ss2d.default, (*inputs, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_output_and_gradients_have_the_dtypes_of_the_inputs(dtype):
-    inputs = make_inputs(1, 4, 6, 4, 3, 2, dtype)
+    inputs = make_leaves(1, 4, 6, 4, 3, 2, dtype=dtype)
     y = ss2d(*inputs, backend="torch")
     assert y.dtype == dtype
     assert [g.dtype for g in torch.autograd.grad(y.sum(), inputs)] == [x.dtype for x in inputs]
 
 
+def test_float32_gradients_of_the_chunked_path_are_accurate_and_repeat_bit_for_bit():
+    inputs = make_leaves(2, 9, 14, 6, 6, 2, dtype=torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(ss2d(*wide, backend="reference"), wide, grad.double())
+    first, second = (torch.autograd.grad(ss2d(*inputs, backend="torch"), inputs, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for got, wanted in zip(first, expected, strict=True):
+        assert (got - wanted).norm() <= 32 * torch.finfo(torch.float32).eps * wanted.norm()
+
+
 def test_inputs_of_any_strides_are_taken():
-    u, proj, *params = (x.detach() for x in make_inputs(1, 4, 6, 4, 3, 2))
+    u, proj, *params = make_inputs(1, 4, 6, 4, 3, 2, torch.float64)
     strided = [u.transpose(1, 2).contiguous().transpose(1, 2), proj.flip(0).flip(0), *params]
     torch.testing.assert_close(ss2d(*strided, backend="torch"), ss2d(u, proj, *params, backend="reference"))
 
 
 def test_flop_formula_counts_the_published_cost_and_runs_without_data():
-    inputs = [x.detach().to("meta") for x in make_inputs(2, 8, 8, 64, 6, 2, torch.float32)]
+    inputs = [x.to("meta") for x in make_inputs(2, 8, 8, 64, 6, 2)]
     with FlopCounterMode(display=False) as counter:
         assert ss2d(*inputs).shape == (2, 8, 8, 64)
     length, d, n, r = 2 * 8 * 8, 64, 6, 2
@@ -115,7 +111,7 @@ def test_flop_formula_counts_the_published_cost_and_runs_without_data():
 
 
 def test_bad_arguments_are_named():
-    u, proj, *params = make_inputs(1, 2, 3, 4, 3, 2, torch.float32)
+    u, proj, *params = make_inputs(1, 2, 3, 4, 3, 2)
     with pytest.raises(ValueError, match="proj has shape"):
         ss2d(u, proj[..., :-1], *params)
     with pytest.raises(ValueError, match="same dtype"):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 PARTIAL_FLOATS = 1 << 26  # room for the gradients of proj by channel group, which are then added up in order
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
 _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")

@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 1, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 2, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
