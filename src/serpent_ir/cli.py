@@ -182,7 +182,7 @@ def evaluate(
     _print_table(title, ("", "PSNR (dB)", "SSIM"), rows)
 
 
-@shell_command("Train a network by a recipe. Recipes are in configs/; key=value replaces a key, as steps=1000.")
+@shell_command("Train a network by a recipe. Recipes are in configs/; key=value replaces a key, as seed=1.")
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")],
     overrides: Annotated[
