@@ -189,7 +189,9 @@ def test_restore_one_file_into_one_file(photos, weights, tmp_path):
     assert size_of(target) == (12, 20)
     again = tmp_path / "again"  # no suffix of an image: a folder
     assert (
-        serpent("restore", photos / "a.png", "-o", again, "-n", "serpent_b", "--weights", weights["bare"]).exit_code
+        serpent(
+            "restore", photos / "a.png", "-o", again, "-n", "serpent_b.deblur", "--weights", weights["bare"]
+        ).exit_code
         == 0
     )
     np.testing.assert_array_equal(pixels_of(again / "a.png"), pixels_of(target))
@@ -304,6 +306,11 @@ def test_what_was_trained_is_evaluated_and_restores(tmp_path):
     assert sorted(tree(tmp_path / "out")) == ["a.png", "b.png"]
 
 
+def test_the_output_may_be_the_folder_around_the_input(photos, weights):
+    assert serpent("restore", photos / "trip", "-o", photos, "--weights", weights["deblur"]).exit_code == 0
+    assert size_of(photos / "c.png") == size_of(photos / "trip" / "c.png")
+
+
 def test_commands_are_python_functions_that_raise(photos, weights, tmp_path):
     cli.restore([photos], tmp_path / "out", weights=weights["deblur"])
     assert (tmp_path / "out" / "trip" / "c.png").exists()
@@ -323,9 +330,13 @@ BAD_INPUT = {
     "empty file": ("restore {empty.png} -o {kept.png} " + WORKS, 1, "{empty.png}"),
     "truncated PNG": ("restore {cut.png} -o {kept.png} " + WORKS, 1, "{cut.png}"),
     "truncated JPEG": ("restore {cut.jpg} -o {kept.png} " + WORKS, 1, "{cut.jpg}"),
+    "no task": ("restore {a.png} -o {kept.png} -n serpent_b --weights {bare}", 2, "{bare}: does not say which task"),
+    "task of no degradation": ("restore {a.png} -o {kept.png} -n serpent_b.nope --weights {bare}", 2, "'nope'"),
+    "several into one": ("restore {a.png} {b.jpg} -o {new.png} " + WORKS, 2, "{new.png}: is the name of an image"),
+    "folder into one": ("restore {photos} -o {new.png} " + WORKS, 2, "{new.png}: is the name of an image"),
     "text": ("restore {notes.txt} -o {kept.png} " + WORKS, 1, "{notes.txt}"),
     "text named PNG": ("degrade {text.png} -o {kept.png} --task deblur", 1, "{text.png}"),
-    "unknown model": ("restore {a.png} -o {kept.png} -n nope.deblur", 2, "unknown model 'nope'; valid: serpent_b"),
+    "unknown model": ("restore {a.png} -o {kept.png} -n nope.deblur", 2, "no weights 'nope.deblur' ship; valid: "),
     "no weights for the task": ("restore {a.png} -o {kept.png} -n serpent_b.nope", 2, "no weights 'serpent_b.nope'"),
     "no weights without a task": ("restore {a.png} -o {kept.png} -n serpent_h", 2, "no weights 'serpent_h'"),
     "missing weights": ("restore {a.png} -o {kept.png} --weights {none}", 1, "{none}: no such weights file"),

@@ -245,3 +245,20 @@ def test_cuda_agrees_with_the_cpu():
     image = random_array(40, 56, 3, dtype="float32")
     on_cpu = restore(image, model)
     np.testing.assert_allclose(restore(image, model.cuda()), on_cpu, atol=0.02)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("mode, expected", [("RGB", "RGBA"), ("L", "LA")])
+def test_a_transparent_colour_becomes_alpha(mode, expected):
+    image = Image.fromarray(np.arange(99, dtype=np.uint8).reshape(9, 11)).convert(mode)
+    image.info["transparency"] = (7, 7, 7) if mode == "RGB" else 7
+    restored = restore(image, create_model("serpent_b"))
+    assert (restored.mode, "transparency" in restored.info) == (expected, False)
+    alpha = np.asarray(restored.getchannel("A"))
+    assert alpha[0, 7] == 0
+    assert (alpha == 255).sum() == 98
+
+
+def test_arrays_of_the_other_byte_order():
+    pixels = np.arange(12 * 9 * 3, dtype=np.uint16).reshape(12, 9, 3) * 190
+    model = create_model("serpent_b")
+    np.testing.assert_array_equal(restore(pixels.astype(">u2"), model), restore(pixels, model))

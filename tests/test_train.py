@@ -110,9 +110,11 @@ def test_training_is_the_same_when_interrupted(folders):
     trainer._train_step(*trainer._place(trainer.step)[1:])
     trainer.step += 1
     trainer.save()
-    del trainer
+    trainer.step = 5
+    trainer._log("a row of a step that is lost", loss=0.5)
     resumed = Trainer(load_recipe(recipe_file(folders, "parts")), say=lambda line: None)
     assert resumed.step == 4
+    assert (folders / "parts" / "log.jsonl").read_text() == ""
     parts = load_file(resumed.run())
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert torch.equal(state, torch.get_rng_state()), "training must leave the global random state alone"
@@ -130,20 +132,26 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(folders):
     assert rates[10] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("fails", ["serpent_ir.train.save_file", "torch.save"])
-def test_a_failed_checkpoint_leaves_the_old_one_whole(folders, monkeypatch, fails):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] No space left")]
+)
+def test_a_full_disk_leaves_the_old_checkpoint_whole(folders, monkeypatch, error):
     trainer = Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
     trainer.save()
     old = (folders / "run" / "state.pt").read_bytes()
 
     def full_disk(_content, path, *_):
         path.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
+        raise error
 
     trainer.step = 1
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(fails, full_disk)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(SerpentError, match=r"state\.pt: cannot be written .*No space"),
+    ):
+        patched.setattr("torch.save", full_disk)
         trainer.save()
+    assert not list((folders / "run").glob("*.part"))
     assert (folders / "run" / "state.pt").read_bytes() == old
     load_file(folders / "run" / "weights.safetensors")
     assert Trainer(load_recipe(recipe_file(folders)), say=lambda line: None).step == 0

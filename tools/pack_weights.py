@@ -7,9 +7,10 @@ RUN is the folder of `serpent train`. The float16 file is what gets evaluated, o
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from serpent_ir import create_degradation
 from serpent_ir.evaluate import evaluate
@@ -21,8 +22,9 @@ Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}
 
 - **Licence**: CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use.
 - **Data**: {data}. What they are, and whose: see "Training images" below.
-- **Recipe**: {stages}; Adam, learning rate {lr:g}, {warmup} steps of warm-up, then a cosine to zero; L1; gradients
-  clipped at {clip:g}; bfloat16 autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
+- **Crops**: {stages}.
+- **Recipe**: Adam, learning rate {lr:g}, {warmup} steps of warm-up, then a cosine to zero; L1; gradients clipped at
+  {clip:g}; bfloat16 autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
 - **Cost**: {minutes:.1f} minutes on one {trained_on} ({steps} steps, validation not counted).
 - **Size**: float16, {megabytes:.1f} MB; computed in float32 (bfloat16 autocast on a GPU).
 
@@ -67,8 +69,8 @@ def main() -> None:
     state, metadata = load_weights(args.run / "weights.safetensors")
     if int(metadata["step"]) != sum(stage["steps"] for stage in recipe["stages"]):
         raise SystemExit(f"{args.run}: stopped at step {metadata['step']}; finish the run first")
-    file = WEIGHTS_DIR / f"{name}.safetensors"
-    save_file({key: tensor.half() for key, tensor in state.items()}, file, metadata)
+    file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
+    file.write_bytes(save({key: tensor.half() for key, tensor in state.items()}, metadata))
     evaluations = []
     for folder in args.data:
         result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
@@ -98,6 +100,7 @@ def main() -> None:
         rows="\n".join(rows),
     )
     (WEIGHTS_DIR / f"{name}.md").write_text(text)
+    shutil.move(file, WEIGHTS_DIR / file.name)
 
 
 if __name__ == "__main__":

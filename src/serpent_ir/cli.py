@@ -43,7 +43,11 @@ Output = Annotated[
 ]
 Name = Annotated[
     str | None,
-    typer.Option("-n", "--name", help="Weights, as `serpent models` lists them.  [default: serpent_l.deblur]"),
+    typer.Option(
+        "-n",
+        "--name",
+        help="Weights, as `serpent models` lists them.  [default: serpent_l.deblur; evaluate: of the task]",
+    ),
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Your own weights (safetensors) instead.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
@@ -64,6 +68,7 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
+                warnings.filterwarnings("always", category=UserWarning)  # to be shown, whatever -W says
                 warnings.filterwarnings("always", message="serpent_ir: ")
                 function(*args, **kwargs)
             sys.stdout.flush()
@@ -118,11 +123,17 @@ def restore(
             that would overwrite an input or each other.
         SerpentError: at the end, where files failed.
     """
+    from serpent_ir.degradations import create_degradation
     from serpent_ir.inference import pick_device, restore_picture
     from serpent_ir.models import create_model
 
     pairs = _plan(inputs, output)
-    model = create_model(_name(name, weights), pretrained=weights is None, checkpoint_path=weights)
+    name = _name(name, weights)
+    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    task = getattr(model.config, "task", "")
+    if not task:
+        raise UsageError(f"{weights}: does not say which task it is for; name it with -n, as {name}.deblur")
+    create_degradation(task)  # an unknown one is no fault of an image
     model = model.to(pick_device(device))
     _convert(pairs, lambda _, picture: restore_picture(picture, model), "restored")
 
@@ -169,7 +180,7 @@ def evaluate(
 
     with _progress("evaluated") as progress:
         result = evaluate(
-            data, task, _name(name, weights), weights=weights, device=device, seed=seed, progress=progress
+            data, task, _name(name, weights, task), weights=weights, device=device, seed=seed, progress=progress
         )
     if as_json:
         print(json.dumps(_finite(result), allow_nan=False))
@@ -251,12 +262,15 @@ def main() -> None:
     app(prog_name="serpent")
 
 
-def _name(name: str | None, weights: Path | None) -> str:
-    """The model to build: the one asked for, else the one that the weights' metadata name, else the default."""
-    from serpent_ir.models import DEFAULT_WEIGHTS, load_weights
+def _name(name: str | None, weights: Path | None, task: str = "") -> str:
+    """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
+    from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights
 
-    if name is not None or weights is None:
-        return name or DEFAULT_WEIGHTS
+    if name is not None:
+        return name
+    if weights is None:
+        of_the_task = f"{DEFAULT_WEIGHTS.partition('.')[0]}.{task}"
+        return of_the_task if of_the_task in list_models(pretrained=True) else DEFAULT_WEIGHTS
     network = load_weights(weights)[1].get("network")
     if not network:
         raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
@@ -274,12 +288,11 @@ def _plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
         return path if path.suffix.lower() in WRITTEN_SUFFIXES else path.with_suffix(".png")
 
     pairs = []
-    if (
-        len(inputs) == 1
-        and inputs[0].is_file()
-        and output.suffix.lower() in Image.registered_extensions()
-        and not output.is_dir()
-    ):
+    if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
+        if len(inputs) != 1 or inputs[0].is_dir():
+            raise UsageError(f"{output}: is the name of an image; several images need a folder")
+        if not inputs[0].exists():
+            raise UsageError(f"{inputs[0]}: no such file or folder")
         if written(output) != output:
             raise UsageError(f"{output}: cannot write {output.suffix}; use {', '.join(WRITTEN_SUFFIXES)}")
         pairs = [(inputs[0], output)]
@@ -287,7 +300,8 @@ def _plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
         for path in inputs:
             if path.is_dir():
                 files = find_images(path)
-                if output.resolve() != path.resolve():  # what an earlier run wrote into a subfolder is no input
+                inside = output.resolve() != path.resolve() and output.resolve().is_relative_to(path.resolve())
+                if inside:  # what an earlier run wrote there is no input
                     files = [file for file in files if not file.resolve().is_relative_to(output.resolve())]
                 pairs += [(file, written(output / file.relative_to(path))) for file in files]
             elif path.exists():
@@ -330,7 +344,7 @@ def _convert(pairs: list[tuple[Path, Path]], convert: Callable[[int, "Picture"],
                     raise SerpentError(reason) from None
                 failed += 1
                 _say(f"serpent: error: {reason}")
-                line = ""
+                line = None  # said already
             else:
                 line = f"{source} -> {target} ({time.perf_counter() - start:.1f} s)"
             progress(index + 1, len(pairs), line)
@@ -368,13 +382,13 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[..., None]]:
-    """A function of (done, total, line = ""): moves a bar on a terminal; elsewhere prints the line, or each tenth."""
+    """A function of (done, total, line): moves a bar on a terminal; elsewhere prints the line, or each tenth for ""."""
     if not sys.stderr.isatty():
 
-        def say(done: int, total: int, line: str = "") -> None:
+        def say(done: int, total: int, line: str | None = "") -> None:
             if line:
                 _say(f"[{done}/{total}] {line}")
-            elif done * 10 // total > (done - 1) * 10 // total:
+            elif line is not None and done * 10 // total > (done - 1) * 10 // total:
                 _say(f"{verb} {done}/{total}")
 
         yield say

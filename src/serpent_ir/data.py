@@ -11,7 +11,35 @@ from serpent_ir.degradations import Degradation
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image import read_image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".ppm", ".pgm"})
+# What counts as an image in a folder. A file that is named is read whatever its suffix is.
+SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".dds",
+        ".dib",
+        ".gif",
+        ".hdr",
+        ".ico",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".sgi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -38,13 +38,15 @@ def evaluate(
 
     Returns:
         model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
-        network was given), device, and `images`: file, psnr, ssim, input_psnr, input_ssim of each.
+        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each.
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
     trained_for = getattr(network.config, "task", "")
     if trained_for and trained_for != task:
-        raise UsageError(f"{weights or model} undoes {trained_for}, not {task}; choose --task {trained_for}")
+        raise UsageError(
+            f"{weights or model} undoes {trained_for}, not {task}; choose other weights, or the task {trained_for}"
+        )
     network = network.to(pick_device(device))
     result = evaluate_network(network, find_images(data), degradation.name, seed=seed, progress=progress)
     return {"model": model, "task": task, **result, "data": str(data)}
@@ -69,7 +71,7 @@ def evaluate_network(
         restored = run_network(network, given)
         row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
         row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
-        images.append({"file": file.name, **{key: value.item() for key, value in row.items()}})
+        images.append({"file": str(file), **{key: value.item() for key, value in row.items()}})
         if progress:
             progress(index + 1, len(files))
     means = {key: sum(row[key] for row in images) / len(images) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}

@@ -93,11 +93,14 @@ def read_image(path: str | Path) -> Picture:
     if not data:
         raise ImageError(f"{path}: is empty; get the file again")
     try:
-        return _decode(data)
+        picture, frames = _decode(data), _frames(data)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # decoders meet damaged files with any type, struct.error and SyntaxError among them
         raise ImageError(f"{path}: is damaged or cut short ({_reason(error)}); get the file again") from error
+    if frames > 1:
+        warnings.warn(f"{path}: holds {frames} images; the first is taken", stacklevel=2)
+    return picture
 
 
 def write_image(path: str | Path, picture: Picture) -> None:
@@ -209,6 +212,12 @@ def _open(data: bytes) -> Image.Image | None:
             return None
         finally:
             Image.MAX_IMAGE_PIXELS = bound
+
+
+def _frames(data: bytes) -> int:
+    """How many images a file holds."""
+    image = _open(data)
+    return 1 if image is None else getattr(image, "n_frames", 1)
 
 
 def _check_size(width: int, height: int) -> None:

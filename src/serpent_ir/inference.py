@@ -51,6 +51,7 @@ def restore(image: ImageT, model: nn.Module) -> ImageT:
     The whole image goes through the network at once: in float32 on a CPU, under bfloat16 autocast on a CUDA device.
     Weights whose task makes images smaller (`sr8`) see the image upsampled, and return it 8 times as high and wide.
     Grey images are restored as RGB and averaged. Alpha is kept: copied, and upsampled (bicubic) where the image is.
+    A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
 
     Args:
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;
@@ -90,7 +91,7 @@ def run_network(model: nn.Module, x: Tensor) -> Tensor:
     Runs on the model's device, in evaluation mode (put back after), under bfloat16 autocast on a CUDA device.
     Raises SerpentError where the memory of the device does not suffice.
     """
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.empty(0))  # a network without parameters runs on the CPU
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=parameter.device.type == "cuda")
     with _says_what_is_too_large(x, parameter.device), _evaluation_mode(model), torch.inference_mode(), autocast:
         return model(x.to(parameter)).float()
@@ -119,6 +120,8 @@ def _undone(model: nn.Module) -> Degradation | None:
 def _restore_pil(image: Image.Image, model: nn.Module) -> Image.Image:
     if image.mode not in _MODES:
         raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
+    if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
     pixels, alpha = np.asarray(image), None
     if image.mode in ("RGBA", "LA"):
         alpha = _restore_alpha(pixels[..., -1], model)
@@ -126,7 +129,7 @@ def _restore_pil(image: Image.Image, model: nn.Module) -> Image.Image:
     restored = Image.fromarray(_restore_array(pixels, model))
     if alpha is not None:
         restored.putalpha(Image.fromarray(alpha))
-    restored.info = dict(image.info)
+    restored.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return restored
 
 
@@ -135,6 +138,7 @@ def _restore_array(pixels: np.ndarray, model: nn.Module) -> np.ndarray:
     grey = pixels.ndim == 2
     if not grey and (pixels.ndim != 3 or pixels.shape[2] != 3):
         raise UsageError(f"restore: expected an array (H, W, 3) or (H, W); got {pixels.shape}")
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     floating = np.issubdtype(pixels.dtype, np.floating)
     if not floating and pixels.dtype not in (np.uint8, np.uint16):
         raise UsageError(f"restore: expected an array of uint8, uint16 or float in [0, 1]; got {pixels.dtype}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from serpent_ir.data import ImageCache, find_images
@@ -120,13 +120,15 @@ class Trainer:
                 self._validate()
                 self.save()
                 since = time.perf_counter()
+        self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}")
         return self.out / "weights.safetensors"
 
     def save(self) -> None:
         """Write the averaged weights and everything needed to go on, each file whole or not at all."""
         metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
         weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
-        _replace(self.out / "weights.safetensors", lambda path: save_file(weights, path, metadata))
+        # As bytes, since safetensors would make a file that its owner alone can read.
+        _replace(self.out / "weights.safetensors", lambda path: path.write_bytes(save(weights, metadata)))
         state = {name: part.state_dict() for name, part in self._parts().items()}
         _replace(
             self.out / "state.pt", lambda path: torch.save({"step": self.step, "seconds": self.seconds, **state}, path)
@@ -143,8 +145,10 @@ class Trainer:
             raise SerpentError(f"{self.out}: cannot be made a folder ({error.strerror}); choose another out=") from None
         told = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
         recipe_file, state_file = self.out / "recipe.json", self.out / "state.pt"
+        log_file = self.out / "log.jsonl"
         if not state_file.exists():
             recipe_file.write_text(told)
+            log_file.write_text("")
             return
         if not recipe_file.exists() or recipe_file.read_text() != told:
             raise SerpentError(f"{self.out}: holds a run of another recipe; choose another out= or remove the folder")
@@ -155,6 +159,8 @@ class Trainer:
         except Exception as error:  # pickle, zip and torch each have their own types for a damaged file
             raise SerpentError(f"{state_file}: is damaged ({type(error).__name__}); remove it to start anew") from error
         self.step, self.seconds = state["step"], state["seconds"]
+        rows = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+        log_file.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step))
         self.say(f"going on from step {self.step} of {state_file}")
 
     def _place(self, step: int) -> tuple[int, Stage, int]:
@@ -258,7 +264,13 @@ class GraphedStep:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name and rename it, so that `path` is always whole."""
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        reason = str(error).splitlines()[0]
+        raise SerpentError(f"{path}: cannot be written ({reason}); make room and start again to go on") from error
+    finally:
+        temporary.unlink(missing_ok=True)

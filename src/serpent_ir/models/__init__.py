@@ -1,7 +1,6 @@
 """Networks by name. Weights that ship are named network.task, as `serpent_l.deblur`."""
 
 import fnmatch
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,11 +34,6 @@ def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
     return fnmatch.filter(names, pattern)
 
 
-def weights_card(name: str) -> dict[str, Any]:
-    """What ships beside the weights `name` (network.task): the object that `serpent evaluate --json` wrote per set."""
-    return json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
-
-
 def create_model(
     name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike[str] | None = None, **config: Any
 ) -> nn.Module:
@@ -52,18 +46,17 @@ def create_model(
         config: fields of the network's configuration that differ from the preset.
 
     Raises:
-        UsageError: an unknown name, task or configuration field, or no such weights; it lists the valid ones.
+        UsageError: an unknown name or configuration field, or no such weights; it lists the valid ones.
         SerpentError: a weights file that is missing, damaged or made for another network; it names what differs.
     """
     network, _, task = name.partition(".")
+    if pretrained and checkpoint_path is None and name not in list_models(pretrained=True):
+        raise UsageError(f"no weights {name!r} ship; valid: {', '.join(list_models(pretrained=True)) or 'none'}")
     if network not in PRESETS:
         raise UsageError(f"unknown model {network!r}; valid: {', '.join(PRESETS)}")
     if pretrained and checkpoint_path is not None:
         raise UsageError("give pretrained=True or checkpoint_path, not both")
     if pretrained:
-        available = list_models(pretrained=True)
-        if name not in available:
-            raise UsageError(f"no weights {name!r} ship; valid: {', '.join(available) or 'none'}")
         checkpoint_path = WEIGHTS_DIR / f"{name}.safetensors"
     build, preset = PRESETS[network]
     fields = {"task": task, **config} if task else config
@@ -99,7 +92,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise SerpentError(f"{path}: no such weights file") from None
+    except FileNotFoundError:  # what safetensors says of a file that may not be read, too
+        reason = "cannot be read (permission denied)" if Path(path).exists() else "no such weights file"
+        raise SerpentError(f"{path}: {reason}") from None
     except (SafetensorError, OSError) as error:
         raise SerpentError(f"{path}: not a readable safetensors file ({error})") from None
