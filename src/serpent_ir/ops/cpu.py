@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
-PARTIAL_FLOATS = 1 << 26  # room for the gradients of proj by channel group, which are then added up in order
+ABI = 3
+PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
 _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
 
@@ -159,7 +159,7 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         _pointers(wide),
         grad_y.data_ptr(),
         _pointers(grads),
-        PARTIAL_FLOATS,
+        PARTIAL_FLOATS * torch.get_num_threads(),
     )
     _check(status)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
