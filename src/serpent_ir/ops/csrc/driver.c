@@ -49,6 +49,21 @@ EXPORT const char *serpent_scan_level(int level) {
     return kernels ? kernels->name : NULL;
 }
 
+/* Large memory that was just got is faulted in 2 MB at a time where the system does so; 4 KB at a time would take a
+ * fifth of the time of a large scan. */
+static void use_large_pages(void *from, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)from + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)from + (uintptr_t)bytes) & ~(page - 1);
+    if (end >= begin + 4 * page) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)from, (void)bytes;
+#endif
+}
+
+EXPORT void serpent_scan_large_pages(void *fresh, int64_t bytes) { use_large_pages(fresh, bytes); }
+
 typedef struct {
     scan_problem problem;
     const scan_kernels *kernels;
@@ -60,25 +75,12 @@ typedef struct {
 
 static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
 
-/* Large memory that was just got is faulted in 2 MB at a time where the system does so; 4 KB at a time would take a
- * fifth of the time of a large scan. */
-static void use_large_pages(void *from, int64_t floats) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21;
-    uintptr_t begin = ((uintptr_t)from + page - 1) & ~(page - 1);
-    uintptr_t end = ((uintptr_t)from + (uintptr_t)floats * sizeof(float)) & ~(page - 1);
-    if (end >= begin + 4 * page) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#else
-    (void)from, (void)floats;
-#endif
-}
-
 /* Cache line aligned; the pointer that free() takes goes to *block. */
 static float *allocate(int64_t floats, void **block) {
     *block = NULL;
     if (floats < 0 || (uint64_t)floats > (SIZE_MAX - 64) / sizeof(float)) return NULL;
     *block = malloc((size_t)floats * sizeof(float) + 64);
-    if (*block) use_large_pages(*block, floats);
+    if (*block) use_large_pages(*block, floats * (int64_t)sizeof(float));
     return *block ? (float *)(((uintptr_t)*block + 63) & ~(uintptr_t)63) : NULL;
 }
 
@@ -145,7 +147,7 @@ EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, c
     if (!c.kernels) return NO_LEVEL;
     scan_problem *p = &c.problem;
     p->group_end = scan_groups(p), p->k_end = DIRECTIONS;
-    int64_t tasks = p->batch * scan_groups(p), floats = map_floats(p);
+    int64_t tasks = p->batch * scan_groups(p);
     threads = threads < 1 ? 1 : threads;
     split_directions(&c, tasks, threads, &parts_block);
     if (c.parts) tasks *= DIRECTIONS;
@@ -153,7 +155,7 @@ EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, c
     c.scratch_floats = c.kernels->scratch_floats(p, 0);
     c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
     if (c.scratch) {
-        use_large_pages(y, floats);
+        use_large_pages(y, map_floats(p) * (int64_t)sizeof(float));
         run_tasks(forward_task, &c, tasks, workers, openmp);
         if (c.parts) run_merge(&c, threads, openmp);
     }
@@ -244,8 +246,9 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
     int status = c.scratch && p->partial && p->dparams ? OK : NO_MEMORY;
     p->grad_y = grad_y, p->dproj = grads[1];
     if (status == OK) {
-        use_large_pages(c.out, map_floats(p));
-        use_large_pages(p->dproj, p->batch * scan_length(p) * DIRECTIONS * scan_row(p));
+        int64_t pixels = p->batch * scan_length(p), number = sizeof(float);
+        use_large_pages(c.out, pixels * p->channels * number);
+        use_large_pages(p->dproj, pixels * DIRECTIONS * scan_row(p) * number);
     }
     for (int64_t k = 0; status == OK && k < DIRECTIONS; k += directions)
         for (int64_t group = 0; group < groups; group += groups_at_once) {
