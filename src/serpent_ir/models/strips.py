@@ -1,8 +1,8 @@
 """A VSS block on the CPU without a tape: the map goes through in strips of rows that stay in the cache.
 
 Whole maps would be written to memory and read again between any two operations, into pages that the system clears
-first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the scan's input and output alone, which
-also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
+first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the normed input, and the scan's input and
+output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     """block(x) for x (B, H, W, c), which `serves` has passed."""
     inner = block.ss2d
     x = x.contiguous()
+    normed = block.norm(x)
     weight_u, weight_z = inner.in_proj.weight.chunk(2)
     images, rows = _strip_size(x.shape, len(weight_u))
     u, proj = _Whole(x.shape), _Whole(x.shape)
     for first in range(0, len(x), images):
-        some = x[first : first + images]
-        for row, padding, piece in _with_neighbours(block, some, rows, weight_u):
+        for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
             conv = F.conv2d(
                 piece.movedim(-1, 1), inner.conv.weight, inner.conv.bias, padding=(padding, 1), groups=len(weight_u)
             )
@@ -47,7 +47,7 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     for first in range(0, len(x), images):
         for row in range(0, x.shape[1], rows):
             here = slice(first, first + images), slice(row, row + rows)
-            gate = F.silu(F.linear(block.norm(x[here]), weight_z), inplace=True)
+            gate = F.silu(F.linear(normed[here], weight_z), inplace=True)
             torch.add(x[here], inner.out_proj(inner.norm(y[here]).mul_(gate)), out=out[here])
     return out
 
@@ -59,17 +59,17 @@ def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
     return (max(1, rows // max(1, height)), height) if rows >= height else (1, rows)
 
 
-def _with_neighbours(block: "VSSBlock", x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """The inner map before the convolution in strips: the first row, how many rows of zeros each end still needs, and
     the strip with the rows above and below it."""
     height = x.shape[1]
     if rows >= height:
-        yield 0, 1, F.linear(block.norm(x), weight)
+        yield 0, 1, F.linear(x, weight)
         return
     edge = above = None
     for row in range(0, height, rows):
         ready = row + 1 if row else 0  # the strip before went one row on
-        new = F.linear(block.norm(x[:, ready : row + rows + 1]), weight)
+        new = F.linear(x[:, ready : row + rows + 1], weight)
         if edge is None or above is None:
             edge = above = torch.zeros_like(new[:, :1])
         piece = torch.cat([above, new, edge] if row + rows >= height else [above, new], 1)
