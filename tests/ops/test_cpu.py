@@ -125,6 +125,34 @@ def test_output_and_every_gradient(sizes, level):
 
 
 @needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("sizes", [(1, 24, 24, d, *PAPER[i]) for i, d in enumerate((64, 128, 256, 512))], ids=str)
+def test_error_at_the_network_s_sizes(sizes, level):
+    cpu.use_level(level)
+    inputs, grad_y = make_case(*sizes)
+    exact = run("torch", [x.double() for x in inputs], grad_y.double())
+    for name, value, expected in zip(NAMES, run("cpu", inputs, grad_y), exact, strict=True):
+        assert error(value, expected) <= (3e-7 if name == "y" else 1e-6) * float(expected.norm()), name
+
+
+FIRST_CALL = """
+    import sys
+    import torch
+    from serpent_ir.models import create_model
+
+    model = create_model("serpent_b")
+    model(torch.rand(1, 3, 32, 32)).sum().backward()
+    with torch.inference_mode():
+        model(torch.rand(1, 3, 32, 32))
+    assert "torch._dynamo" not in sys.modules  # a second's import
+"""
+
+
+def test_the_first_call_imports_no_compiler():
+    subprocess.run([sys.executable, "-c", textwrap.dedent(FIRST_CALL)], check=True, timeout=120)
+
+
+@needs_library
 def test_long_memory():
     check(*make_case(1, 31, 27, 16, 6, 2, dt_shift=-7.0))
 

@@ -1,8 +1,8 @@
 """A VSS block on the CPU without a tape: the map goes through in strips of rows that stay in the cache.
 
 Whole maps would be written to memory and read again between any two operations, into pages that the system clears
-first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the normed input, and the scan's input and
-output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
+first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the normed input and the scan's input
+and output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,10 @@ STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a sec
 
 
 def serves(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether `vss_block` takes this input."""
+    return (
+        x.device.type == "cpu" and x.numel() > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
 
 
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
     """Images and rows of a strip: whole images where one fits, else rows of one."""
-    batch, height, width, _ = shape
+    _, height, width, _ = shape
     rows = max(1, STRIP // max(1, width * d_inner))
     return (max(1, rows // max(1, height)), height) if rows >= height else (1, rows)
 
