@@ -2,10 +2,10 @@
 
     python benchmarks/cpu.py [--parts scan_b networks first_call error] [--repeats 7] --out cpu.json
 
-All parts take about ten minutes on two cores; those named above, with --repeats 3, under two. Ways take turns within a
-repeat, so that they share what else the machine does; figures are medians. Threads are PyTorch's (OMP_NUM_THREADS).
-OMP_WAIT_POLICY=passive keeps the figures apart from another process's on the same cores. For the figures of a processor
-with AVX2 on one that has more, hold all libraries back alike:
+All parts take about ten minutes on two cores; those named above, with --repeats 3, about two. Ways take turns within a
+repeat, so that they share what else the machine does: figures are medians, a ratio is the median of the turns' ratios.
+Threads are PyTorch's (OMP_NUM_THREADS). Where other processes run, OMP_WAIT_POLICY=passive keeps threads from spinning
+against them. For a processor with AVX2 alone on one that has more, hold all libraries back alike:
 
     SERPENT_CPU_LEVEL=x86_64_v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/cpu.py ...
 
@@ -103,14 +103,22 @@ SCANS: dict[str, Scan] = {
 }
 
 
-def take_turns(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each way. The first turn warms up; a way over `PATIENCE` gets no further turn."""
+def take_turns(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each way's turns. The first turn warms up; a way over `PATIENCE` gets no further turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
             if sum(times[name]) < PATIENCE:
                 times[name].append(way())
-    return {name: statistics.median(ms[1:] or ms) for name, ms in times.items()}
+    return {name: ms[1:] or ms for name, ms in times.items()}
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=False))
 
 
 def scan_maps(network: str) -> Maps:
@@ -155,13 +163,11 @@ def measure_scan(network: str, repeats: int) -> dict[str, Any]:
     for name, scan in SCANS.items():
         ways[f"{name} forward"] = partial(scan_forward, scan, maps)
         ways[f"{name} backward"] = partial(scan_backward, scan, maps)
-    ms = take_turns(ways, repeats)
-    unet = ms.pop("unet_32")
+    times = take_turns(ways, repeats)
     return {
-        "unet_32_infer_ms": unet,
-        "scan_ms": ms,
-        "ratio_to_unet_32": {name: t / unet for name, t in ms.items()},
-        "ratio_to_blelloch": {way: ms[f"cpu {way}"] / ms[f"blelloch {way}"] for way in ("forward", "backward")},
+        "ms": medians(times),
+        "ratio_to_unet_32": {name: ratio(times, name, "unet_32") for name in ways},
+        "ratio_to_blelloch": {w: ratio(times, f"cpu {w}", f"blelloch {w}") for w in ("forward", "backward")},
     }
 
 
@@ -171,10 +177,10 @@ def measure_networks(repeats: int) -> dict[str, Any]:
     train_ms = take_turns({name: training_step(model.train()) for name, model in models.items()}, repeats)
     return {
         name: {
-            "infer_ms": infer_ms[name],
-            "train_ms": train_ms[name],
-            "infer_ratio_to_unet_32": infer_ms[name] / infer_ms["unet_32"],
-            "train_ratio_to_unet_32": train_ms[name] / train_ms["unet_32"],
+            "infer_ms": statistics.median(infer_ms[name]),
+            "train_ms": statistics.median(train_ms[name]),
+            "infer_ratio_to_unet_32": ratio(infer_ms, name, "unet_32"),
+            "train_ratio_to_unet_32": ratio(train_ms, name, "unet_32"),
         }
         for name in NETWORKS
     }
@@ -182,10 +188,14 @@ def measure_networks(repeats: int) -> dict[str, Any]:
 
 def measure_pixels(repeats: int) -> dict[str, Any]:
     model = create_model("serpent_b")
-    ms = take_turns({str(s): partial(infer, model, torch.rand(1, 3, s, s)) for s in GROWING}, repeats)
-    ns = {size: 1e6 * t / int(size) ** 2 for size, t in ms.items()}
-    first = ns[str(GROWING[0])]
-    return {"infer_ms": ms, "ns_per_pixel": ns, f"ratio_to_{GROWING[0]}": {size: t / first for size, t in ns.items()}}
+    times = take_turns({str(s): partial(infer, model, torch.rand(1, 3, s, s)) for s in GROWING}, repeats)
+    per_pixel = {size: [1e6 * ms / int(size) ** 2 for ms in turns] for size, turns in times.items()}
+    smallest = str(GROWING[0])
+    return {
+        "infer_ms": medians(times),
+        "ns_per_pixel": medians(per_pixel),
+        f"ratio_to_{smallest}": {size: ratio(per_pixel, size, smallest) for size in times},
+    }
 
 
 def in_fresh_process(task: Callable[[], Any]) -> Any:
