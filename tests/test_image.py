@@ -466,3 +466,6 @@ def test_pad_to_multiple(size):
         pad[axis] = (0, -side % 8)
         expected = np.pad(expected, pad, mode="reflect" if -side % 8 < side else "edge")
     assert np.array_equal(padded.numpy(), expected)
+    larger = pad_to_multiple(x, 8, least=16)
+    assert larger.shape[-2:] == tuple(max(side, 16) for side in padded.shape[-2:])
+    assert torch.equal(larger[..., : size[0], : size[1]], x)

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Multiply-accumulates per element of a normalised map (fvcore's figure, with which the paper's tables were made).
+# Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
+# less without a learned scale and shift.
 LAYER_NORM_MACS = 5
+INSTANCE_NORM_MACS = 4
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,31 @@ class Counts:
 def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels: int = 3) -> Counts:
     """Parameters, multiply-accumulates and floating-point operations of one forward pass.
 
-    Linear, convolution, matmul and the scan are counted by PyTorch's flop counter; LayerNorm adds 5 per element.
+    Linear, convolution, matmul and the scan are counted by PyTorch's flop counter; LayerNorm adds 5 per element and
+    instance norm (without parameters) 4.
     Runs where the model's parameters are: on the meta device it costs no memory and no time.
     """
 
     def layer_norm_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
         return 2 * LAYER_NORM_MACS * torch.Size(x_shape).numel()
 
+    norm_macs = 0
+
+    def add_instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal norm_macs
+        norm_macs += INSTANCE_NORM_MACS * output.numel()
+
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
     mapping = {torch.ops.aten.native_layer_norm: layer_norm_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        model(image)
-    flops = counter.get_total_flops()
+    # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
+    norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
+    hooks = [module.register_forward_hook(add_instance_norm) for module in norms]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    flops = counter.get_total_flops() + 2 * norm_macs
     return Counts(sum(p.numel() for p in model.parameters()), flops // 2, flops)

@@ -9,7 +9,7 @@ from serpent_ir.errors import SerpentError, UsageError
 
 
 def test_names():
-    assert list_models() == ["serpent_b", "serpent_l", "serpent_h"]
+    assert list_models() == ["serpent_b", "serpent_l", "serpent_h", "unet_32", "unet_128"]
     assert list_models("_l") == list_models("*_l") == ["serpent_l"]
     assert all(name.split(".")[0] in list_models() for name in list_models(pretrained=True))
 
@@ -17,7 +17,7 @@ def test_names():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("serpent_x", {}, "unknown model 'serpent_x'; valid: serpent_b, serpent_l, serpent_h"),
+        ("serpent_x", {}, "unknown model 'serpent_x'; valid: serpent_b, serpent_l, serpent_h, unet_32, unet_128"),
         ("serpent_b", {"depth": 3}, "serpent_b has no option depth; valid: patch_size, dim"),
         ("serpent_b.nothing", {"pretrained": True}, "no weights 'serpent_b.nothing' ship; valid: "),
         ("serpent_b", {"pretrained": True, "checkpoint_path": "x"}, "not both"),

@@ -13,11 +13,14 @@ from torch import nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models.serpent import Serpent, SerpentConfig
+from serpent_ir.models.unet import UNet, UNetConfig
 
 PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "serpent_b": (Serpent, SerpentConfig(patch_size=4)),
     "serpent_l": (Serpent, SerpentConfig(patch_size=2)),
     "serpent_h": (Serpent, SerpentConfig(patch_size=1)),
+    "unet_32": (UNet, UNetConfig(channels=32)),
+    "unet_128": (UNet, UNetConfig(channels=128)),
 }
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"

@@ -23,6 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
+from serpent_ir.models import strips
 from serpent_ir.ops import ss2d
 
 K = 4
@@ -90,6 +91,8 @@ class VSSBlock(nn.Module):
         self.ss2d = SS2D(c)
 
     def forward(self, x: Tensor) -> Tensor:
+        if strips.serves(x):
+            return strips.vss_block(self, x)
         return x + self.ss2d(self.norm(x))
 
 
@@ -131,7 +134,7 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         image = pad_to_multiple(x, self.size_multiple)
-        x = rearrange(self.patch_embed(image), "b c h w -> b h w c")
+        x = rearrange(self.patch_embed(image), "b c h w -> b h w c").contiguous()
         skips = []
         for block, down in zip(self.encoder, self.down, strict=True):
             x = block(x)

@@ -80,7 +80,7 @@ def ss2d(
         raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     if backend == "reference":
         return reference.forward(u, proj, dt_weight, dt_bias, A_log, D)
-    return _ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
+    return torch.ops.serpent_ir.ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -123,7 +123,16 @@ def _backend_module(name: str, u: Tensor) -> ModuleType:
     return _module(default_backend(u.device, u.dtype) if name == "auto" else name)
 
 
-@torch.library.custom_op("serpent_ir::ss2d", mutates_args=())
+# Not torch.library.custom_op: the first call of its operators imports torch._dynamo, which takes a second.
+_INPUTS = "Tensor u, Tensor proj, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, str backend"
+for _name, _schema in {
+    "ss2d": f"({_INPUTS}) -> Tensor",
+    "ss2d_backward": f"(Tensor grad_y, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}.items():
+    torch.library.define(f"serpent_ir::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.impl("serpent_ir::ss2d", "CompositeExplicitAutograd")
 def _ss2d(
     u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, backend: str
 ) -> Tensor:
@@ -131,7 +140,7 @@ def _ss2d(
     return _backend_module(backend, u).forward(*inputs)
 
 
-@torch.library.custom_op("serpent_ir::ss2d_backward", mutates_args=())
+@torch.library.impl("serpent_ir::ss2d_backward", "CompositeExplicitAutograd")
 def _ss2d_backward(
     grad_y: Tensor,
     u: Tensor,
@@ -141,10 +150,10 @@ def _ss2d_backward(
     A_log: Tensor,
     D: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     given = (u, proj, dt_weight, dt_bias, A_log, D)
     grads = _backend_module(backend, u).backward(grad_y.contiguous(), *_dense(*given))
-    return tuple(g.to(x.dtype) for g, x in zip(grads, given, strict=True))  # pyright: ignore[reportReturnType]
+    return tuple(g.to(x.dtype) for g, x in zip(grads, given, strict=True))
 
 
 def _dense(u: Tensor, proj: Tensor, *params: Tensor) -> list[Tensor]:
@@ -153,12 +162,12 @@ def _dense(u: Tensor, proj: Tensor, *params: Tensor) -> list[Tensor]:
     return [u.contiguous(), proj.contiguous(), *(p.to(wide).contiguous() for p in params)]
 
 
-@_ss2d.register_fake
+@torch.library.register_fake("serpent_ir::ss2d")
 def _(u, proj, dt_weight, dt_bias, A_log, D, backend):
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-@_ss2d_backward.register_fake
+@torch.library.register_fake("serpent_ir::ss2d_backward")
 def _(grad_y, u, proj, dt_weight, dt_bias, A_log, D, backend):
     given = (u, proj, dt_weight, dt_bias, A_log, D)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
@@ -170,10 +179,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_y):
-    return (*_ss2d_backward(grad_y, *ctx.saved_tensors, ctx.backend), None)
+    return (*torch.ops.serpent_ir.ss2d_backward(grad_y, *ctx.saved_tensors, ctx.backend), None)
 
 
-_ss2d.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("serpent_ir::ss2d", _autograd, setup_context=_setup_context)
 
 
 def ss2d_macs(u_shape: tuple[int, ...], dt_rank: int, d_state: int) -> int:

@@ -8,13 +8,17 @@
 #include "scan.h"
 #include "threads.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 2, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 3, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
@@ -45,19 +49,68 @@ EXPORT const char *serpent_scan_level(int level) {
     return kernels ? kernels->name : NULL;
 }
 
+/* Large memory that was just got is faulted in 2 MB at a time where the system does so; 4 KB at a time would take a
+ * fifth of the time of a large scan. */
+static void use_large_pages(void *from, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)from + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)from + (uintptr_t)bytes) & ~(page - 1);
+    if (end >= begin + 4 * page) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)from, (void)bytes;
+#endif
+}
+
+EXPORT void serpent_scan_large_pages(void *fresh, int64_t bytes) { use_large_pages(fresh, bytes); }
+
 typedef struct {
     scan_problem problem;
     const scan_kernels *kernels;
     float *scratch;
     int64_t scratch_floats;
+    float *out;   /* y or du */
+    float *parts; /* those of directions 1 to 3 where directions are tasks of their own, else NULL */
 } call;
+
+static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
 
 /* Cache line aligned; the pointer that free() takes goes to *block. */
 static float *allocate(int64_t floats, void **block) {
     *block = NULL;
     if (floats < 0 || (uint64_t)floats > (SIZE_MAX - 64) / sizeof(float)) return NULL;
     *block = malloc((size_t)floats * sizeof(float) + 64);
+    if (*block) use_large_pages(*block, floats * (int64_t)sizeof(float));
     return *block ? (float *)(((uintptr_t)*block + 63) & ~(uintptr_t)63) : NULL;
+}
+
+/* Room for directions 1 to 3 side by side in c->parts, where (image, group) tasks alone would leave threads idle for a
+ * fifth of the time or more, and there is memory for it. Sums stay in the same order, so the bits do too. */
+static void split_directions(call *c, int64_t tasks, int threads, void **block) {
+    int64_t whole = (tasks + threads - 1) / threads, split = (DIRECTIONS * tasks + threads - 1) / threads;
+    *block = NULL;
+    c->parts = 5 * split <= 4 * DIRECTIONS * whole ? allocate((DIRECTIONS - 1) * map_floats(&c->problem), block) : NULL;
+}
+
+/* The task of that number; `groups` from group_begin on and the phase's directions are to be done. */
+static scan_task find_task(const call *c, int64_t number) {
+    const scan_problem *p = &c->problem;
+    int64_t groups = p->group_end - p->group_begin, k = c->parts ? number % DIRECTIONS : 0;
+    if (c->parts) number /= DIRECTIONS;
+    scan_task task = {number / groups, p->group_begin + number % groups, p->k_begin, p->k_end, c->out, p->k_begin > 0};
+    if (c->parts) task.k_begin = k, task.k_end = k + 1;
+    if (k > 0) task.out = c->parts + (k - 1) * map_floats(p);
+    return task;
+}
+
+enum { MERGED = 1 << 14 }; /* floats of a merging task */
+
+static void merge_task(void *context, int64_t task, int thread) {
+    const call *c = context;
+    int64_t floats = map_floats(&c->problem), end = (task + 1) * MERGED < floats ? (task + 1) * MERGED : floats;
+    const float *one = c->parts, *two = one + floats, *three = two + floats;
+    (void)thread;
+    for (int64_t i = task * MERGED; i < end; i++) c->out[i] = ((c->out[i] + one[i]) + two[i]) + three[i];
 }
 
 static int clamp_threads(int threads, int64_t tasks) {
@@ -74,32 +127,47 @@ static scan_problem problem_of(const int64_t sizes[6], const float *const inputs
     return p;
 }
 
+static void run_merge(call *c, int threads, gomp_parallel *openmp) {
+    int64_t tasks = (map_floats(&c->problem) + MERGED - 1) / MERGED;
+    run_tasks(merge_task, c, tasks, clamp_threads(threads, tasks), openmp);
+}
+
 static void forward_task(void *context, int64_t task, int thread) {
     call *c = context;
-    c->kernels->forward(&c->problem, task, c->scratch + thread * c->scratch_floats);
+    scan_task t = find_task(c, task);
+    c->kernels->forward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
 /* sizes: batch, height, width, channels, state, rank, all at least 1; inputs: u, proj, dt_weight, dt_bias, A_log, D.
  * openmp: see threads.h. Writes y. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                 const float *const inputs[6], float *y) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0};
-    void *block;
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL};
+    void *scratch_block, *parts_block;
     if (!c.kernels) return NO_LEVEL;
-    int64_t tasks = c.problem.batch * scan_groups(&c.problem);
-    threads = clamp_threads(threads, tasks);
-    c.problem.y = y;
-    c.scratch_floats = c.kernels->scratch_floats(&c.problem, 0);
-    c.scratch = allocate(c.scratch_floats * threads, &block);
-    if (!c.scratch) return NO_MEMORY;
-    run_tasks(forward_task, &c, tasks, threads, openmp);
-    free(block);
-    return OK;
+    scan_problem *p = &c.problem;
+    p->group_end = scan_groups(p), p->k_end = DIRECTIONS;
+    int64_t tasks = p->batch * scan_groups(p);
+    threads = threads < 1 ? 1 : threads;
+    split_directions(&c, tasks, threads, &parts_block);
+    if (c.parts) tasks *= DIRECTIONS;
+    int workers = clamp_threads(threads, tasks);
+    c.scratch_floats = c.kernels->scratch_floats(p, 0);
+    c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
+    if (c.scratch) {
+        use_large_pages(y, map_floats(p) * (int64_t)sizeof(float));
+        run_tasks(forward_task, &c, tasks, workers, openmp);
+        if (c.parts) run_merge(&c, threads, openmp);
+    }
+    free(scratch_block);
+    free(parts_block);
+    return c.scratch ? OK : NO_MEMORY;
 }
 
 static void backward_task(void *context, int64_t task, int thread) {
     call *c = context;
-    c->kernels->backward(&c->problem, task, c->scratch + thread * c->scratch_floats);
+    scan_task t = find_task(c, task);
+    c->kernels->backward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
 /* Adds up the groups' gradients of one chunk of proj and writes them to its pixels. */
@@ -108,18 +176,22 @@ static void gather_task(void *context, int64_t task, int thread) {
     int64_t chunks = scan_chunks(p), row = scan_row(p), groups = p->group_end - p->group_begin;
     int64_t chunk = task % chunks, image = task / chunks % p->batch, k = task / chunks / p->batch + p->k_begin;
     const float *first = p->partial + ((task / chunks * groups) * chunks + chunk) * row * CHUNK;
+    float *to[CHUNK];
     int64_t pixel[CHUNK], left = scan_length(p) - chunk * CHUNK, count = left < CHUNK ? left : CHUNK;
     (void)thread;
     scan_pixels(p, k, chunk * CHUNK, count, pixel);
+    for (int64_t t = 0; t < count; t++) {
+        to[t] = p->dproj + ((image * scan_length(p) + pixel[t]) * DIRECTIONS + k) * row;
+        for (int64_t i = 0; i < row; i += GROUP) PREFETCH(to[t] + i);
+        PREFETCH(to[t] + row - 1);
+    }
     for (int64_t i = 0; i < row; i++) {
-        float sums[CHUNK];
-        memcpy(sums, first + i * CHUNK, sizeof sums);
-        for (int64_t group = 1; group < groups; group++)
+        float sums[CHUNK] = {0};
+        if (p->group_begin > 0)
+            for (int64_t t = 0; t < count; t++) sums[t] = to[t][i];
+        for (int64_t group = 0; group < groups; group++)
             for (int t = 0; t < CHUNK; t++) sums[t] += first[(group * chunks * row + i) * CHUNK + t];
-        for (int64_t t = 0; t < count; t++) {
-            float *to = p->dproj + ((image * scan_length(p) + pixel[t]) * DIRECTIONS + k) * row + i;
-            *to = p->group_begin > 0 ? *to + sums[t] : sums[t];
-        }
+        for (int64_t t = 0; t < count; t++) to[t][i] = sums[t];
     }
 }
 
@@ -150,38 +222,48 @@ static void gather_parameters(const scan_problem *p, float *const grads[6]) {
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                  const float *const inputs[6], const float *grad_y, float *const grads[6],
                                  int64_t partial_floats) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0};
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL};
     scan_problem *p = &c.problem;
     if (!c.kernels) return NO_LEVEL;
     int64_t groups = scan_groups(p), chunks = scan_chunks(p);
     int64_t per_group = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_group;
     int64_t limit = whole > partial_floats ? whole : partial_floats;
+    threads = threads < 1 ? 1 : threads;
     /* As much side by side as the limit allows: all directions of all groups, or some groups of one direction. */
     int64_t directions = whole * groups <= limit ? DIRECTIONS : 1;
     int64_t groups_at_once = directions == DIRECTIONS ? groups : limit / per_group;
     if (groups_at_once > groups) groups_at_once = groups;
-    threads = threads < 1 ? 1 : threads;
-    int workers = clamp_threads(threads, p->batch * groups_at_once);
+    if (groups_at_once < groups && groups_at_once > threads) groups_at_once -= groups_at_once % threads;
 
-    void *scratch_block, *partial_block;
+    void *scratch_block, *partial_block, *parts_block = NULL;
+    if (directions == DIRECTIONS) split_directions(&c, p->batch * groups, threads, &parts_block);
+    int64_t per_cell = c.parts ? DIRECTIONS : 1; /* tasks of an image and group */
+    int workers = clamp_threads(threads, p->batch * groups_at_once * per_cell);
     c.scratch_floats = c.kernels->scratch_floats(p, 1);
     c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
     p->partial = allocate(directions * groups_at_once * per_group, &partial_block);
     p->dparams = calloc((size_t)(p->batch * DIRECTIONS * groups * scan_params(p) * GROUP), sizeof(double));
     int status = c.scratch && p->partial && p->dparams ? OK : NO_MEMORY;
-    p->grad_y = grad_y, p->du = grads[0], p->dproj = grads[1];
+    p->grad_y = grad_y, p->dproj = grads[1];
+    if (status == OK) {
+        int64_t pixels = p->batch * scan_length(p), number = sizeof(float);
+        use_large_pages(c.out, pixels * p->channels * number);
+        use_large_pages(p->dproj, pixels * DIRECTIONS * scan_row(p) * number);
+    }
     for (int64_t k = 0; status == OK && k < DIRECTIONS; k += directions)
         for (int64_t group = 0; group < groups; group += groups_at_once) {
             p->k_begin = k, p->k_end = k + directions;
             p->group_begin = group, p->group_end = groups - group < groups_at_once ? groups : group + groups_at_once;
-            int64_t tasks = p->batch * (p->group_end - p->group_begin);
+            int64_t tasks = p->batch * (p->group_end - p->group_begin) * per_cell;
             run_tasks(backward_task, &c, tasks, clamp_threads(workers, tasks), openmp);
             tasks = directions * p->batch * chunks;
             run_tasks(gather_task, &c, tasks, clamp_threads(threads, tasks), openmp);
         }
+    if (status == OK && c.parts) run_merge(&c, threads, openmp);
     if (status == OK) gather_parameters(p, grads);
     free(scratch_block);
     free(partial_block);
+    free(parts_block);
     free(p->dparams);
     return status;
 }

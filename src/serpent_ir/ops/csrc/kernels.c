@@ -24,12 +24,15 @@ typedef struct {
     /* Of the direction and group: */
     float *A, *A_log2e, *weight; /* [state][], [state][], [rank][] */
     float *bias, *D;
-    int64_t width; /* channels in the group, GROUP but for the last */
+    int64_t k, width; /* channels in the group, GROUP but for the last */
+    /* The first pixel's values of the image, group and direction; `touched` are more maps to have at hand, or NULL: */
+    const float *from_u, *from_rows, *touched[2];
     /* Of the chunk, [CHUNK][] each: */
     float *u, *dt, *dtu, *slope, *grad_y;
     float *grad_dt, *grad_dtu; /* [SUMS][CHUNK][]: several sums over the states, since rounding grows with a sum */
     float *rows; /* [CHUNK][rank + 2 state] */
     int64_t pixel[CHUNK], count;
+    int64_t next[CHUNK], next_count; /* the chunk to come */
     /* States, [state][]: */
     float *h, *grad_h;
     /* Backward, for two states at a time, [2][CHUNK][]: */
@@ -78,6 +81,24 @@ static int64_t scratch_floats(const scan_problem *p, int backward) {
     return lay_out(&ws, p, backward, 0);
 }
 
+/* Puts the pixels of a chunk into ws->next; none, where the walk ends. */
+ALWAYS_INLINE void look_ahead(workspace *ws, const scan_problem *p, int64_t chunk) {
+    int64_t left = chunk < 0 ? 0 : scan_length(p) - chunk * CHUNK;
+    ws->next_count = left < 0 ? 0 : left < CHUNK ? left : CHUNK;
+    scan_pixels(p, ws->k, chunk * CHUNK, ws->next_count, ws->next);
+}
+
+/* Makes ready for a walk of direction k that begins with the given chunk. */
+ALWAYS_INLINE void begin_walk(workspace *ws, const scan_problem *p, int64_t image, int64_t group, int64_t k, int64_t chunk,
+                       const float *touched, const float *touched_too) {
+    int64_t length = scan_length(p);
+    ws->k = k;
+    ws->from_u = p->u + image * length * p->channels + group * GROUP;
+    ws->from_rows = p->proj + (image * length * DIRECTIONS + k) * scan_row(p);
+    ws->touched[0] = touched, ws->touched[1] = touched_too;
+    look_ahead(ws, p, chunk);
+}
+
 static void load_parameters(workspace *ws, const scan_problem *p, int64_t k, int64_t group) {
     int64_t first = group * GROUP;
     ws->width = p->channels - first < GROUP ? p->channels - first : GROUP;
@@ -114,11 +135,40 @@ ALWAYS_INLINE void store_lanes(float *to, const float *lanes, int64_t width, int
     for (int64_t i = 0; i < width; i++) to[i] = add ? to[i] + lanes[i] : lanes[i];
 }
 
+/* Packs the chunk that was ahead, the rows of proj and u at its pixels, from any distance apart to side by side; the
+ * next one is `chunk`. */
+ALWAYS_INLINE void load_chunk(workspace *ws, const scan_problem *p, int64_t chunk) {
+    int64_t row = scan_row(p);
+    ws->count = ws->next_count;
+    memcpy(ws->pixel, ws->next, sizeof ws->pixel);
+    look_ahead(ws, p, chunk);
+    for (int64_t t = 0; t < ws->count; t++) {
+        const float *from = ws->from_rows + ws->pixel[t] * DIRECTIONS * row;
+        for (int64_t i = 0; i < row; i++) ws->rows[t * row + i] = from[i];
+        load_lanes(ws->u + t * GROUP, ws->from_u + ws->pixel[t] * p->channels, ws->width);
+    }
+}
+
+/* Asks for what step t of the chunk to come will read, while this one keeps the processor busy. A group's share of a
+ * pixel is one cache line, the next pixel's lies d lines on, or a row of the map: no hardware foresees that, and with
+ * maps beyond the second level cache waiting would double the time. */
+ALWAYS_INLINE void fetch(const workspace *ws, const scan_problem *p, int64_t t) {
+    int64_t pixel = ws->next[t], row = scan_row(p);
+    const float *rows = ws->from_rows + pixel * DIRECTIONS * row;
+    if (t >= ws->next_count) return;
+    PREFETCH(ws->from_u + pixel * p->channels);
+    for (int64_t i = 0; i < row; i += GROUP) PREFETCH(rows + i);
+    PREFETCH(rows + row - 1);
+    for (int i = 0; i < 2; i++)
+        if (ws->touched[i]) PREFETCH(ws->touched[i] + pixel * p->channels);
+}
+
 ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, int want_slope) {
     int64_t row = scan_row(p);
     for (int v = 0; v < GROUP; v += LANES) {
         for (int64_t t = 0; t < ws->count; t++) {
             vf z = vset(0.0f), slope;
+            if (v == 0) fetch(ws, p, t);
             for (int64_t r = 0; r < p->rank; r++) z = z + vload(ws->weight + r * GROUP + v) * ws->rows[t * row + r];
             /* The bias last: it is the largest term, and would round every sum after it. */
             vf dt = softplus(z + vload(ws->bias + v), want_slope ? &slope : 0);
@@ -133,20 +183,6 @@ ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, int want_slo
             ws->dt[t * GROUP + i] = ws->dtu[t * GROUP + i] = 0.0f;
             if (want_slope) ws->slope[t * GROUP + i] = 0.0f;
         }
-}
-
-/* Packs a chunk of direction k: the rows of proj and u at its pixels, from any distance apart to side by side. */
-static void load_chunk(workspace *ws, const scan_problem *p, int64_t image, int64_t group, int64_t k, int64_t chunk) {
-    int64_t length = scan_length(p), row = scan_row(p), first = chunk * CHUNK;
-    const float *proj = p->proj + (image * length * DIRECTIONS + k) * row;
-    const float *u = p->u + image * length * p->channels + group * GROUP;
-    ws->count = length - first < CHUNK ? length - first : CHUNK;
-    scan_pixels(p, k, first, ws->count, ws->pixel);
-    for (int64_t t = 0; t < ws->count; t++) {
-        const float *from = proj + ws->pixel[t] * DIRECTIONS * row;
-        for (int64_t i = 0; i < row; i++) ws->rows[t * row + i] = from[i];
-        load_lanes(ws->u + t * GROUP, u + ws->pixel[t] * p->channels, ws->width);
-    }
 }
 
 /* One step of `states` states from n on, added to as many sums y. */
@@ -180,20 +216,22 @@ ALWAYS_INLINE void walk_chunk(workspace *ws, const scan_problem *p, const int wa
     }
 }
 
-static void forward(const scan_problem *p, int64_t task, float *scratch) {
+static void forward(const scan_problem *p, const scan_task *task, float *scratch) {
     workspace ws;
-    int64_t image = task / scan_groups(p), group = task % scan_groups(p);
-    float *y = p->y + image * scan_length(p) * p->channels + group * GROUP;
+    int64_t image = task->image, group = task->group;
+    float *y = task->out + image * scan_length(p) * p->channels + group * GROUP;
     lay_out(&ws, p, 0, scratch);
-    for (int64_t k = 0; k < DIRECTIONS; k++) {
+    for (int64_t k = task->k_begin; k < task->k_end; k++) {
+        int add = task->add || k > task->k_begin;
         load_parameters(&ws, p, k, group);
         memset(ws.h, 0, p->state * GROUP * sizeof(float));
+        begin_walk(&ws, p, image, group, k, 0, y, 0);
         for (int64_t chunk = 0; chunk < scan_chunks(p); chunk++) {
-            load_chunk(&ws, p, image, group, k, chunk);
+            load_chunk(&ws, p, chunk + 1);
             time_steps(&ws, p, 0);
             walk_chunk(&ws, p, 1);
             for (int64_t t = 0; t < ws.count; t++)
-                store_lanes(y + ws.pixel[t] * p->channels, ws.dt + t * GROUP, ws.width, k > 0);
+                store_lanes(y + ws.pixel[t] * p->channels, ws.dt + t * GROUP, ws.width, add);
         }
     }
 }
@@ -321,39 +359,44 @@ static void pull_chunk(workspace *ws, const scan_problem *p, float *partial) {
     pull_inputs(ws, p, partial);
 }
 
-static void backward(const scan_problem *p, int64_t task, float *scratch) {
+static void backward(const scan_problem *p, const scan_task *task, float *scratch) {
     workspace ws;
-    int64_t groups = p->group_end - p->group_begin, image = task / groups, group = p->group_begin + task % groups;
+    int64_t groups = p->group_end - p->group_begin, image = task->image, group = task->group;
     int64_t chunks = scan_chunks(p), states = p->state * GROUP;
     int64_t offset = image * scan_length(p) * p->channels + group * GROUP;
+    const float *grad_y = p->grad_y + offset;
+    float *du = task->out + offset;
     lay_out(&ws, p, 1, scratch);
     /* A short last chunk's missing rows are summed too, though nobody reads those sums. */
     memset(ws.products_B, 0, 2 * CHUNK * GROUP * sizeof(float));
     memset(ws.products_C, 0, 2 * CHUNK * GROUP * sizeof(float));
-    for (int64_t k = p->k_begin; k < p->k_end; k++) {
+    for (int64_t k = task->k_begin; k < task->k_end; k++) {
+        int add = task->add || k > task->k_begin;
         double *dparams = p->dparams + ((image * DIRECTIONS + k) * scan_groups(p) + group) * scan_params(p) * GROUP;
-        float *partial = p->partial + (((k - p->k_begin) * p->batch + image) * groups + task % groups) * chunks *
-                                          scan_row(p) * CHUNK;
+        float *partial = p->partial + (((k - p->k_begin) * p->batch + image) * groups + group - p->group_begin) *
+                                          chunks * scan_row(p) * CHUNK;
         load_parameters(&ws, p, k, group);
         memset(dparams, 0, scan_params(p) * GROUP * sizeof(double));
         memset(ws.h, 0, states * sizeof(float));
+        begin_walk(&ws, p, image, group, k, 0, 0, 0);
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             memcpy(ws.starts + chunk * states, ws.h, states * sizeof(float));
             if (chunk + 1 == chunks) break;
-            load_chunk(&ws, p, image, group, k, chunk);
+            load_chunk(&ws, p, chunk + 1);
             time_steps(&ws, p, 0);
             walk_chunk(&ws, p, 0);
         }
         memset(ws.grad_h, 0, states * sizeof(float));
+        begin_walk(&ws, p, image, group, k, chunks - 1, grad_y, du);
         for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-            load_chunk(&ws, p, image, group, k, chunk);
+            load_chunk(&ws, p, chunk - 1);
             for (int64_t t = 0; t < ws.count; t++)
-                load_lanes(ws.grad_y + t * GROUP, p->grad_y + offset + ws.pixel[t] * p->channels, ws.width);
+                load_lanes(ws.grad_y + t * GROUP, grad_y + ws.pixel[t] * p->channels, ws.width);
             time_steps(&ws, p, 1);
             memcpy(ws.h, ws.starts + chunk * states, states * sizeof(float));
             pull_chunk(&ws, p, partial + chunk * scan_row(p) * CHUNK);
             for (int64_t t = 0; t < ws.count; t++)
-                store_lanes(p->du + offset + ws.pixel[t] * p->channels, ws.grad_dtu + t * GROUP, ws.width, k > 0);
+                store_lanes(du + ws.pixel[t] * p->channels, ws.grad_dtu + t * GROUP, ws.width, add);
             /* Double: a large image adds up a hundred thousand chunks. */
             for (int64_t i = 0; i < scan_params(p) * GROUP; i++) dparams[i] += ws.sums[i];
         }

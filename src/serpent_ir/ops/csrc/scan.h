@@ -4,6 +4,12 @@
 
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define PREFETCH(from) __builtin_prefetch(from)
+#else
+#define PREFETCH(from) ((void)(from))
+#endif
+
 enum {
     GROUP = 16, /* channels that one task walks side by side: a cache line of floats */
     CHUNK = 32, /* positions whose values are packed in the first level cache */
@@ -14,9 +20,8 @@ enum {
 typedef struct {
     int64_t batch, height, width, channels, state, rank;
     const float *u, *proj, *dt_weight, *dt_bias, *A_log, *D;
-    float *y; /* forward only; what follows is the backward pass's */
-    const float *grad_y;
-    float *du, *dproj;
+    const float *grad_y; /* this and what follows: the backward pass's */
+    float *dproj;
     double *dparams; /* (batch, direction, group, rank + 2 + state, GROUP): rows of dt_weight, dt_bias, D, A_log */
     /* dproj before its sum over channel groups, for the directions and groups of the current phase:
      * (direction, batch, group, chunk of the direction's walk, rank + 2 state, CHUNK) */
@@ -53,12 +58,20 @@ static inline void scan_pixels(const scan_problem *p, int64_t k, int64_t first, 
     }
 }
 
-/* One dispatch level: kernels.c compiled for one instruction set. A task is (image, channel group of the phase). */
+/* One channel group of one image, in the directions from k_begin to k_end, whose y (forward) or du (backward) goes to
+ * the map `out`: added to it, but by the first direction only if `add`. */
+typedef struct {
+    int64_t image, group, k_begin, k_end;
+    float *out;
+    int add;
+} scan_task;
+
+/* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
     const char *name;
     int64_t (*scratch_floats)(const scan_problem *p, int backward);
-    void (*forward)(const scan_problem *p, int64_t task, float *scratch);
-    void (*backward)(const scan_problem *p, int64_t task, float *scratch);
+    void (*forward)(const scan_problem *p, const scan_task *task, float *scratch);
+    void (*backward)(const scan_problem *p, const scan_task *task, float *scratch);
 } scan_kernels;
 
 #endif

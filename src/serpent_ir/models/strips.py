@@ -1,0 +1,119 @@
+"""A VSS block on the CPU without a tape: the map goes through in strips of rows that stay in the cache.
+
+Whole maps would be written to memory and read again between any two operations, into pages that the system clears
+first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the normed input and the scan's input
+and output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from serpent_ir.ops import ss2d
+from serpent_ir.ops.cpu import large_pages
+
+if TYPE_CHECKING:
+    from serpent_ir.models.serpent import VSSBlock
+
+STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a second level cache
+
+
+def serves(x: Tensor) -> bool:
+    """Whether `vss_block` takes this input."""
+    return (
+        x.device.type == "cpu" and x.numel() > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
+
+
+def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
+    """block(x) for x (B, H, W, c), which `serves` has passed."""
+    inner = block.ss2d
+    x = x.contiguous()
+    normed = block.norm(x)
+    weight_u, weight_z = inner.in_proj.weight.chunk(2)
+    images, rows = _strip_size(x.shape, len(weight_u))
+    u, proj = _Whole(x.shape), _Whole(x.shape)
+    for first in range(0, len(x), images):
+        for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
+            conv = F.conv2d(
+                piece.movedim(-1, 1), inner.conv.weight, inner.conv.bias, padding=(padding, 1), groups=len(weight_u)
+            )
+            piece = F.silu(conv.movedim(1, -1).contiguous(), inplace=True)
+            u.put(first, row, piece)
+            proj.put(first, row, _linear(piece, inner.x_proj.weight).unflatten(-1, (4, -1)))
+    y = ss2d(u.map, proj.map, inner.dt_weight, inner.dt_bias, inner.A_log, inner.D)
+    del u, proj
+    out = large_pages(torch.empty_like(x))
+    for first in range(0, len(x), images):
+        for row in range(0, x.shape[1], rows):
+            here = slice(first, first + images), slice(row, row + rows)
+            gate = F.silu(_linear(normed[here], weight_z), inplace=True)
+            torch.add(x[here], _linear(inner.norm(y[here]).mul_(gate), inner.out_proj.weight), out=out[here])
+    return out
+
+
+@functools.cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's product, where it is the faster one: MKL keeps to AVX2 on processors that are not Intel's."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if product is not None:
+        register_flop_formula(product)(_linear_flops)
+    return product
+
+
+def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    product = _onednn()
+    if product is None or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
+        return F.linear(x, weight)
+    return product(x, weight, None, "none", [], "")
+
+
+def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
+    """Images and rows of a strip: whole images where one fits, else rows of one."""
+    _, height, width, _ = shape
+    rows = max(1, STRIP // max(1, width * d_inner))
+    return (max(1, rows // max(1, height)), height) if rows >= height else (1, rows)
+
+
+def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The inner map before the convolution in strips: the first row, how many rows of zeros each end still needs, and
+    the strip with the rows above and below it."""
+    height = x.shape[1]
+    if rows >= height:
+        yield 0, 1, _linear(x, weight)
+        return
+    edge = above = None
+    for row in range(0, height, rows):
+        ready = row + 1 if row else 0  # the strip before went one row on
+        new = _linear(x[:, ready : row + rows + 1], weight)
+        if edge is None or above is None:
+            edge = above = torch.zeros_like(new[:, :1])
+        piece = torch.cat([above, new, edge] if row + rows >= height else [above, new], 1)
+        above = piece[:, -2:].clone()
+        yield row, 0, piece
+
+
+class _Whole:
+    """A map put together from strips; a strip that is all of it is not copied."""
+
+    def __init__(self, shape: torch.Size):
+        self.shape = shape[:3]
+
+    def put(self, image: int, row: int, piece: Tensor) -> None:
+        if piece.shape[:3] == self.shape:
+            self.map = piece
+            return
+        if image == row == 0:
+            self.map = large_pages(piece.new_empty(*self.shape, *piece.shape[3:]))
+        self.map[image : image + len(piece), row : row + piece.shape[1]] = piece
