@@ -1,6 +1,7 @@
 """Folders of images -> batches of (network input, clean) for training, made on the device."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,25 +71,17 @@ class ImageCache:
     random in a batch is a function of (seed, step), so training can go on from any step without saved generators.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        degradation: Degradation,
-        device: torch.device,
-        progress: Callable[[int, int], None] | None = None,
-    ):
+    def __init__(self, folders: Sequence[Path], degradation: Degradation, device: torch.device):
         self.files = [file for folder in folders for file in find_images(folder)]
         self.degradation = degradation
         self.device = device
         by_size: dict[tuple[int, int], list[Tensor]] = {}
         self.home: list[tuple[tuple[int, int], int]] = []  # of each file: its size and its place in that tensor
-        for i, file in enumerate(self.files):
+        for file in self.files:
             image = degradation.crop(read_rgb8(file))
             size = (image.shape[-2], image.shape[-1])
             self.home.append((size, len(by_size.setdefault(size, []))))
             by_size[size].append(image)
-            if progress:
-                progress(i + 1, len(self.files))
         self.images = {size: torch.stack(group).to(device) for size, group in by_size.items()}
 
     def __len__(self) -> int:
@@ -125,8 +118,7 @@ class ImageCache:
         files: list[int] = []
         while count > 0:
             epoch, offset = divmod(first, len(self))
-            order = np.random.Generator(np.random.PCG64(_mix(seed, 0, epoch))).permutation(len(self))
-            taken = order[offset : offset + count].tolist()
+            taken = _epoch_order(len(self), seed, epoch)[offset : offset + count].tolist()
             files += taken
             first, count = first + len(taken), count - len(taken)
         return files
@@ -135,6 +127,12 @@ class ImageCache:
         tensor = torch.tensor(indices)
         # From pinned memory the copy does not wait for the work that the GPU still has queued.
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+@functools.lru_cache(maxsize=2)  # a batch may cross from one epoch into the next
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which `count` files are drawn in an epoch."""
+    return np.random.Generator(np.random.PCG64(_mix(seed, 0, epoch))).permutation(count)
 
 
 def random_crops(x: Tensor, crop: int, generator: torch.Generator) -> Tensor:
