@@ -1,0 +1,121 @@
+"""What surrounds the scan in a VSS block, fused for inference, in Triton: one kernel before the convolution, one after the
+scan.
+
+The normed input and the gate's half of `in_proj` are never written: the second kernel, which reads the input anyway for
+the residual, makes them again. Products take 16-bit operands and add up in float32.
+"""
+
+# Triton's compile-time values have no types that a checker follows.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from serpent_ir.ops.triton_norm import channel_row, put_rows, row_tile, sigmoid, standardise
+
+# Rows of a tile, columns of the product made at a time, warps: before the convolution, after the scan.
+IN_TILE = (64, 64, 4)
+OUT_TILE = (64, 64, 4)
+
+
+@triton.jit
+def matrix_tile(matrix, first_row, first_column, stride, rows, columns, BK: tl.constexpr, BN: tl.constexpr):
+    """(BK, BN): the transpose of matrix[first_row:, first_column:], 0 from `rows` and `columns` on."""
+    n, k = first_row + tl.arange(0, BN)[None, :], first_column + tl.arange(0, BK)[:, None]
+    return tl.load(matrix + n * stride + k, mask=(n < rows) & (k < columns), other=0.0)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def norm_product_kernel(
+    x, weight, bias, matrix, out, rows, eps,
+    c: tl.constexpr, n: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (rows, n) = LayerNorm(x) . matrix^T for x (rows, c), matrix (n, c)."""
+    first = tl.program_id(0).to(tl.int64) * BM
+    left = tl.minimum(rows - first, BM).to(tl.int32)
+    hat, _ = standardise(row_tile(x + first * c, left, c, c, BM, BC), eps, c, BC)
+    normed = (hat * channel_row(weight, c, BC) + channel_row(bias, c, BC)).to(matrix.dtype.element_ty)
+    for column in range(0, n, BN):
+        part = tl.dot(normed, matrix_tile(matrix, column, 0, c, n, c, BC, BN))
+        put_rows(out + first * n + column, part, left, n, n - column, BM, BN)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def gate_product_kernel(
+    x, y, weight, bias, z_matrix, y_weight, y_bias, out_matrix, out, rows, eps, y_eps,
+    c: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out = x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T, BD channels of y at a time.
+
+    x, out (rows, c), y (rows, d), z_matrix (d, c), out_matrix (c, d); `out` may be `x`.
+    """
+    first = tl.program_id(0).to(tl.int64) * BM
+    left = tl.minimum(rows - first, BM).to(tl.int32)
+    x_tile = row_tile(x + first * c, left, c, c, BM, BC)
+    hat, _ = standardise(x_tile, eps, c, BC)
+    normed = (hat * channel_row(weight, c, BC) + channel_row(bias, c, BC)).to(z_matrix.dtype.element_ty)
+    y += first * d
+    if d <= BD:
+        y_hat, _ = standardise(row_tile(y, left, d, d, BM, BD), y_eps, d, BD)
+        z = tl.dot(normed, matrix_tile(z_matrix, 0, 0, c, d, c, BC, BD))
+        gated = (y_hat * channel_row(y_weight, d, BD) + channel_row(y_bias, d, BD)) * (z * sigmoid(z))
+        total = tl.dot(gated.to(normed.dtype), matrix_tile(out_matrix, 0, 0, d, c, d, BD, BC))
+    else:
+        # Statistics block by block (Chan's update), then y once more, from the cache.
+        mean = tl.zeros((BM,), tl.float32)
+        square = tl.zeros((BM,), tl.float32)
+        for at in range(0, d, BD):
+            count = tl.minimum(d - at, BD).to(tl.float32)
+            tile = row_tile(y + at, left, d, d - at, BM, BD)
+            its_mean = tl.sum(tile, axis=1) / count
+            centred = tl.where((at + tl.arange(0, BD) < d)[None, :], tile - its_mean[:, None], 0.0)
+            apart = its_mean - mean
+            share = count / (at + count)
+            mean += apart * share
+            square += tl.sum(centred * centred, axis=1) + apart * apart * (at * share)
+        scale = tl.rsqrt(square / d + y_eps)
+        total = tl.zeros((BM, BC), tl.float32)
+        for at in range(0, d, BD):
+            y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
+            z = tl.dot(normed, matrix_tile(z_matrix, at, 0, c, d, c, BC, BD))
+            y_normed = y_hat * channel_row(y_weight + at, d - at, BD) + channel_row(y_bias + at, d - at, BD)
+            gated = (y_normed * (z * sigmoid(z))).to(normed.dtype)
+            total = tl.dot(gated, matrix_tile(out_matrix, 0, at, d, c, d, BD, BC), acc=total)
+    put_rows(out + first * c, x_tile + total, left, c, c, BM, BC)
+
+
+def _padded(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))  # the least that a product takes
+
+
+def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
+    """LayerNorm(x) . matrix^T for x (..., c), contiguous, and matrix (n, c), in whose dtype the product is taken."""
+    n, c = matrix.shape
+    rows = x.numel() // c
+    BM, BN, warps = IN_TILE
+    out = matrix.new_empty(*x.shape[:-1], n)
+    with torch.cuda.device_of(x):
+        norm_product_kernel[(triton.cdiv(rows, BM),)](
+            x, weight, bias, matrix, out, rows, eps, c=c, n=n, BM=BM, BC=_padded(c), BN=min(BN, _padded(n)),
+            num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def gate_product(
+    x: Tensor, y: Tensor, norm: tuple[Tensor, Tensor, float], z_matrix: Tensor,
+    y_norm: tuple[Tensor, Tensor, float], out_matrix: Tensor,
+) -> Tensor:  # fmt: skip
+    """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
+    c, d = out_matrix.shape
+    rows = x.numel() // c
+    BM, BD, warps = OUT_TILE
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        gate_product_kernel[(triton.cdiv(rows, BM),)](
+            x, y, *norm[:2], z_matrix, *y_norm[:2], out_matrix, out, rows, norm[2], y_norm[2],
+            c=c, d=d, BM=BM, BC=_padded(c), BD=min(BD, _padded(d)), num_warps=warps,
+        )  # fmt: skip
+    return out
