@@ -1,7 +1,7 @@
 """Whether the fused kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
 
-Hooks, exchanged or wrapped layers, parametrised weights, tracing and counting all get the plain definition. The check of
-a network is repeated at every call, so its lists are kept and compared; they hold no reference to the network itself.
+Hooks, exchanged or wrapped layers, parametrised weights, tracing and counting all get the plain definition. The check
+of a network is repeated at every call, so its lists are kept and compared; they hold no reference to the network.
 """
 
 import functools
@@ -26,7 +26,7 @@ def runs_on(x: Tensor) -> bool:
         and x.numel() > 0
         and _has_triton()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
     )

@@ -5,8 +5,8 @@ float64). A map is read and written as seldom as can be:
 
 - inference in 16 bits, narrow levels: LayerNorm with the u half of `in_proj`; convolution, SiLU and `x_proj`; the scan;
   and one kernel that makes the gate again from the block's input, gates, projects and adds the residual.
-- elsewhere (wide levels, where products dominate and maps are small; float32; training): norm, product, convolution with
-  SiLU, product, scan, norm with gate, product with residual. Products are the library's.
+- elsewhere (wide levels, where products dominate and maps are small; float32; training): norm, product, convolution
+  with SiLU, product, scan, norm with gate, product with residual. Products are the library's.
 - patch embedding, merging, expanding with the skip, and the head (inference in 16 bits): a product each that gathers or
   scatters.
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models import as_built, graphs
@@ -91,19 +91,19 @@ def serpent(model: "Serpent", image: Tensor) -> Tensor:
 
 
 def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
+    from serpent_ir.ops import triton_patch
+
     half = dtype in HALF
     stacks = [*model.encoder, model.bottleneck, *model.decoder]
-    blocks = [block for stack in stacks for block in stack]
+    blocks = [block for stack in stacks for block in stack.children()]
     ready = iter(_weights(blocks, dtype))
     weights = [[next(ready) for _ in stack] for stack in stacks]
     levels = len(model.down)
-    merging, expanding = [m[1].weight for m in model.down], [m[0].weight for m in model.up]
+    merging, expanding = [_weight(m) for m in model.down], [_weight(m) for m in model.up]
     *matrices, embedding, head = _cast([*merging, *expanding, model.patch_embed.weight, model.head.weight], dtype)
     padded = pad_to_multiple(image, model.size_multiple).contiguous()
     if half:
-        from serpent_ir.ops import triton_patch
-
-        x = triton_patch.embed(padded, embedding, model.patch_embed.bias)
+        x = triton_patch.embed(padded, embedding, _bias(model.patch_embed))
     else:
         x = rearrange(model.patch_embed(padded), "b c h w -> b h w c").contiguous()
     skips = []
@@ -136,7 +136,11 @@ def _infer_block(x: Tensor, w: Weights) -> Tensor:
 
     matrix_u, matrix_z = w.in_proj.chunk(2)
     u = triton_block.norm_product(x, *w.norm, matrix_u)
-    u, proj = triton_conv.conv_silu_product(u, w.taps, w.conv_bias, w.x_proj)
+    if u.shape[-1] <= max(triton_conv.PRODUCT_TILES):
+        u, proj = triton_conv.conv_silu_product(u, w.taps, w.conv_bias, w.x_proj)
+    else:
+        u = triton_conv.conv_silu(u, w.taps, w.conv_bias)
+        proj = F.linear(u, w.x_proj)
     y = ss2d(u, proj.unflatten(-1, (4, -1)), *w.scan)
     return triton_block.gate_product(x, y, w.norm, matrix_z, w.y_norm, w.out_proj)
 
@@ -156,6 +160,16 @@ def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
     else:
         out = x + F.linear(gated, w.out_proj)
     return out, Kept(uz, u, proj, y)
+
+
+def _weight(patches: nn.Module) -> Tensor:
+    """Of the linear layer of patch merging or expanding."""
+    return next(patches.parameters())
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -179,14 +193,14 @@ def _weights(blocks: "list[VSSBlock]", dtype: torch.dtype) -> list[Weights]:
         in_proj, x_proj, out_proj = (next(matrices) for _ in range(3))
         norm, y_norm = ((n.weight, n.bias, n.eps) for n in (block.norm, s.norm))
         scan = (s.dt_weight, s.dt_bias, s.A_log, s.D)
-        result.append(Weights(norm, in_proj, next(taps), s.conv.bias, x_proj, scan, y_norm, out_proj))
+        result.append(Weights(norm, in_proj, next(taps), _bias(s.conv), x_proj, scan, y_norm, out_proj))
     return result
 
 
 def _parameters(block: "VSSBlock") -> tuple[Tensor, ...]:
     s = block.ss2d
     return (
-        block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, s.conv.bias, s.x_proj.weight,
+        block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, _bias(s.conv), s.x_proj.weight,
         s.dt_weight, s.dt_bias, s.A_log, s.D, s.norm.weight, s.norm.bias, s.out_proj.weight,
     )  # fmt: skip
 

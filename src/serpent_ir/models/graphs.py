@@ -1,13 +1,14 @@
-"""Inference from CUDA graphs: a network of hundreds of small kernels takes the host longer to launch than the GPU to run.
+"""Inference from CUDA graphs: the host takes longer to launch hundreds of small kernels than the GPU to run them.
 
-A call at a shape seen for the first time runs as it is (which compiles what there is to compile); the second is captured,
-and it and all later ones are replayed. So a folder of images of different sizes never pays for captures.
+A call at a shape seen for the first time runs as it is (which compiles what there is to compile); the second is
+captured, and it and all later ones are replayed. So a folder of images of different sizes never pays for captures.
 """
 
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ Run = Callable[[Tensor], Tensor]
 class _Graph:
     """One captured pass. Its input lies outside of the pool, which its model's other graphs share."""
 
-    def __init__(self, run: Run, x: Tensor, pool: tuple[int, int]):
+    def __init__(self, run: Run, x: Tensor, pool: Any):
         # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
         with torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -30,7 +31,7 @@ class _Graph:
             torch.cuda.current_blas_handle()  # made now: this thread may not have one yet, and a capture cannot make it
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream(x.device)):
-                # Other threads may allocate and launch meanwhile. torch.cuda.graph would also empty the allocator's cache.
+                # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
                 self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     self.output = run(self.input)
@@ -47,6 +48,7 @@ class Graphs:
         self.uncapturable: set[Hashable] = set()
         self.weights: list[int] = []
         self.done: torch.cuda.Event | None = None
+        self.pool: Any = None
 
     def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[int]) -> Tensor:
         """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` the addresses it reads."""
@@ -110,7 +112,7 @@ _making = threading.Lock()
 
 
 def of(model: nn.Module) -> Graphs:
-    """The graphs of a model: kept beside it, so that it is copied, pickled and saved without them, and goes with them."""
+    """The graphs of a model: kept beside it, so that it is copied, pickled and saved without them; they go with it."""
     graphs = _of.get(model)
     if graphs is None:
         with _making:

@@ -1,23 +1,33 @@
-"""What surrounds the scan in a VSS block, fused for inference, in Triton: one kernel before the convolution, one after the
-scan.
+"""What surrounds the scan in a VSS block, fused for inference, in Triton: a kernel before the convolution, one after.
 
 The normed input and the gate's half of `in_proj` are never written: the second kernel, which reads the input anyway for
 the residual, makes them again. Products take 16-bit operands and add up in float32.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from serpent_ir.ops.triton_norm import channel_row, put_rows, row_tile, sigmoid, standardise
+from serpent_ir.ops.triton_norm import channel_row, pick, put_rows, row_tile, sigmoid, standardise
 
-# Rows of a tile, columns of the product made at a time, warps: before the convolution, after the scan.
-IN_TILE = (64, 64, 4)
-OUT_TILE = (64, 64, 4)
+# By channels c: rows of a tile, columns of the inner map made at a time, launch options; before the convolution and
+# after the scan.
+IN_TILES = {
+    32: (64, 64, {"num_warps": 4}),
+    64: (64, 64, {"num_warps": 4}),
+    128: (64, 64, {"num_warps": 4}),
+    256: (64, 64, {"num_warps": 8}),
+}
+OUT_TILES = {
+    32: (64, 64, {"num_warps": 4}),
+    64: (64, 64, {"num_warps": 8}),
+    128: (64, 64, {"num_warps": 8}),
+    256: (64, 64, {"num_warps": 8}),
+}
 
 
 @triton.jit
@@ -94,12 +104,12 @@ def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Te
     """LayerNorm(x) . matrix^T for x (..., c), contiguous, and matrix (n, c), in whose dtype the product is taken."""
     n, c = matrix.shape
     rows = x.numel() // c
-    BM, BN, warps = IN_TILE
+    BM, BN, options = pick(IN_TILES, c)
     out = matrix.new_empty(*x.shape[:-1], n)
     with torch.cuda.device_of(x):
         norm_product_kernel[(triton.cdiv(rows, BM),)](
             x, weight, bias, matrix, out, rows, eps, c=c, n=n, BM=BM, BC=_padded(c), BN=min(BN, _padded(n)),
-            num_warps=warps,
+            num_stages=1, **options,
         )  # fmt: skip
     return out
 
@@ -111,11 +121,11 @@ def gate_product(
     """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
     c, d = out_matrix.shape
     rows = x.numel() // c
-    BM, BD, warps = OUT_TILE
+    BM, BD, options = pick(OUT_TILES, c)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         gate_product_kernel[(triton.cdiv(rows, BM),)](
             x, y, *norm[:2], z_matrix, *y_norm[:2], out_matrix, out, rows, norm[2], y_norm[2],
-            c=c, d=d, BM=BM, BC=_padded(c), BD=min(BD, _padded(d)), num_warps=warps,
+            c=c, d=d, BM=BM, BC=_padded(c), BD=min(BD, _padded(d)), num_stages=1, **options,
         )  # fmt: skip
     return out

@@ -1,30 +1,28 @@
 """Depthwise 3x3 convolution and SiLU of channels-last maps, forward and backward, in Triton.
 
-A program takes a tile of TH x TW positions and BD channels; the nine shifted tiles come from the first-level cache. Where
-a program holds all channels, the product that follows (`x_proj`) is taken from the same registers. Weights arrive as
-taps (9, channels), rows `tap_stride` apart. For the gradients of weights a program walks down a column of tiles and keeps
-a share; shares are added in a fixed order, so the same inputs give the same bits.
+A program takes a tile of TH x TW positions and BD channels; the nine shifted tiles come from the first-level cache.
+Where a program holds all channels, the product that follows (`x_proj`) is taken from the same registers. Weights arrive
+as taps (9, channels), rows `tap_stride` apart. For the gradients of weights a program walks down a column of tiles and
+keeps a share; shares are added in a fixed order, so the same inputs give the same bits.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from serpent_ir.ops.triton_norm import sigmoid
+from serpent_ir.ops.triton_norm import pick, sigmoid
 
-# Rows and columns of a tile, channels, warps: of the convolution, of it with the product, of the weights' gradients.
-CONV_TILE = (4, 16, 64, 4)
-PROJECT_TILE = (4, 16, 128, 4)
-BACKWARD_TILE = (2, 8, 64, 4)
-# Tiles that a program walks down in the backward pass.
-STEPS = 16
-# Columns of the product made at a time.
-PRODUCT_COLUMNS = 64
-
+# Rows and columns of a tile, channels, launch options: of the convolution, and of its weights' gradients, there with
+# the tiles that a program walks down.
+CONV_TILE = (4, 16, 64, {"num_warps": 4})
+BACKWARD_TILE = (2, 8, 64, 16, {"num_warps": 4})
+# The convolution with the product, by channels: rows, columns, columns of the product made at a time, launch options.
+# Wider maps have too large a matrix for a program to run through for each tile: the product is the library's.
+PRODUCT_TILES = {64: (4, 16, 32, {"num_warps": 8}), 128: (4, 16, 64, {"num_warps": 8})}
 # Strides are compile-time values: the compiler has to see that they are multiples of a wide load.
 INTS = ("H", "W", "across", "down")
 
@@ -89,7 +87,7 @@ def conv_kernel(
     tile = acc.to(out.dtype.element_ty)
     tl.store(out + corner * out_stride + local * out_stride + channels[None, :], tile, mask=inside & (channels < d))
     if PRODUCT:
-        for first in tl.static_range(0, n, BN):
+        for first in range(0, n, BN):
             columns = first + tl.arange(0, BN)
             w = tl.load(
                 matrix + columns[None, :] * d + channels[:, None],
@@ -165,10 +163,12 @@ def conv_silu(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_silu_product(x: Tensor, taps: Tensor, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`conv_silu`, and its product with matrix (n, d): (B, H, W, n). For d up to the channels of PROJECT_TILE."""
+    """`conv_silu`, and its product with matrix (n, d), contiguous: (B, H, W, n)."""
     out = x.new_empty(x.shape)
     product = x.new_empty(*x.shape[:-1], len(matrix))
-    _conv(x, taps, bias, out, PROJECT_TILE, matrix=matrix, product=product)
+    TH, TW, BN, options = pick(PRODUCT_TILES, x.shape[-1])
+    tile = TH, TW, max(16, triton.next_power_of_2(x.shape[-1])), options
+    _conv(x, taps, bias, out, tile, product=(matrix, product, BN))
     return out, product
 
 
@@ -178,35 +178,36 @@ def conv_transpose(grad: Tensor, taps: Tensor, grad_x: Tensor) -> None:
 
 
 def _conv(
-    x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, tile: tuple[int, int, int, int],
-    *, forward: bool = True, matrix: Tensor | None = None, product: Tensor | None = None,
+    x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, tile: tuple[int, int, int, dict[str, int]],
+    *, forward: bool = True, product: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:  # fmt: skip
     batch, H, W, d = x.shape
-    TH, TW, BD, warps = tile
-    BD = min(BD, triton.next_power_of_2(d)) if matrix is None else max(16, triton.next_power_of_2(d))
+    TH, TW, BD, options = tile
     across, down = triton.cdiv(W, TW), triton.cdiv(H, TH)
-    n = 1 if matrix is None else len(matrix)
+    matrix, result, BN = product or (taps, out, 16)
+    if product is None:
+        BD = min(BD, triton.next_power_of_2(d))
     with torch.cuda.device_of(x):
         conv_kernel[(batch * across * down, triton.cdiv(d, BD))](
-            x, taps, bias, out, taps if matrix is None else matrix, out if product is None else product,
-            H, W, across, down, in_stride=x.stride(2), out_stride=out.stride(2), tap_stride=taps.stride(0),
-            d=d, n=n, TH=TH, TW=TW, BD=BD, BN=min(PRODUCT_COLUMNS, max(16, triton.next_power_of_2(n))),
-            FORWARD=forward, PRODUCT=matrix is not None, num_warps=warps,
+            x, taps, bias, out, matrix, result, H, W, across, down,
+            in_stride=x.stride(2), out_stride=out.stride(2), tap_stride=taps.stride(0),
+            d=d, n=len(matrix), TH=TH, TW=TW, BD=BD, BN=min(BN, max(16, triton.next_power_of_2(len(matrix)))),
+            FORWARD=forward, PRODUCT=product is not None, num_stages=1, **options,
         )  # fmt: skip
 
 
 def conv_silu_backward(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients before SiLU (a map; its `conv_transpose` is that of x), of the weight (d, 1, 3, 3) and of the bias."""
     batch, H, W, d = x.shape
-    TH, TW, BD, warps = BACKWARD_TILE
+    TH, TW, BD, steps, options = BACKWARD_TILE
     BD = min(BD, triton.next_power_of_2(d))
-    across, down = triton.cdiv(W, TW), triton.cdiv(H, TH * STEPS)
+    across, down = triton.cdiv(W, TW), triton.cdiv(H, TH * steps)
     grad_pre = grad.new_empty(grad.shape)
     shares = grad.new_empty(batch * across * down, 10, d, dtype=torch.float32)
     with torch.cuda.device_of(x):
         conv_backward_kernel[(len(shares), triton.cdiv(d, BD))](
             grad, x, taps, bias, grad_pre, shares, H, W, across, down,
-            in_stride=x.stride(2), tap_stride=taps.stride(0), d=d, TH=TH, TW=TW, BD=BD, STEPS=STEPS, num_warps=warps,
+            in_stride=x.stride(2), tap_stride=taps.stride(0), d=d, TH=TH, TW=TW, BD=BD, STEPS=steps, **options,
         )  # fmt: skip
     total = shares.sum(0)
     return grad_pre, total[:9].t().reshape(d, 1, 3, 3), total[9]

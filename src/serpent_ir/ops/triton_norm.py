@@ -6,18 +6,19 @@ added in a fixed order afterwards: the same inputs give the same bits.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile, and programs (of four warps) for a multiprocessor where shares of gradients are kept.
-TILE = 2048
-PROGRAMS = 4
+# Elements of a tile and warps; in the backward pass also programs for a multiprocessor, each with shares of gradients.
+FORWARD_TILE = (2048, 4)
+BACKWARD_TILE = (2048, 4, 4)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """grad_x = grad_out + what comes back through LayerNorm(x), whose value is computed again into `normed`.
 
-    `normed` may be `grad_normed`, `grad_x` may be `grad_out`. shares (programs, 2, c): of the gradients of weight, bias.
+    `normed` may be `grad_normed`. shares (programs, 2, c): of the gradients of weight and bias.
     """
     gamma, beta = channel_row(weight, c, BC), channel_row(bias, c, BC)
     d_gamma = tl.zeros((BM, BC), tl.float32)
@@ -120,7 +121,7 @@ def gate_backward_kernel(
     grad, y, z, weight, bias, gated, grad_y, grad_z, shares, rows, eps,
     z_stride: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `gate_kernel`, and its value again into `gated`, which may be `grad`. z and grad_z have one stride."""
+    """Gradients of `gate_kernel`, and its value again into `gated`, which may be `grad`. grad_z has z's stride."""
     gamma, beta = channel_row(weight, d, BD), channel_row(bias, d, BD)
     d_gamma = tl.zeros((BM, BD), tl.float32)
     d_beta = tl.zeros((BM, BD), tl.float32)
@@ -151,14 +152,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _tile(channels: int) -> dict[str, int]:
-    width = triton.next_power_of_2(channels)
-    return {"BM": max(1, TILE // width)}
+def pick(tiles: dict[int, tuple[Any, ...]], channels: int) -> tuple[Any, ...]:
+    """The entry for a number of channels, or for the next larger one that has an entry."""
+    return tiles[min((c for c in tiles if c >= channels), default=max(tiles))]
 
 
-def _shares(x: Tensor, rows: int, channels: int) -> Tensor:
-    count = min(triton.cdiv(rows, _tile(channels)["BM"]), PROGRAMS * processors(x.device))
-    return x.new_empty(count, 2, channels, dtype=torch.float32)
+def _forward_tile(channels: int) -> dict[str, int]:
+    size, warps = FORWARD_TILE
+    return {"BM": max(1, size // triton.next_power_of_2(channels)), "num_warps": warps}
+
+
+def _backward_tile(x: Tensor, rows: int, channels: int) -> tuple[dict[str, int], Tensor]:
+    """Compile-time arguments, and an array for every program's share of the parameters' gradients."""
+    size, warps, programs = BACKWARD_TILE
+    BM = max(1, size // triton.next_power_of_2(channels))
+    count = min(triton.cdiv(rows, BM), programs * processors(x.device))
+    return {"BM": BM, "num_warps": warps}, x.new_empty(count, 2, channels, dtype=torch.float32)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -166,7 +175,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     c = x.shape[-1]
     rows = x.numel() // c
     out = x.new_empty(x.shape, dtype=dtype)
-    meta = _tile(c)
+    meta = _forward_tile(c)
     with torch.cuda.device_of(x):
         norm_kernel[(triton.cdiv(rows, meta["BM"]),)](
             x, weight, bias, out, rows, eps, c=c, BC=triton.next_power_of_2(c), **meta
@@ -177,14 +186,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 def layer_norm_backward(
     grad_normed: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of out = x + f(LayerNorm(x)): the gradient of x, LayerNorm(x) (written over grad_normed), those of weight, bias."""
+    """Of x + f(LayerNorm(x)): gradient of x; LayerNorm(x), written over grad_normed; gradients of weight and bias."""
     c = x.shape[-1]
     rows = x.numel() // c
-    grad_x, shares = torch.empty_like(x), _shares(x, rows, c)
+    grad_x = torch.empty_like(x)
+    meta, shares = _backward_tile(x, rows, c)
     with torch.cuda.device_of(x):
         norm_backward_kernel[(len(shares),)](
             grad_normed, grad_out, x, weight, bias, grad_x, grad_normed, shares, rows, eps,
-            c=c, BC=triton.next_power_of_2(c), **_tile(c),
+            c=c, BC=triton.next_power_of_2(c), **meta,
         )  # fmt: skip
     d_weight, d_bias = shares.sum(0)
     return grad_x, grad_normed, d_weight, d_bias
@@ -194,7 +204,7 @@ def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     """LayerNorm(y) * SiLU(z) for y (..., d), contiguous; z may be a slice of channels of a contiguous map."""
     d = y.shape[-1]
     rows = y.numel() // d
-    out, meta = torch.empty_like(y), _tile(d)
+    out, meta = torch.empty_like(y), _forward_tile(d)
     with torch.cuda.device_of(y):
         gate_kernel[(triton.cdiv(rows, meta["BM"]),)](
             y, z, weight, bias, out, rows, eps, z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **meta
@@ -208,11 +218,12 @@ def gate_backward(
     """Gradient of y; `gate` again (written over grad); gradients of weight and bias. That of z goes into `grad_z`."""
     d = y.shape[-1]
     rows = y.numel() // d
-    grad_y, shares = torch.empty_like(y), _shares(y, rows, d)
+    grad_y = torch.empty_like(y)
+    meta, shares = _backward_tile(y, rows, d)
     with torch.cuda.device_of(y):
         gate_backward_kernel[(len(shares),)](
             grad, y, z, weight, bias, grad, grad_y, grad_z, shares, rows, eps,
-            z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **_tile(d),
+            z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **meta,
         )  # fmt: skip
     d_weight, d_bias = shares.sum(0)
     return grad_y, grad, d_weight, d_bias

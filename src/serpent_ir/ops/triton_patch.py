@@ -5,7 +5,7 @@ Products take 16-bit operands (the dtype of the weight) and add up in float32.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -104,8 +104,9 @@ def head_kernel(
     x, matrix, bias, image, out, H, W, height, width, rows, in_channels,
     P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (B, 3, height, width) = image[:, :3] + the P x P patches that x (rows, D), rows = B H W, times matrix^T + bias
-    makes; matrix (3 P P, D). image (B, in_channels, height, width); patches may reach past it."""
+    """out (B, 3, height, width) = image[:, :3] + the P x P patches that x (rows, D), rows = B H W, makes by matrix^T
+    (3 P P, D) and bias. image (B, in_channels, height, width); patches may reach past it.
+    """
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     k, n = tl.arange(0, BK), tl.arange(0, BN)
     ok = position < rows
@@ -145,7 +146,7 @@ def embed(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.cuda.device_of(image):
         embed_kernel[(triton.cdiv(rows, BM),)](
             image, weight, bias, out, H, W, rows, channels, P=P, D=D, K=K, BM=BM, BK=_padded(K), BN=_padded(D),
-            num_warps=warps,
+            num_stages=2, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -159,7 +160,19 @@ def merge(x: Tensor, weight: Tensor) -> Tensor:
     BN = min(BN, _padded(n))
     with torch.cuda.device_of(x):
         merge_kernel[(triton.cdiv(rows, BM), triton.cdiv(n, BN))](
-            x, weight, out, H, W, rows, c=c, n=n, BM=BM, BK=min(64, _padded(2 * c)), BN=BN, num_warps=warps
+            x,
+            weight,
+            out,
+            H,
+            W,
+            rows,
+            c=c,
+            n=n,
+            BM=BM,
+            BK=min(64, _padded(2 * c)),
+            BN=BN,
+            num_stages=2,
+            num_warps=warps,
         )
     return out
 
@@ -172,7 +185,19 @@ def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
     BN = min(BN, _padded(2 * c))
     with torch.cuda.device_of(x):
         expand_kernel[(triton.cdiv(rows, BM), triton.cdiv(2 * c, BN), 2)](
-            x, weight, skip, skip, H, W, rows, c=c, BM=BM, BK=min(64, _padded(2 * c)), BN=BN, num_warps=warps
+            x,
+            weight,
+            skip,
+            skip,
+            H,
+            W,
+            rows,
+            c=c,
+            BM=BM,
+            BK=min(64, _padded(2 * c)),
+            BN=BN,
+            num_stages=2,
+            num_warps=warps,
         )
     return skip
 
@@ -187,6 +212,6 @@ def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         head_kernel[(triton.cdiv(rows, BM),)](
             x, weight, bias, image, out, H, W, height, width, rows, channels,
-            P=P, D=D, BM=BM, BK=_padded(D), BN=_padded(3 * P * P), num_warps=warps,
+            P=P, D=D, BM=BM, BK=_padded(D), BN=_padded(3 * P * P), num_stages=2, num_warps=warps,
         )  # fmt: skip
     return out
