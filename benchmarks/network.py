@@ -4,7 +4,7 @@
     python benchmarks/network.py --render      # benchmarks/RESULTS.md from benchmarks/results/network.*.json
 
 Inference: bfloat16 autocast, batch 1, a plain call `model(x)` and the same replayed from a CUDA graph. Training:
-forward under bfloat16 autocast, L1, backward and fused Adam, as `serpent train` runs it (from a CUDA graph) and without.
+forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it and without.
 Figures are medians over CUDA events; memory is the peak of what PyTorch allocated, 1 GB = 1e9 bytes. What does not fit
 in the memory, or in the time given, is null beside an `error`.
 """
@@ -56,9 +56,10 @@ BANDWIDTH = 2.99e12  # bytes a second, of a copy
 def floors(name: str, batch: int, side: int) -> dict[str, float]:
     """Milliseconds of one forward pass that the chip needs for its exponentials, and for bytes that no fusion spares.
 
-    Exponentials: 4 directions * positions * d_inner * N of every block. Bytes, 2 a number: a block reads its input and
-    writes u and proj; the scan reads those and writes y; the rest reads the input and y and writes the output (a scan
-    has to see its whole input before it gives anything out). Between levels each map is written once and read once.
+    Exponentials: 4 directions * positions * d_inner * (N states + 1 step size) of every block. Bytes, 2 a
+    number: a block reads its input and writes u and proj; the scan reads those and writes y; the rest reads the input
+    and y and writes the output (a scan has to see its whole input before it gives anything out). Between levels each
+    map is written once and read once.
     """
     model = create_model(name)
     if not isinstance(model, Serpent):
@@ -73,7 +74,7 @@ def floors(name: str, batch: int, side: int) -> dict[str, float]:
             _, d, N = inner.A_log.shape
             J = inner.dt_weight.shape[-1] + 2 * N
             here = positions / 4**level
-            exponentials += 4 * here * d * N
+            exponentials += 4 * here * d * (N + 1)
             numbers += here * (3 * d // 2 + 4 * d + 8 * J)
     dim = model.config.dim
     numbers += positions * 2 * dim + 2 * 3 * batch * side**2 * 2  # patch embedding and head; the images are float32
@@ -199,9 +200,9 @@ def render(records: Iterable[dict[str, Any]]) -> str:
         "Written by `python benchmarks/network.py --render` from `benchmarks/results/network.*.json`; do not edit.",
         "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
         f"on an H100, measured before this project began ({SOURCE}), not in the same run; *x* is how many times faster",
-        "(or smaller) ours is. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are what",
-        "an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares (2.99 TB/s);",
-        "the docstring of `floors` in `benchmarks/network.py` counts them.",
+        "(or smaller) ours is. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
+        "what an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares",
+        "(2.99 TB/s), as `floors` in `benchmarks/network.py` counts them.",
     ]
     for record in records:
         lines += [

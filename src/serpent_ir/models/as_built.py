@@ -21,11 +21,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def runs_on(x: Tensor) -> bool:
     """Whether a Triton kernel may take this tensor here and now: not while tracing, counting or transforming."""
     return (
-        x.device.type in DEVICES
+        not torch.compiler.is_compiling()  # first: what is traced should see no more than this
+        and x.device.type in DEVICES
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and _has_triton()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()

@@ -19,7 +19,7 @@ from serpent_ir.ops.triton_norm import pick, sigmoid
 # Rows and columns of a tile, channels, launch options: of the convolution, and of its weights' gradients, there with
 # the tiles that a program walks down.
 CONV_TILE = (4, 16, 64, {"num_warps": 4})
-BACKWARD_TILE = (2, 8, 64, 16, {"num_warps": 4})
+BACKWARD_TILE = (1, 16, 64, 16, {"num_warps": 4})
 # The convolution with the product, by channels: rows, columns, columns of the product made at a time, launch options.
 # Wider maps have too large a matrix for a program to run through for each tile: the product is the library's.
 PRODUCT_TILES = {64: (4, 16, 32, {"num_warps": 8}), 128: (4, 16, 64, {"num_warps": 8})}
