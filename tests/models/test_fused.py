@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -215,25 +216,34 @@ def test_which_calls_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         return isinstance(result, FakeGraph)
 
     assert [captured(1), captured(1), captured(2), captured(1), captured(2)] == [False, True, False, True, True]
-    assert [captured(3), captured(3), captured(3)] == [False, False, False]  # said so once, never tried again
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        assert [captured(3), captured(3)] == [False, False]
+    assert not captured(3)  # said so once, never tried again
     assert [captured(4), captured(2), captured(1)] == [False, True, False]  # making 3's room cost 1 its graph
     assert [captured(2, weights=2), captured(2, weights=2)] == [False, True]
     assert len(kept.graphs) == 1
 
 
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Not from the default generator, which cannot be used while a graph is being captured."""
+    return torch.rand(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
+
+
 @needs_gpu
 @pytest.mark.gpu
-def test_replays_follow_input_weights_and_shape() -> None:
+def test_replays_follow_input_weights_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model("serpent_b").cuda()
     other = stir(create_model("serpent_b"))
-    images = [torch.rand(b, 3, h, w, device="cuda") for b, h, w in ((1, 64, 64), (2, 33, 70), (1, 64, 64))]
+    images = [draw(b, 3, h, w, seed=i) for i, (b, h, w) in enumerate(((1, 64, 64), (2, 33, 70), (1, 64, 64)))]
 
     def agrees() -> None:
         for image in images * 3:
-            with torch.autocast("cuda", torch.bfloat16):
-                expected = plainly(model, image, torch.bfloat16)
-                with torch.inference_mode():
-                    torch.testing.assert_close(model(image), expected, rtol=0.05, atol=0.05)
+            with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
+                with monkeypatch.context() as patch:
+                    patch.setattr(fused, "CAPTURED", 0)
+                    expected = model(image)
+                error = (model(image) - expected).abs().max() / expected.abs().max()
+            assert error < 0.02  # products may be taken by another of the library's kernels
 
     agrees()
     assert sum(g is not None for g in graphs.of(model).graphs.values()) == 2
@@ -250,12 +260,29 @@ def test_replays_follow_input_weights_and_shape() -> None:
 
 @needs_gpu
 @pytest.mark.gpu
+def test_a_failed_capture_leaves_nothing_behind() -> None:
+    def fails(x: Tensor) -> Tensor:
+        return x + x.sum().item()
+
+    kept, x = graphs.Graphs(), draw(2, 3)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(kept(fails, x, key=None, weights=[]), fails(x))
+    assert any("no CUDA graph" in str(w.message) for w in said)
+    torch.rand(3, device="cuda")  # the default generator is as it was
+    for _ in range(3):
+        torch.testing.assert_close(kept(torch.square, x, key="other", weights=[]), x.square())
+
+
+@needs_gpu
+@pytest.mark.gpu
 def test_graphs_stay_behind_when_a_model_is_copied_and_go_with_it() -> None:
     gc.collect()
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     model = create_model("serpent_b").cuda()
-    image = torch.rand(1, 3, 128, 128, device="cuda")
+    image = draw(1, 3, 128, 128)
     with torch.no_grad():
         for _ in range(3):
             model(image)
@@ -275,7 +302,7 @@ def test_graphs_stay_behind_when_a_model_is_copied_and_go_with_it() -> None:
 @pytest.mark.gpu
 def test_threads_and_streams_share_a_model() -> None:
     model = create_model("serpent_b").cuda()
-    images = [torch.rand(1, 3, 96, 96, device="cuda") for _ in range(4)]
+    images = [draw(1, 3, 96, 96, seed=i) for i in range(4)]
     expected = [plainly(model, image, None).detach() for image in images]
     torch.cuda.synchronize()
     failures: list[str] = []
@@ -304,7 +331,7 @@ def test_threads_and_streams_share_a_model() -> None:
 )
 def test_network_levels_on_gpu(c: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     block = stir(VSSBlock(c))
-    x, grad = torch.randn(2, *shape, c, device="cuda").to(dtype)
+    x, grad = (2 * draw(2, *shape, c) - 1).to(dtype)
     cast = None if dtype == torch.float32 else dtype
     truth = run_block(copy.deepcopy(block).double(), x.double(), grad.double(), None, plain=True)
     plain = run_block(block, x, grad, cast, plain=True)
@@ -317,7 +344,7 @@ def test_network_levels_on_gpu(c: int, shape: tuple[int, int, int], dtype: torch
 def test_offsets_past_two_billion() -> None:
     """The last image of a map of 2^31 elements and more is that of a small batch."""
     block = stir(VSSBlock(32))
-    x = torch.randn(1, 2048, 4096, 32, device="cuda", dtype=torch.bfloat16)
+    x = draw(1, 2048, 4096, 32).to(torch.bfloat16)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         expected = block(x)
         many = block(torch.cat([torch.zeros_like(x)] * 4 + [x]))  # 2.7 G elements of the inner map

@@ -13,6 +13,7 @@ float64). A map is read and written as seldom as can be:
 Training keeps a block's input, the outputs of its two projections, u and y; the rest is computed again.
 """
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -205,6 +206,9 @@ def _parameters(block: "VSSBlock") -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+_thread = threading.local()
+
+
 class _Block(torch.autograd.Function):
     """A block with a tape of its own."""
 
@@ -244,6 +248,10 @@ class _Block(torch.autograd.Function):
 def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """The gradients of a block's input and, in the order of `_parameters`, of its parameters."""
     from serpent_ir.ops import triton_conv, triton_norm
+
+    if not getattr(_thread, "awake", False):
+        torch.zeros(1, device=x.device)  # cuBLAS complains where it is the first to run in one of autograd's threads
+        _thread.awake = True
 
     uz, u, proj, y = kept
     dtype, d = u.dtype, u.shape[-1]

@@ -5,6 +5,7 @@ captured, and it and all later ones are replayed. So a folder of images of diffe
 """
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -19,24 +20,36 @@ SHAPES = 64
 
 Run = Callable[[Tensor], Tensor]
 
+_capturing = threading.Lock()  # of all models: PyTorch's generator of random numbers knows one capture at a time
+
 
 class _Graph:
     """One captured pass. Its input lies outside of the pool, which its model's other graphs share."""
 
     def __init__(self, run: Run, x: Tensor, pool: Any):
         # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
-        with torch.inference_mode(False), torch.no_grad():
+        with _capturing, torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
-            self.graph = torch.cuda.CUDAGraph()
             torch.cuda.current_blas_handle()  # made now: this thread may not have one yet, and a capture cannot make it
             torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream(x.device)):
-                # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
-                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    self.output = run(self.input)
-                finally:
-                    self.graph.capture_end()
+            try:
+                self.graph, self.output = _capture(run, self.input, pool)
+            except RuntimeError:
+                # What fails leaves the generator waiting for the end of the capture; one that succeeds puts it right.
+                _capture(torch.zeros_like, self.input, None)
+                raise
+
+
+def _capture(run: Run, x: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(x.device)):
+        # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = run(x)
+        finally:
+            graph.capture_end()
+    return graph, output
 
 
 class Graphs:
@@ -57,6 +70,11 @@ class Graphs:
             if weights != self.weights:
                 self._clear()
                 self.weights = weights
+            if key not in self.graphs:
+                self.graphs[key] = None
+                if len(self.graphs) > SHAPES:
+                    self._drop(next(iter(self.graphs)))
+                return run(x)  # inside the lock: no other thread captures what is being compiled here
             graph = self._find(run, x, key)
             if graph is not None:
                 return self._replay(graph, x)
@@ -70,11 +88,7 @@ class Graphs:
         self.pool = None
 
     def _find(self, run: Run, x: Tensor, key: Hashable) -> _Graph | None:
-        if key not in self.graphs:
-            self.graphs[key] = None
-            if len(self.graphs) > SHAPES:
-                self._drop(next(iter(self.graphs)))
-            return None
+        """The graph of a shape that was seen before; captures it where there is none yet."""
         self.graphs.move_to_end(key)
         if self.graphs[key] is None and key not in self.uncapturable:
             captured = [k for k, graph in self.graphs.items() if graph is not None]
@@ -84,8 +98,10 @@ class Graphs:
                 self.pool = torch.cuda.graph_pool_handle()
             try:
                 self.graphs[key] = _Graph(run, x, self.pool)
-            except RuntimeError:  # too little memory, or an operation that cannot be captured: run it as it is
+            except RuntimeError as error:  # too little memory, say, or an operation that cannot be captured
                 self.uncapturable.add(key)
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"serpent_ir: no CUDA graph of this pass, calls are slower ({reason})", stacklevel=2)
         return self.graphs[key]
 
     def _drop(self, key: Hashable) -> None:

@@ -151,7 +151,8 @@ def conv_backward_kernel(
 
 def as_taps(weights: list[Tensor]) -> list[Tensor]:
     """The weights (d, 1, 3, 3) of depthwise convolutions as taps (9, d), by two launches for all of them."""
-    together = torch.cat([w.detach().reshape(-1, 9) for w in weights]).t().contiguous()
+    rows = [w.detach().reshape(-1, 9) for w in weights]
+    together = (torch.cat(rows) if len(rows) > 1 else rows[0]).t().contiguous()
     return list(together.split([len(w) for w in weights], 1))
 
 
