@@ -17,14 +17,14 @@ from serpent_ir.ops.triton_norm import channel_row, pick, put_rows, row_tile, si
 # By channels c: rows of a tile, columns of the inner map made at a time, launch options; before the convolution and
 # after the scan.
 IN_TILES = {
-    32: (64, 64, {"num_warps": 4}),
-    64: (64, 64, {"num_warps": 4}),
+    32: (128, 64, {"num_warps": 4}),
+    64: (64, 128, {"num_warps": 4}),
     128: (64, 64, {"num_warps": 4}),
     256: (64, 64, {"num_warps": 8}),
 }
 OUT_TILES = {
     32: (64, 64, {"num_warps": 4}),
-    64: (64, 64, {"num_warps": 8}),
+    64: (64, 32, {"num_warps": 4}),
     128: (64, 64, {"num_warps": 8}),
     256: (64, 64, {"num_warps": 8}),
 }
