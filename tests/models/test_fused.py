@@ -348,4 +348,4 @@ def test_offsets_past_two_billion() -> None:
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         expected = block(x)
         many = block(torch.cat([torch.zeros_like(x)] * 4 + [x]))  # 2.7 G elements of the inner map
-    assert torch.equal(many[-1:], expected)
+    assert (many[-1:] - expected).abs().max() < 0.02 * expected.abs().max()  # the scan may be cut in other places

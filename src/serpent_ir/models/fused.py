@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from serpent_ir.models.serpent import Serpent, VSSBlock
 
 HALF = (torch.bfloat16, torch.float16)
-# Widest level (channels) whose products the fused kernels make at inference.
+# Widest level (channels) whose products the fused kernels make.
 FUSED_CHANNELS = 64
 # Positions of the first map up to which a pass is captured: longer ones keep the GPU busy without. Bounds the memory
 # that graphs hold, too: 1.2 KB a position or 0.6 GB, once a model however many graphs.
@@ -131,29 +131,42 @@ def _infer_blocks(x: Tensor, weights: list[Weights]) -> Tensor:
 
 
 def _infer_block(x: Tensor, w: Weights) -> Tensor:
-    if w.in_proj.dtype not in HALF or x.shape[-1] > FUSED_CHANNELS:
+    if not _fuses_products(x, w):
         return _forward(x, w)[0]
-    from serpent_ir.ops import triton_block, triton_conv
+    from serpent_ir.ops import triton_block
 
     matrix_u, matrix_z = w.in_proj.chunk(2)
-    u = triton_block.norm_product(x, *w.norm, matrix_u)
-    if u.shape[-1] <= max(triton_conv.PRODUCT_TILES):
+    u, proj = _convolve(triton_block.norm_product(x, *w.norm, matrix_u), w, fused=True)
+    y = ss2d(u, proj, *w.scan)
+    return triton_block.gate_product(x, y, w.norm, matrix_z, w.y_norm, w.out_proj)
+
+
+def _fuses_products(x: Tensor, w: Weights) -> bool:
+    return w.in_proj.dtype in HALF and x.shape[-1] <= FUSED_CHANNELS
+
+
+def _convolve(u: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """u after convolution and SiLU, and proj (B, H, W, 4, J)."""
+    from serpent_ir.ops import triton_conv
+
+    if fused and u.shape[-1] <= max(triton_conv.PRODUCT_TILES):
         u, proj = triton_conv.conv_silu_product(u, w.taps, w.conv_bias, w.x_proj)
     else:
         u = triton_conv.conv_silu(u, w.taps, w.conv_bias)
         proj = F.linear(u, w.x_proj)
-    y = ss2d(u, proj.unflatten(-1, (4, -1)), *w.scan)
-    return triton_block.gate_product(x, y, w.norm, matrix_z, w.y_norm, w.out_proj)
+    return u, proj.unflatten(-1, (4, -1))
 
 
 def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
-    """A block by kernels for what is elementwise and the library's products."""
-    from serpent_ir.ops import triton_conv, triton_norm
+    """A block that keeps what its backward pass needs; wide ones by kernels between the library's products."""
+    from serpent_ir.ops import triton_block, triton_norm
 
-    d = w.in_proj.shape[0] // 2
-    uz = F.linear(triton_norm.layer_norm(x, *w.norm, dtype=w.in_proj.dtype), w.in_proj)
-    u = triton_conv.conv_silu(uz[..., :d], w.taps, w.conv_bias)
-    proj = F.linear(u, w.x_proj).unflatten(-1, (4, -1))
+    d, fused = w.in_proj.shape[0] // 2, _fuses_products(x, w)
+    if fused:
+        uz = triton_block.norm_product(x, *w.norm, w.in_proj)
+    else:
+        uz = F.linear(triton_norm.layer_norm(x, *w.norm, dtype=w.in_proj.dtype), w.in_proj)
+    u, proj = _convolve(uz[..., :d], w, fused=fused)
     y = ss2d(u, proj, *w.scan)
     gated = triton_norm.gate(y, uz[..., d:], *w.y_norm)
     if x.dtype == gated.dtype:
@@ -265,7 +278,7 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
     del dy
     d_proj = d_proj.flatten(-2)
     d_x_proj = _rows(d_proj).t() @ _rows(u)
-    du = torch.addmm(_rows(du), _rows(d_proj), w.x_proj).view_as(u)
+    _rows(du).addmm_(_rows(d_proj), w.x_proj)
     before_silu, d_conv, d_conv_bias = triton_conv.conv_silu_backward(du, uz[..., :d], w.taps, w.conv_bias)
     del du
     triton_conv.conv_transpose(before_silu, w.taps, duz[..., :d])
