@@ -161,13 +161,17 @@ def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
     """A block that keeps what its backward pass needs; wide ones by kernels between the library's products."""
     from serpent_ir.ops import triton_block, triton_norm
 
-    d, fused = w.in_proj.shape[0] // 2, _fuses_products(x, w)
-    if fused:
+    d = w.in_proj.shape[0] // 2
+    narrow = _fuses_products(x, w)
+    small = w.in_proj.dtype in HALF and x[..., 0].numel() <= triton_block.SMALL_ROWS
+    if narrow or small:
         uz = triton_block.norm_product(x, *w.norm, w.in_proj)
     else:
         uz = F.linear(triton_norm.layer_norm(x, *w.norm, dtype=w.in_proj.dtype), w.in_proj)
-    u, proj = _convolve(uz[..., :d], w, fused=fused)
+    u, proj = _convolve(uz[..., :d], w, fused=narrow)
     y = ss2d(u, proj, *w.scan)
+    if narrow or small:
+        return triton_block.gated_product(x, y, uz[..., d:], *w.y_norm, w.out_proj), Kept(uz, u, proj, y)
     gated = triton_norm.gate(y, uz[..., d:], *w.y_norm)
     if x.dtype == gated.dtype:
         out = torch.addmm(x.flatten(0, 2), gated.flatten(0, 2), w.out_proj.t()).view_as(x)

@@ -28,6 +28,9 @@ OUT_TILES = {
     128: (64, 64, {"num_warps": 8}),
     256: (64, 64, {"num_warps": 8}),
 }
+# Up to so many rows the products of any width are fused, with tiles that give every multiprocessor something to do.
+SMALL_ROWS = 4096
+SMALL_TILE = (16, 64, {"num_warps": 4})
 
 
 @triton.jit
@@ -37,17 +40,35 @@ def matrix_tile(matrix, first_row, first_column, stride, rows, columns, BK: tl.c
     return tl.load(matrix + n * stride + k, mask=(n < rows) & (k < columns), other=0.0)
 
 
-@triton.jit(do_not_specialize=("rows",))
+@triton.jit
+def statistics(y, left, eps, d, BM: tl.constexpr, BD: tl.constexpr):
+    """Mean of rows of d channels and 1 over their standard deviation, BD channels at a time (Chan's update)."""
+    mean = tl.zeros((BM,), tl.float32)
+    square = tl.zeros((BM,), tl.float32)
+    for at in range(0, d, BD):
+        count = tl.minimum(d - at, BD).to(tl.float32)
+        tile = row_tile(y + at, left, d, d - at, BM, BD)
+        its_mean = tl.sum(tile, axis=1) / count
+        centred = tl.where((at + tl.arange(0, BD) < d)[None, :], tile - its_mean[:, None], 0.0)
+        apart = its_mean - mean
+        share = count / (at + count)
+        mean += apart * share
+        square += tl.sum(centred * centred, axis=1) + apart * apart * (at * share)
+    return mean, tl.rsqrt(square / d + eps)
+
+
+@triton.jit(do_not_specialize=("rows", "span"))
 def norm_product_kernel(
-    x, weight, bias, matrix, out, rows, eps,
+    x, weight, bias, matrix, out, rows, span, eps,
     c: tl.constexpr, n: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, n) = LayerNorm(x) . matrix^T for x (rows, c), matrix (n, c)."""
+    """out (rows, n) = LayerNorm(x) . matrix^T for x (rows, c), matrix (n, c); `span` times BN columns a program."""
     first = tl.program_id(0).to(tl.int64) * BM
     left = tl.minimum(rows - first, BM).to(tl.int32)
     hat, _ = standardise(row_tile(x + first * c, left, c, c, BM, BC), eps, c, BC)
     normed = (hat * channel_row(weight, c, BC) + channel_row(bias, c, BC)).to(matrix.dtype.element_ty)
-    for column in range(0, n, BN):
+    begin = tl.program_id(1) * span * BN  # a multiple of BN to the compiler, too: it stores in wide pieces
+    for column in range(begin, tl.minimum(begin + span * BN, n), BN):
         part = tl.dot(normed, matrix_tile(matrix, column, 0, c, n, c, BC, BN))
         put_rows(out + first * n + column, part, left, n, n - column, BM, BN)
 
@@ -73,19 +94,7 @@ def gate_product_kernel(
         gated = (y_hat * channel_row(y_weight, d, BD) + channel_row(y_bias, d, BD)) * (z * sigmoid(z))
         total = tl.dot(gated.to(normed.dtype), matrix_tile(out_matrix, 0, 0, d, c, d, BD, BC))
     else:
-        # Statistics block by block (Chan's update), then y once more, from the cache.
-        mean = tl.zeros((BM,), tl.float32)
-        square = tl.zeros((BM,), tl.float32)
-        for at in range(0, d, BD):
-            count = tl.minimum(d - at, BD).to(tl.float32)
-            tile = row_tile(y + at, left, d, d - at, BM, BD)
-            its_mean = tl.sum(tile, axis=1) / count
-            centred = tl.where((at + tl.arange(0, BD) < d)[None, :], tile - its_mean[:, None], 0.0)
-            apart = its_mean - mean
-            share = count / (at + count)
-            mean += apart * share
-            square += tl.sum(centred * centred, axis=1) + apart * apart * (at * share)
-        scale = tl.rsqrt(square / d + y_eps)
+        mean, scale = statistics(y, left, y_eps, d, BM, BD)  # then y once more, from the cache
         total = tl.zeros((BM, BC), tl.float32)
         for at in range(0, d, BD):
             y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
@@ -96,6 +105,32 @@ def gate_product_kernel(
     put_rows(out + first * c, x_tile + total, left, c, c, BM, BC)
 
 
+@triton.jit(do_not_specialize=("rows",))
+def gated_product_kernel(
+    x, y, z, weight, bias, matrix, out, rows, eps,
+    z_stride: tl.constexpr, c: tl.constexpr, d: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out = x + (LayerNorm(y) * SiLU(z)) . matrix^T, BN channels of x a program.
+
+    x, out (rows, c), y (rows, d), rows of z `z_stride` apart, matrix (c, d).
+    """
+    first = tl.program_id(0).to(tl.int64) * BM
+    left = tl.minimum(rows - first, BM).to(tl.int32)
+    column = tl.program_id(1) * BN
+    y += first * d
+    z += first * z_stride
+    mean, scale = statistics(y, left, eps, d, BM, BD)
+    total = row_tile(x + first * c + column, left, c, c - column, BM, BN)
+    for at in range(0, d, BD):
+        y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
+        normed = y_hat * channel_row(weight + at, d - at, BD) + channel_row(bias + at, d - at, BD)
+        gate = row_tile(z + at, left, z_stride, d - at, BM, BD)
+        gated = (normed * (gate * sigmoid(gate))).to(matrix.dtype.element_ty)
+        total = tl.dot(gated, matrix_tile(matrix, column, at, d, c, d, BD, BN), acc=total)
+    put_rows(out + first * c + column, total, left, c, c - column, BM, BN)
+
+
 def _padded(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))  # the least that a product takes
 
@@ -104,12 +139,30 @@ def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Te
     """LayerNorm(x) . matrix^T for x (..., c), contiguous, and matrix (n, c), in whose dtype the product is taken."""
     n, c = matrix.shape
     rows = x.numel() // c
-    BM, BN, options = pick(IN_TILES, c)
+    BM, BN, options = SMALL_TILE if rows <= SMALL_ROWS else pick(IN_TILES, c)
+    BN = min(BN, _padded(n))
+    blocks = triton.cdiv(n, BN)
+    span = 1 if rows <= SMALL_ROWS else blocks
     out = matrix.new_empty(*x.shape[:-1], n)
     with torch.cuda.device_of(x):
-        norm_product_kernel[(triton.cdiv(rows, BM),)](
-            x, weight, bias, matrix, out, rows, eps, c=c, n=n, BM=BM, BC=_padded(c), BN=min(BN, _padded(n)),
+        norm_product_kernel[(triton.cdiv(rows, BM), triton.cdiv(blocks, span))](
+            x, weight, bias, matrix, out, rows, span, eps, c=c, n=n, BM=BM, BC=_padded(c), BN=BN,
             num_stages=1, **options,
+        )  # fmt: skip
+    return out
+
+
+def gated_product(x: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
+    """x + (LayerNorm(y) * SiLU(z)) . matrix^T; z may be a slice of channels of a contiguous map."""
+    c, d = matrix.shape
+    rows = x.numel() // c
+    BM, BD, options = SMALL_TILE if rows <= SMALL_ROWS else pick(OUT_TILES, c)
+    BN = min(BD if rows <= SMALL_ROWS else 128, _padded(c))
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        gated_product_kernel[(triton.cdiv(rows, BM), triton.cdiv(c, BN))](
+            x, y, z, weight, bias, matrix, out, rows, eps, z_stride=z.stride(-2), c=c, d=d, BM=BM, BN=BN,
+            BD=min(BD, _padded(d)), num_stages=1, **options,
         )  # fmt: skip
     return out
 
