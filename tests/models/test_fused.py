@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from serpent_ir.models import as_built, create_model, fused, graphs
 from serpent_ir.models.serpent import LayerNorm, VSSBlock
+from serpent_ir.ops import triton_block
 
 GPU = torch.cuda.is_available()  # where not, tests/conftest.py asks for the interpreter
 DEVICE = "cuda" if GPU else "cpu"
@@ -80,16 +81,19 @@ def run_block(block: VSSBlock, x: Tensor, grad: Tensor, dtype: torch.dtype | Non
 
 
 @pytest.mark.parametrize(
-    ("c", "shape", "dtype"),
+    ("c", "shape", "dtype", "small"),
     [
-        (8, (2, 5, 7), torch.float32),
-        (12, (1, 1, 1), torch.float32),
-        (40, (1, 3, 18), HALF),
-        (32, (1, 33, 2), HALF),
+        (8, (2, 5, 7), torch.float32, 0),
+        (12, (1, 1, 1), torch.float32, 0),
+        (40, (1, 3, 18), HALF, 99),
+        (32, (1, 33, 2), HALF, 0),
     ],
     ids=str,
 )
-def test_a_block_and_its_gradients(c: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_a_block_and_its_gradients(
+    c: int, shape: tuple[int, int, int], dtype: torch.dtype, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_block, "SMALL_ROWS", small)
     block = stir(VSSBlock(c))
     x, grad = torch.randn(2, *shape, c, device=DEVICE).to(dtype)
     cast = None if dtype == torch.float32 else dtype
@@ -101,10 +105,12 @@ def test_a_block_and_its_gradients(c: int, shape: tuple[int, int, int], dtype: t
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize("widest", [0, 64], ids=["products by the library", "fused products"])
+@pytest.mark.parametrize(("widest", "small"), [(0, 0), (0, 99), (64, 0)], ids=["library", "small", "fused"])
 @pytest.mark.parametrize(("c", "shape"), [(8, (2, 5, 7)), (40, (1, 3, 18))])
-def test_inference_of_a_block(c: int, shape: tuple[int, int, int], widest: int, monkeypatch) -> None:
+def test_inference_of_a_block(c: int, shape: tuple[int, int, int], widest: int, small: int, monkeypatch) -> None:
+    """Who takes the products: the library, kernels for small maps, kernels for narrow levels."""
     monkeypatch.setattr(fused, "FUSED_CHANNELS", widest)
+    monkeypatch.setattr(triton_block, "SMALL_ROWS", small)
     block = stir(VSSBlock(c))
     x = torch.randn(*shape, c, device=DEVICE).to(HALF)
     truth, plain = plainly(copy.deepcopy(block).double(), x.double(), None), plainly(block, x, HALF)

@@ -174,7 +174,7 @@ def gate_product(
     """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
     c, d = out_matrix.shape
     rows = x.numel() // c
-    BM, BD, options = pick(OUT_TILES, c)
+    BM, BD, options = SMALL_TILE if rows <= SMALL_ROWS else pick(OUT_TILES, c)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         gate_product_kernel[(triton.cdiv(rows, BM),)](
