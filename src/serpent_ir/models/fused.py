@@ -6,7 +6,7 @@ float64). A map is read and written as seldom as can be:
 - inference in 16 bits, narrow levels: LayerNorm with the u half of `in_proj`; convolution, SiLU and `x_proj`; the scan;
   and one kernel that makes the gate again from the block's input, gates, projects and adds the residual.
 - elsewhere (wide levels, whose matrices are too large to be read again for every tile of positions; float32; training):
-  norm, product, convolution with SiLU, product, scan, norm with gate, product with residual. Products are the library's;
+  norm, product, convolution with SiLU, product, scan, norm with gate, product with residual. The library multiplies;
   in 16 bits, on small maps and at narrow levels, norms and gates are fused with theirs.
 - patch embedding, merging, expanding with the skip, and the head (inference in 16 bits): a product each that gathers or
   scatters.
