@@ -25,7 +25,7 @@ def runs_on(x: Tensor) -> bool:
         and x.device.type in DEVICES
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
-        and _has_triton()
+        and _has_triton(x.device)
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
@@ -33,8 +33,11 @@ def runs_on(x: Tensor) -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    """Triton, and a device that it multiplies bfloat16 on."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def product_dtype(module: Any, x: Tensor) -> torch.dtype | None:
