@@ -5,10 +5,14 @@ A tolerance is twice the error that the plain path makes in the same dtype, plus
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +201,19 @@ def test_counting_tracing_and_float64_see_the_definition(monkeypatch: pytest.Mon
         torch.compile(small, fullgraph=True, backend="eager")(image)
     torch.export.export(small, (image,))
     assert not calls
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
+    """And takes no more shared memory than a multiprocessor of capability 8.6 or 8.9 has."""
+    script = Path(__file__).with_name("compile_fused.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(capability)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shared = [line.split() for line in result.stdout.splitlines()]
+    assert len({name for name, _ in shared}) == 13
+    assert all(int(size) < 99 << 10 for _, size in shared)
 
 
 class FakeGraph:
