@@ -1,7 +1,7 @@
 """Depthwise 3x3 convolution and SiLU of channels-last maps, forward and backward, in Triton.
 
-A program walks down TH rows of TW columns and BD channels. It loads each row three times, shifted, the row after next
-while one is added to the sums under way. Where a program holds all channels, the product that follows (`x_proj`) is
+A program walks down TH rows of TW columns and BD channels. It loads each row three times, shifted, two rows before it
+is added to the sums under way. Where a program holds all channels, the product that follows (`x_proj`) is
 taken from the same registers. Weights arrive as taps (9, channels), rows `tap_stride` apart. Of the gradients of the
 weights each program keeps a share; shares are added in a fixed order, so the same inputs give the same bits.
 """
@@ -115,18 +115,19 @@ def conv_kernel(
     x += corner * in_stride
     local = j[:, None] * in_stride + channels[None, :]
     out_local = j[:, None] * out_stride + channels[None, :]
-    # Sums of two rows are under way; the row after next is loaded while one is added.
+    # Sums of two rows are under way, and loads of two: memory answers later than a row is added.
     l0, m0, r0 = row_of(x, zero + top - 1, H, W, local, in_stride, left, middle, right)
     l1, m1, r1 = row_of(x, zero + top, H, W, local, in_stride, left, middle, right)
     l2, m2, r2 = row_of(x, zero + top + 1, H, W, local, in_stride, left, middle, right)
+    l3, m3, r3 = row_of(x, zero + top + 2, H, W, local, in_stride, left, middle, right)
     above = three_taps(three_taps(start, l0, m0, r0, w0, w1, w2), l1, m1, r1, w3, w4, w5)
     here = three_taps(start, l1, m1, r1, w0, w1, w2)
     for row in range(top, tl.minimum(top + TH, H)):
-        l3, m3, r3 = row_of(x, zero + row + 2, H, W, local, in_stride, left, middle, right)
+        l4, m4, r4 = row_of(x, zero + row + 3, H, W, local, in_stride, left, middle, right)
         acc = three_taps(above, l2, m2, r2, w6, w7, w8)
         above = three_taps(here, l2, m2, r2, w3, w4, w5)
         here = three_taps(start, l2, m2, r2, w0, w1, w2)
-        l2, m2, r2 = l3, m3, r3
+        l2, m2, r2, l3, m3, r3 = l3, m3, r3, l4, m4, r4
         if FORWARD:
             acc *= sigmoid(acc)
         tile = acc.to(out.dtype.element_ty)
