@@ -234,8 +234,8 @@ def _combine(
     """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
     batch, _, chunks, N, d = h.shape
     # Parts of 8 chunks and more, each thread one number of the state of one part.
-    walk_parts = min(128, _power_of_2(-(-chunks // 8)))
-    columns = max(8, 128 // walk_parts)
+    walk_parts = min(32, _power_of_2(-(-chunks // 8))) if chunks <= 2048 else 128
+    columns = max(32, 128 // walk_parts) if chunks <= 2048 else 8
     args = _pointers(h, h if e is None else e, dt_sum, A_log)
     args += struct.pack("5i", chunks, first, pairs, columns, walk_parts)
     grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)
