@@ -175,6 +175,22 @@ def pad_to_multiple(x: Tensor, multiple: int, *, least: int = 0) -> Tensor:
     return x
 
 
+def fill_transparent(x: Tensor, alpha: Tensor) -> Tensor:
+    """Give pixels that cannot be seen the colours around them, so that a network does not spread what was there.
+
+    x (B, C, H, W), alpha (B, 1, H, W) in [0, 1]. Where alpha is 0 the colour becomes that of the visible pixels
+    nearby, smoothly; where it is not, nothing changes.
+    """
+    if bool((alpha > 0).all()):
+        return x
+    if max(x.shape[-2:]) == 1:
+        return x
+    sums = F.avg_pool2d(torch.cat([x * alpha, alpha], 1), 2, ceil_mode=True)
+    coarse, weight = sums[:, :-1] / sums[:, -1:].clamp_min(1e-9), sums[:, -1:]
+    coarse = fill_transparent(coarse, (weight > 0).to(x.dtype))
+    return torch.where(alpha > 0, x, F.interpolate(coarse, x.shape[-2:], mode="bilinear"))
+
+
 def _decode(data: bytes) -> Picture:
     image = _open(data)
     if image is not None:
