@@ -56,21 +56,36 @@ def export(
     size: int = 256,
     weights: Path | None = None,
 ) -> tuple[dict[str, str], list[Check]]:
+    """Write the network or weights called `name` (or, of a network, a file of `weights`) by `export_network`."""
+    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    told = {"network": name.partition(".")[0]} | ({"weights_licence": WEIGHTS_LICENCE} if weights is None else {})
+    return export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
+
+
+def export_network(
+    model: nn.Module,
+    output: Path,
+    *,
+    format: str = "onnx",
+    dynamic: bool = False,
+    size: int = 256,
+    told: dict[str, str] | None = None,
+) -> tuple[dict[str, str], list[Check]]:
     """Write a network as an ONNX or pt2 file, run the file, and compare it with the network.
 
     Args:
-        name: network or weights, as `serpent_l.deblur`.
+        model: a network on the CPU, in evaluation mode, with `config` (`task`, `in_channels`) and `size_multiple`.
         output: the file; it appears whole or not at all, and only if it computes what the network does.
         format: "onnx" or "pt2".
         dynamic: height and width are free; otherwise both are `size`.
-        size: side of the image in pixels, of which the largest check is made.
-        weights: safetensors file, instead of the weights that ship as `name`.
+        size: side in pixels of the image that goes in; of a dynamic file, of the largest check.
+        told: what else the metadata should say.
 
     Returns:
         The metadata of the file (strings) and its checks: four sizes where it is dynamic, else the one.
 
     Raises:
-        UsageError: an unknown name or format, or a size the network does not take.
+        UsageError: an unknown format, or a size that cannot be.
         SerpentError: the network cannot be exported, with PyTorch's reason; the file computes something else; a
             package is missing; the file cannot be written.
     """
@@ -78,50 +93,35 @@ def export(
         raise UsageError(f"unknown format {format!r}; valid: {', '.join(FORMATS)}")
     if not 1 <= size <= _LARGEST:
         raise UsageError(f"the size is {size} px; it must be between 1 and {_LARGEST}")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: no such folder")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
-    with _quiet(), torch.no_grad():
-        return _export(_WholeTask(model), name, Path(output), format, dynamic, size, weights is None)
-
-
-def _export(
-    task: "_WholeTask", name: str, output: Path, format: str, dynamic: bool, size: int, shipped: bool
-) -> tuple[dict[str, str], list[Check]]:
-    least = 1 if format == "onnx" and isinstance(task.network, Serpent) else task.least
+    task = _WholeTask(model)
+    # What the graph of an ONNX file computes for smaller images is right for Serpent, though PyTorch promises less.
+    least = 1 if format == "onnx" and isinstance(model, Serpent) else task.least
+    sizes = [(size, size)]
     if dynamic:
-        size = max(size, least)
-    program = _program(task, name, dynamic, max(size, task.least) if dynamic else size)
-    scale, channels = task.scale, task.channels
-    metadata = {
-        "producer": f"serpent-ir {__version__}",
-        "network": name.partition(".")[0],
-        "task": task.task,
-        "size": f"any from {least}x{least} px up" if dynamic else f"exactly {size}x{size} px",
-        "size_multiple": str(task.multiple),
-        "padding": "inside: reflected on the right and bottom to size_multiple, cropped after",
-        "input": f"image (1, {channels}, H, W), float32, RGB in [0, 1]"
-        + ", then the mask (1: missing)" * (channels > 3),
-        "output": f"restored (1, 3, {scale} H, {scale} W), float32, RGB clamped to [0, 1]".replace(" 1 ", " "),
-        "scale": str(scale),
-    } | ({"weights_licence": WEIGHTS_LICENCE} if shipped else {})
-    temporary = output.with_name(f".{os.getpid()}.tmp.{format}")  # torch.export insists on the suffix
+        sizes += [(least, least), (size // 2 + least, size // 3 + least), (task.multiple * 2, task.multiple * 3)]
+    taken = f"any from {least}x{least} px up" if dynamic else f"exactly {size}x{size} px"
+    metadata = {**task.metadata(), "size": taken, **(told or {})}
+    # torch.export insists on the suffix.
+    temporary = output.with_name(f".{os.getpid()}.tmp.{format}")
     try:
-        if format == "onnx":
-            _save_onnx(program, temporary, metadata, dynamic)
-            run = _onnx_runner(temporary)
-        else:
-            torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata)})
-            run = torch.export.load(temporary).module()
-        sizes = [(size, size)]
-        if dynamic:
-            sizes += [(least, least), (size // 2 + least, size // 3 + least), (task.multiple * 2, task.multiple * 3)]
-        checks = [_check(task, run, *shape) for shape in sizes]
+        with _quiet(), torch.no_grad():
+            program = _program(task, dynamic, size)
+            if format == "onnx":
+                _save_onnx(program, temporary, metadata)
+                run = _onnx_runner(temporary)
+            else:
+                torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata)})
+                run = torch.export.load(temporary).module()
+            checks = [_check(task, run, *shape) for shape in sizes]
         worst = max(checks, key=lambda check: check.relative_error)
         if not worst.relative_error <= TOLERANCE:
             raise SerpentError(
-                f"{name}: the {format} file differs from the network by {worst.relative_error:.1e} at "
-                f"{worst.width}x{worst.height} px (at most {TOLERANCE:.0e} is allowed); it was not kept"
+                f"{output}: differs from the network by {worst.relative_error:.1e} at {worst.width}x{worst.height} px "
+                f"(at most {TOLERANCE:.0e} is allowed), so it was not kept; try the other format"
             )
         temporary.replace(output)
     except OSError as error:
@@ -150,6 +150,19 @@ class _WholeTask(nn.Module):
         # PyTorch treats maps of one pixel apart: the smallest map of a free size has two.
         self.least = self.multiple // self.scale + 1
 
+    def metadata(self) -> dict[str, str]:
+        """What a person must know to use the file, but for the sizes it takes."""
+        mask = ", then the mask (1 = missing)" if self.channels > 3 else ""
+        times = f"{self.scale} " if self.scale > 1 else ""
+        return {
+            "producer": f"serpent-ir {__version__}",
+            "task": self.task,
+            "input": f"image (1, {self.channels}, H, W), float32, RGB in [0, 1]{mask}",
+            "output": f"restored (1, 3, {times}H, {times}W), float32, RGB, clamped to [0, 1]",
+            "size_multiple": str(self.multiple),
+            "padding": "inside: reflected on the right and bottom to size_multiple, cropped after",
+        }
+
     def forward(self, image: Tensor) -> Tensor:
         given = self.degradation.network_input(image) if self.degradation else image
         height, width = given.shape[-2:]
@@ -168,10 +181,11 @@ class _WholeTask(nn.Module):
         return x.index_select(dim, torch.where(fits, reflected, place.clamp(max=side - 1)))
 
 
-def _program(task: _WholeTask, name: str, dynamic: bool, size: int) -> torch.export.ExportedProgram:
+def _program(task: _WholeTask, dynamic: bool, size: int) -> torch.export.ExportedProgram:
     """The task as a graph of PyTorch's own operators."""
     # Neither a square nor a multiple, or PyTorch would take what holds for this image to hold for all.
-    shape = (size, size) if not dynamic else (size + task.multiple + 1, size + 3 * task.multiple + 2)
+    odd = 3 * task.multiple
+    shape = (odd + 1, 2 * odd + 3) if dynamic else (size, size)
     sides = {2: torch.export.Dim("height", min=task.least, max=_LARGEST)}
     sides[3] = torch.export.Dim("width", min=task.least, max=_LARGEST)
     image = torch.rand(1, task.channels, *shape)
@@ -193,7 +207,7 @@ def _program(task: _WholeTask, name: str, dynamic: bool, size: int) -> torch.exp
     except Exception as error:  # torch.export raises a dozen types for what it cannot trace
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         remedy = "export it without --dynamic, at one --size" if dynamic else "use PyTorch for this network"
-        raise SerpentError(f"{name} cannot be exported: {reason[:300]}; {remedy}") from error
+        raise SerpentError(f"this network cannot be exported: {reason[:300]}; {remedy}") from error
 
 
 def portable_ss2d(
@@ -251,9 +265,10 @@ def _output(h: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor, A: Tensor)
     return [h, h @ C]
 
 
-def _save_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str], dynamic: bool) -> None:
-    names = {"input_names": ["image"], "output_names": ["restored"]}
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+def _save_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    onnx_program = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=["image"], output_names=["restored"]
+    )
     assert onnx_program is not None
     onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(path, external_data=False)
