@@ -5,6 +5,7 @@ import io
 import os
 import random
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -16,9 +17,10 @@ import torch
 from PIL import Image, ImageCms, ImageOps, features
 from PIL.TiffImagePlugin import IFDRational
 
-from serpent_ir import image as image_module
+from serpent_ir import image_decoders
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image import Picture, pad_to_multiple, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.image_encoders import encode
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 LOSSLESS = (".png", ".webp", ".tif", ".bmp")
@@ -91,12 +93,10 @@ def test_round_trip_16_bit(suffix, mode, tmp_path):
     assert same(after.pixels, before.pixels)
     assert same(after.alpha, before.alpha)
     assert after.icc_profile == before.icc_profile
-    assert after.is_grey == (before.is_grey and (suffix, mode) != (".png", "LA"))
-    if (suffix, mode) != (".tiff", "LA"):  # Pillow, and so its EXIF parser, does not open that
-        assert after.exif is not None
-        assert before.exif is not None
-        assert tags_of(after.exif) == tags_of(before.exif)
-        assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+    assert after.is_grey == before.is_grey
+    assert tags_of(after.exif) == tags_of(before.exif)
+    assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+    if (suffix, mode) != (".tiff", "LA"):  # which Pillow does not open
         with Image.open(file) as checked:  # every chunk is well-formed
             checked.verify()
     write_image(file.with_suffix(".png"), dataclasses.replace(after, exif=None))
@@ -179,8 +179,9 @@ def test_reads_what_pillow_writes(mode, suffix, tmp_path):
         with pytest.raises(ImageError):
             read_image(file)
         return
-    after = read_image(file)
     with Image.open(file) as stored:
+        with pytest.warns(UserWarning, match="is CMYK without") if stored.mode == "CMYK" else nullcontext():
+            after = read_image(file)
         assert after.format == stored.format
         if after.pixels.dtype == np.uint16:
             assert np.array_equal(after.pixels[..., 0], np.asarray(source))
@@ -301,7 +302,7 @@ def files_to_damage() -> dict[str, bytes]:
     files["progressive.jpg"] = buffer.getvalue()
     for name in ("png16", "tif16"):
         deep = Picture(draw(np.uint16), icc_profile=ICC, dpi=(72, 72))
-        files[name] = image_module.image_encoders.encode(deep, f".{name[:3]}")
+        files[name] = encode(deep, f".{name[:3]}")
     files["lzw16.tif"] = cv2.imencode(".tif", draw(np.uint16), [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, draw(np.uint16), photometric="rgb")
@@ -359,7 +360,7 @@ def test_errors_of_reading(tmp_path, monkeypatch):
     check(tmp_path / "text.png", "not an image")
     write_image(tmp_path / "big.png", Picture(draw()))
     write_image(tmp_path / "big.tif", Picture(draw(np.uint16)))
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 23 * 37 - 1)
+    monkeypatch.setattr(image_decoders, "MAX_PIXELS", 23 * 37 - 1)
     check(tmp_path / "big.png", "37x23 px, over the bound")
     check(tmp_path / "big.tif", "37x23 px, over the bound")
     monkeypatch.undo()
