@@ -426,7 +426,7 @@ def test_bad_input_is_one_line_and_changes_nothing(case, places, tmp_path):
         (("restore", "-o", "out"), "INPUT"),
         (("degrade", "a.png", "-o", "out"), "'--task'"),
         (("degrade", "a.png", "-o", "out", "--task", "deblur", "--seed", "-1"), "'--seed'"),
-        (("restore", "a.png", "-o", "out", "--tile", "4"), "--tile"),
+        (("restore", "a.png", "-o", "out", "--nope", "4"), "--nope"),
         (("nope",), "'nope'"),
     ],
 )

@@ -1,7 +1,7 @@
 """Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -149,7 +149,7 @@ class Restorer:
         *,
         label: str = "",
         progress: Progress | None = None,
-    ) -> Iterator[Samples]:
+    ) -> Generator[Samples]:
         """Restore an image that need not be in memory: from top to bottom, in strips of the restored one.
 
         `read` gives some rows and columns, uint8 or uint16, always of the same kind; rows are asked for from top to

@@ -190,6 +190,8 @@ def _strips(
                 lambda r, c: work.read(r, c).to(device, torch.float32), size, across, along, degradation
             )
             restored = run_network(model, given, precision=work.precision)
+            if degradation is not None:
+                restored = degradation.combine(restored, given)
         done += 1
         if work.progress:
             work.progress(done, count)

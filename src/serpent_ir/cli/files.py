@@ -1,90 +1,89 @@
-"""Image files in and out: which file is written for which, and what happens to one that fails."""
+"""Image files in and out: what `serpent restore` and `serpent degrade` share."""
 
-import time
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from serpent_ir.cli.shell import progress_of, say
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
+    from serpent_ir.batch import Job
     from serpent_ir.image import Picture
 
-
-def plan_files(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """(file to read, file to write) of each image. Raises UsageError where one would overwrite an input or another."""
-    from PIL import Image
-
-    from serpent_ir.data import find_images
-    from serpent_ir.image import WRITTEN_SUFFIXES
-
-    def written(path: Path) -> Path:
-        return path if path.suffix.lower() in WRITTEN_SUFFIXES else path.with_suffix(".png")
-
-    pairs = []
-    if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
-        if len(inputs) != 1 or inputs[0].is_dir():
-            raise UsageError(f"{output}: is the name of an image; several images need a folder")
-        if not inputs[0].exists():
-            raise UsageError(f"{inputs[0]}: no such file or folder")
-        if written(output) != output:
-            raise UsageError(f"{output}: cannot write {output.suffix}; use {', '.join(WRITTEN_SUFFIXES)}")
-        pairs = [(inputs[0], output)]
-    else:
-        for path in inputs:
-            if path.is_dir():
-                files = find_images(path)
-                inside = output.resolve() != path.resolve() and output.resolve().is_relative_to(path.resolve())
-                if inside:  # what an earlier run wrote there is no input
-                    files = [file for file in files if not file.resolve().is_relative_to(output.resolve())]
-                pairs += [(file, written(output / file.relative_to(path))) for file in files]
-            elif path.exists():
-                pairs.append((path, written(output / path.name)))
-            else:
-                raise UsageError(f"{path}: no such file or folder")
-    if not pairs:
-        raise UsageError(f"{', '.join(map(str, inputs)) or 'no input'}: no images to work on")
-    sources = {_identity(source) for source, _ in pairs}
-    writers: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target.exists() and _identity(target) in sources:
-            raise UsageError(f"{target}: would overwrite an input; choose another -o")
-        if target in writers:
-            raise UsageError(f"{target}: both {writers[target]} and {source} would be written to it; run them apart")
-        writers[target] = source
-    return pairs
+R = TypeVar("R")
+W = TypeVar("W")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
+    """As `serpent_ir.batch.plan`."""
+    from serpent_ir.batch import plan
+
+    return plan(inputs, output)
 
 
-def convert_files(pairs: list[tuple[Path, Path]], convert: Callable[[int, "Picture"], "Picture"], done: str) -> None:
+def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Picture]", done: str) -> None:
     """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
     from serpent_ir.image import read_image, write_image
 
-    for folder in {target.parent: None for _, target in pairs}:
+    rows = run_files(
+        jobs,
+        lambda job: read_image(job.source),
+        lambda job, picture: convert(job.index, picture),
+        lambda job, picture: write_image(job.target, picture),
+        done,
+    )
+    raise_if_failed(rows, done)
+
+
+def run_files(
+    jobs: "Sequence[Job]",
+    read: "Callable[[Job], R]",
+    work: "Callable[[Job, R], W]",
+    write: "Callable[[Job, W], None]",
+    done: str,
+    describe: "Callable[[Job], str]" = lambda job: "",
+) -> list[dict[str, Any]]:
+    """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
+
+    Returns source, target, seconds and error ("" or why it failed) of each. The failure of an only job is raised as
+    SerpentError, except where other processes do other jobs.
+    """
+    from serpent_ir.batch import rank_and_world, run
+
+    for folder in {job.target.parent: None for job in jobs if not job.refused}:
         _make_folder(folder)  # before any work, or each file would fail for this one reason
-    failed = 0
-    with progress_of(done) as progress:
-        for index, (source, target) in enumerate(pairs):
-            start = time.perf_counter()
-            try:
-                write_image(target, convert(index, read_image(source)))
-            except (SerpentError, OSError) as error:
-                reason = str(error) if str(error).startswith(f"{source}: ") else f"{source}: {error}"
-                if len(pairs) == 1:
-                    raise SerpentError(reason) from None
-                failed += 1
-                say(f"serpent: error: {reason}")
-                line = None  # said already
+
+    def read_if_allowed(job: "Job") -> R:
+        if job.refused:
+            raise SerpentError(job.refused)
+        return read(job)
+
+    rows, alone = [], len(jobs) == rank_and_world()[1] == 1
+    outcomes = run(jobs, read_if_allowed, work, write)
+    with progress_of(done) as progress, _terminated_like_interrupted(), closing(outcomes):
+        for count, outcome in enumerate(outcomes, 1):
+            job, line = outcome.job, None
+            if outcome.error and alone:
+                raise SerpentError(outcome.error)
+            if outcome.error:
+                say(f"serpent: error: {outcome.error}")
             else:
-                line = f"{source} -> {target} ({time.perf_counter() - start:.1f} s)"
-            progress(index + 1, len(pairs), line)
-    if failed:
-        raise SerpentError(f"{failed} of {len(pairs)} images failed; {len(pairs) - failed} {done}")
+                line = f"{job.source} -> {job.target} ({outcome.seconds:.1f} s{describe(job)})"
+            progress(count, len(jobs), line)
+            row = {"source": str(job.source), "target": str(job.target), "seconds": outcome.seconds}
+            rows.append({**row, "error": outcome.error})
+    return rows
+
+
+def raise_if_failed(rows: Sequence[dict[str, Any]], done: str) -> None:
+    """Raise SerpentError where some images failed."""
+    if failed := sum(bool(row["error"]) for row in rows):
+        raise SerpentError(f"{failed} of {len(rows)} images failed; {len(rows) - failed} {done}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -92,3 +91,20 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SerpentError(f"{folder}: no folder can be made there ({error.strerror}); choose another -o") from None
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, as batch systems and `torchrun` send it, ends the work as Ctrl-C does: with whole files only."""
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

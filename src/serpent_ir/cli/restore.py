@@ -1,41 +1,148 @@
 """serpent restore."""
 
-from serpent_ir.cli.files import convert_files, plan_files
-from serpent_ir.cli.shell import Device, Inputs, Name, Output, Weights, model_name, shell_command
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
+from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, model_name, say, shell_command
 from serpent_ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from serpent_ir.batch import Job
+    from serpent_ir.streaming import Restored, Source
 
 
 @shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
 def restore(
-    inputs: Inputs, output: Output, name: Name = None, weights: Weights = None, device: Device = "auto"
+    inputs: Inputs,
+    output: Output,
+    name: Name = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bfloat16 on CUDA), float32 or bfloat16.")] = "auto",
+    tile: Annotated[str, typer.Option(help="auto (only if memory is short), none, or pixels a side.")] = "auto",
+    tile_overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 32,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave out what has an output.")] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Note there what is done, and leave that out: goes on after a stop."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Restore image files and folders of them into a folder, or one file into one file.
 
-    A folder is mirrored under `output`, subfolders too. A file that fails is reported on stderr, the others are done.
-    Formats that are read but not written become PNG.
+    A file that fails is reported on stderr, the others are done; at the end a line sums up. Of several processes with
+    RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
 
     Args:
-        inputs: files and folders.
-        output: folder, made if missing; or, for one input file, a file with the suffix of an image.
+        inputs: as `serpent_ir.batch.plan` takes them.
+        output: the same.
         name: weights that ship (default `serpent_l.deblur`), or the network that `weights` are for.
         weights: safetensors file; without `name`, its metadata says the network.
-        device: as `serpent_ir.inference.pick_device` takes it.
+        device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
+        precision: as for `serpent_ir.restore`.
+        tile: the same.
+        tile_overlap: the same.
+        skip_existing: leave out images whose output is there, whatever made it.
+        manifest: leave out images that this file names as done with these settings, and note there what gets done.
+        as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
+            megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each.
 
     Raises:
-        UsageError: before any work, for a missing path, a folder without images, an unknown name or device, or outputs
-            that would overwrite an input or each other.
+        UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
+    from serpent_ir.batch import Manifest, gather, rank_and_world
     from serpent_ir.degradations import create_degradation
-    from serpent_ir.inference import pick_device, restore_picture
+    from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model
+    from serpent_ir.streaming import Source
 
-    pairs = plan_files(inputs, output)
+    rank, world = rank_and_world()
+    jobs = plan_files(inputs, output)[rank::world]
     name = model_name(name, weights)
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
     task = getattr(model.config, "task", "")
     if not task:
         raise UsageError(f"{weights}: does not say which task it is for; name it with -n, as {name}.deblur")
     create_degradation(task)  # an unknown one is no fault of an image
-    model = model.to(pick_device(device))
-    convert_files(pairs, lambda _, picture: restore_picture(picture, model), "restored")
+    restorer = Restorer(
+        model.to(pick_device(_of_this_process(device))),
+        tile=int(tile) if tile.isdecimal() else tile,
+        tile_overlap=tile_overlap,
+        precision=precision,
+    )
+    settings = {"model": name, "weights": _version(weights), "tile": tile, "overlap": tile_overlap}
+    record = Manifest(manifest, {**settings, "precision": precision}) if manifest else None
+    skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
+    kept = {job.index for job in skipped}
+    todo = [job for job in jobs if job.index not in kept]
+    facts: dict[str, dict[str, Any]] = {}
+
+    def work(job: "Job", source: "Source") -> "Restored":
+        tiles = 1
+
+        def count(_: int, total: int) -> None:
+            nonlocal tiles
+            tiles = total
+
+        restored = source.restore(restorer, job.target, count)
+        facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
+        return restored
+
+    def write(job: "Job", restored: "Restored") -> None:
+        restored.write()
+        if record:
+            record.add(job)
+
+    def tiles_of(job: "Job") -> str:
+        tiles = facts[str(job.source)]["tiles"]
+        return f", {tiles} tiles" if tiles > 1 else ""
+
+    start = time.perf_counter()
+    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", tiles_of)
+    own = {"rows": [{**row, **facts.get(row["source"], {})} for row in rows], "skipped": len(skipped)}
+    everybody = gather({**own, "seconds": time.perf_counter() - start})
+    if rank == 0:
+        _sum_up(everybody, as_json)
+
+
+def _of_this_process(device: str) -> str:
+    """`auto` as the GPU of a process that `torchrun` started."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and local.isdecimal() and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device
+
+
+def _version(weights: Path | None) -> list[Any] | None:
+    """What tells a weights file from another of the same name."""
+    if weights is None:
+        return None
+    status = weights.stat()
+    return [str(weights.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _sum_up(everybody: list[dict[str, Any]], as_json: bool) -> None:
+    rows = [row for own in everybody for row in own["rows"]]
+    skipped = sum(own["skipped"] for own in everybody)
+    seconds = max(own["seconds"] for own in everybody)
+    restored = [row for row in rows if not row["error"]]
+    failed = len(rows) - len(restored)
+    megapixels = sum(row["width"] * row["height"] for row in restored) / 1e6
+    speed = megapixels / seconds if seconds else 0.0
+    counts = {"restored": len(restored), "failed": failed, "skipped": skipped}
+    if as_json:
+        sums = {"megapixels": megapixels, "seconds": seconds, "megapixels_per_second": speed}
+        print(json.dumps({**counts, **sums, "images": rows}))
+    elif len(rows) > 1 or skipped:
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        say(f"{told}; {megapixels:.1f} megapixels in {seconds:.1f} s, {speed:.2f} a second")
+    raise_if_failed(rows, "restored")

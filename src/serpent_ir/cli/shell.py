@@ -26,7 +26,13 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: it would read [key=value] as markup
 )
 
-Inputs = Annotated[list[Path], typer.Argument(metavar="INPUT", help="Image files, or folders with subfolders.")]
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="INPUT",
+        help="Image files, folders with subfolders, 'patterns', @LIST (a file of names) or - (names from stdin).",
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option("-o", "--output", metavar="OUT", help="A folder; or an image file, where INPUT is one file."),
@@ -47,7 +53,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 def say(line: str) -> None:
-    print(line.replace("\n", " "), file=sys.stderr, flush=True)
+    """Print one line on stderr; control characters, which a file's name may hold, are escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(shown, file=sys.stderr, flush=True)
 
 
 def _reporting(function: Callable[..., None]) -> Callable[..., None]:
