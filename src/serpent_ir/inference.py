@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from serpent_ir.degradations import erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.models import create_model
@@ -31,6 +32,7 @@ __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_p
 
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, Tensor)
 Progress = Callable[[int, int], None]
+Mask = Image.Image | np.ndarray | Tensor
 Samples = tuple[np.ndarray, np.ndarray | None]
 """Colour (h, w, 3) or grey (h, w), and alpha (h, w) or None."""
 
@@ -48,6 +50,7 @@ def restore(
     tile_overlap: int = 32,
     device: str = "auto",
     precision: str = "auto",
+    mask: Mask | None = None,
     progress: Progress | None = None,
 ) -> ImageT:
     """Restore an image with a network.
@@ -68,6 +71,8 @@ def restore(
         device: "auto" is where the model is; by another name (`cpu`, `cuda`, `cuda:1`, `mps`) the model is moved there,
             and stays.
         precision: "auto" (bfloat16 autocast on CUDA, float32 elsewhere), "float32" or "bfloat16".
+        mask: for weights of `inpaint`, and for no others: which pixels are missing, as a PIL image, an array or a
+            tensor (H, W); those are over half of its full scale. The other pixels come back as they were.
         progress: called with (tiles done, tiles in all).
 
     Returns:
@@ -78,7 +83,7 @@ def restore(
         SerpentError: the image does not fit in the memory of the device.
     """
     restorer = Restorer(model, tile=tile, tile_overlap=tile_overlap, device=device, precision=precision)
-    return restorer(image, progress=progress)
+    return restorer(image, mask=mask, progress=progress)
 
 
 def restore_picture(picture: Picture, model: nn.Module) -> Picture:
@@ -122,23 +127,25 @@ class Restorer:
         degradation = undone_by(self.model)
         return 1 if degradation is None else degradation.scale
 
-    def __call__(self, image: ImageT, *, progress: Progress | None = None) -> ImageT:
+    def __call__(self, image: ImageT, *, mask: Mask | None = None, progress: Progress | None = None) -> ImageT:
         """Restore an image, as `restore` does."""
         if isinstance(image, Image.Image):
-            return self._pil(image, progress)
+            return self._pil(image, mask, progress)
         if isinstance(image, np.ndarray):
-            return self._array(image, None, progress)[0]
+            return self._array(image, None, mask, progress)[0]
         if isinstance(image, Tensor):
-            return self._tensor(image, progress)
+            return self._tensor(image, mask, progress)
         raise UsageError(f"restore: expected a PIL image, a numpy array or a tensor; got {type(image).__name__}")
 
-    def picture(self, picture: Picture, *, label: str = "", progress: Progress | None = None) -> Picture:
+    def picture(
+        self, picture: Picture, *, mask: Mask | None = None, label: str = "", progress: Progress | None = None
+    ) -> Picture:
         """Restore what `read_image` gives: same depth and metadata, alpha kept, grey stays grey.
 
-        `label` begins the warning that says why an image is restored in tiles.
+        `label` begins the warning that says why an image is restored in tiles; `mask` is as for `restore`.
         """
         colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
-        pixels, alpha = self._array(colours, picture.alpha, progress, label)
+        pixels, alpha = self._array(colours, picture.alpha, mask, progress, label)
         return replace(picture, pixels=_grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
 
     def strips(
@@ -147,6 +154,7 @@ class Restorer:
         height: int,
         width: int,
         *,
+        mask: Mask | None = None,
         label: str = "",
         progress: Progress | None = None,
     ) -> Generator[Samples]:
@@ -156,10 +164,13 @@ class Restorer:
         bottom, some of them twice. The strips are of that kind.
         """
 
+        missing = self._missing(mask, height, width)
+
         def tensor(rows: Span, columns: Span) -> Tensor:
             colours, alpha = read(rows, columns)
             x = to_tensor(_grey_to_rgb(colours) if colours.ndim == 2 else colours)
-            return x if alpha is None else fill_transparent(x, to_tensor(alpha[..., None]))
+            x = x if alpha is None else fill_transparent(x, to_tensor(alpha[..., None]))
+            return x if missing is None else erase(x, missing[..., slice(*rows), slice(*columns)])
 
         kind, first_alpha = read((0, 1), (0, 1))
         top = 0
@@ -187,12 +198,29 @@ class Restorer:
         block = network_block(tensor, size, rows, (0, size[1] * self.scale), undone_by(self.model))
         return np.ascontiguousarray(to_pixels(block, pixels.dtype)[..., 0])
 
+    def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
+        """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
+        degradation = undone_by(self.model)
+        if degradation is None or degradation.channels == 3:
+            if mask is not None:
+                raise UsageError("restore: a mask is for weights of inpaint; these take none")
+            return None
+        if mask is None:
+            raise UsageError(f"restore: weights of {degradation.name} need a mask of what is missing")
+        mask = mask.convert("L") if isinstance(mask, Image.Image) else mask
+        array = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        if array.shape != (height, width):
+            size = "x".join(map(str, reversed(array.shape)))
+            raise UsageError(f"restore: the mask is {size} px and the image {width}x{height}; they must be the same")
+        whole = 1 if array.is_floating_point() or array.dtype == torch.bool else torch.iinfo(array.dtype).max
+        return (array.double() > whole / 2).float()[None, None]
+
     def _strips(self, work: Work) -> Iterator[Tensor]:
         work = replace(work, tile=self.tile, overlap=self.tile_overlap, precision=self.precision)
         with self._lock:
             yield from restored_strips(self.model, work)
 
-    def _pil(self, image: Image.Image, progress: Progress | None) -> Image.Image:
+    def _pil(self, image: Image.Image, mask: Mask | None, progress: Progress | None) -> Image.Image:
         if image.mode not in _MODES:
             raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
         if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
@@ -201,7 +229,7 @@ class Restorer:
         if image.mode in ("RGBA", "LA"):
             alpha = pixels[..., -1]
             pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
-        pixels, alpha = self._array(pixels, alpha, progress)
+        pixels, alpha = self._array(pixels, alpha, mask, progress)
         restored = Image.fromarray(pixels)
         if alpha is not None:
             restored.putalpha(Image.fromarray(alpha))
@@ -209,7 +237,12 @@ class Restorer:
         return restored
 
     def _array(
-        self, pixels: np.ndarray, alpha: np.ndarray | None, progress: Progress | None, label: str = ""
+        self,
+        pixels: np.ndarray,
+        alpha: np.ndarray | None,
+        mask: Mask | None,
+        progress: Progress | None,
+        label: str = "",
     ) -> Samples:
         """Pixels (h, w, 3) or (h, w) and alpha (h, w) -> those of the restored image, of the same dtype."""
         grey = pixels.ndim == 2
@@ -223,7 +256,7 @@ class Restorer:
             raise UsageError(f"restore: the image is empty, {pixels.shape}")
         if floating:
             x = torch.from_numpy((_grey_to_rgb(pixels) if grey else pixels).astype(np.float32)).permute(2, 0, 1)
-            restored = self._tensor(x, progress)
+            restored = self._tensor(x, mask, progress)
             if grey:
                 return restored.mean(0).numpy().astype(pixels.dtype), None
             return np.ascontiguousarray(restored.permute(1, 2, 0).numpy().astype(pixels.dtype)), None
@@ -236,14 +269,14 @@ class Restorer:
         whole = np.empty((height * self.scale, width * self.scale, *pixels.shape[2:]), pixels.dtype)
         whole_alpha = None if alpha is None else np.empty(whole.shape[:2], pixels.dtype)
         top = 0
-        for strip, strip_alpha in self.strips(read, height, width, label=label, progress=progress):
+        for strip, strip_alpha in self.strips(read, height, width, mask=mask, label=label, progress=progress):
             whole[top : top + len(strip)] = strip
             if whole_alpha is not None:
                 whole_alpha[top : top + len(strip)] = strip_alpha
             top += len(strip)
         return whole, whole_alpha
 
-    def _tensor(self, image: Tensor, progress: Progress | None) -> Tensor:
+    def _tensor(self, image: Tensor, mask: Mask | None, progress: Progress | None) -> Tensor:
         if image.ndim not in (3, 4) or image.shape[-3] != 3:
             raise UsageError(f"restore: expected a tensor (3, H, W) or (B, 3, H, W); got {tuple(image.shape)}")
         if image.dtype != torch.uint8 and image.dtype not in _FLOATS:
@@ -254,13 +287,17 @@ class Restorer:
         if image.dtype != torch.uint8:
             _check_scale(batch)
 
+        missing = self._missing(mask, *batch.shape[-2:])
+
         def read(rows: Span, columns: Span) -> Tensor:
-            block = batch[..., slice(*rows), slice(*columns)].float()
-            return block / 255 if image.dtype == torch.uint8 else block
+            here = slice(*rows), slice(*columns)
+            block = batch[(..., *here)].float()
+            block = block / 255 if image.dtype == torch.uint8 else block
+            return block if missing is None else erase(block, missing[(..., *here)].expand(len(block), -1, -1, -1))
 
         work = Work(read, *batch.shape[-2:], batch=len(batch), progress=progress)
         if len(batch) > 1 and not fits(self.model, work):  # one by one is better than in tiles
-            return torch.stack([self._tensor(one, progress) for one in image])
+            return torch.stack([self._tensor(one, mask, progress) for one in image])
         restored = torch.cat([strip.to(image.device) for strip in self._strips(work)], 2)
         if image.dtype == torch.uint8:
             restored = restored.mul_(255).round_()

@@ -49,17 +49,30 @@ class Source:
             self._picture = read_image(self.path)
         return self._picture
 
-    def restore(self, restorer: Restorer, target: Path, progress: Callable[[int, int], None]) -> "Restored":
-        """Restore the image; what `Restored` still has to write is written by its `write`."""
-        if self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff"):
+    def restore(
+        self, restorer: Restorer, target: Path, progress: Callable[[int, int], None], mask: Path | None = None
+    ) -> "Restored":
+        """Restore the image; what `Restored` still has to write is written by its `write`.
+
+        `mask` is an image file whose light pixels are missing, for weights of `inpaint`.
+        """
+        if mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff"):
             try:
                 return _restore_by_rows(self.path, target, restorer, progress)
             except _NotByRowsError:
                 pass
         picture = self.picture()
         self._picture = None  # the pixels are not needed longer than the restoration takes
-        restored = restorer.picture(picture, label=str(self.path), progress=progress)
+        restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
         return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored)
+
+
+def _read_mask(path: Path | None) -> np.ndarray | None:
+    """(H, W), in the depth of the file: the mean of its channels."""
+    if path is None:
+        return None
+    pixels = read_image(path).pixels
+    return pixels.mean(-1).astype(pixels.dtype)
 
 
 class Restored:

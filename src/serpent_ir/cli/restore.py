@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
-from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, model_name, say, shell_command
+from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
+from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,14 @@ def restore(
         Path | None,
         typer.Option(metavar="FILE", help="Note there what is done, and leave that out: goes on after a stop."),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="For inpaint: an image, white where pixels are missing; or a folder."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write NAME-compare.png: before and after.")] = False,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --compare: the true image, to measure; or a folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Restore image files and folders of them into a folder, or one file into one file.
@@ -50,21 +58,31 @@ def restore(
         tile_overlap: the same.
         skip_existing: leave out images whose output is there, whatever made it.
         manifest: leave out images that this file names as done with these settings, and note there what gets done.
+        mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
+        compare: also write what `serpent_ir.compare` draws, beside each output.
+        reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
-            megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each.
+            megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each,
+            and with a reference input_psnr, psnr, input_ssim, ssim.
 
     Raises:
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
     from serpent_ir.batch import Manifest, gather, rank_and_world
+    from serpent_ir.compare import write_comparison
     from serpent_ir.degradations import create_degradation
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model
     from serpent_ir.streaming import Source
 
     rank, world = rank_and_world()
-    jobs = plan_files(inputs, output)[rank::world]
+    if reference and not compare:
+        raise UsageError("--reference is for --compare; give both")
+    planned = plan_files(inputs, output)
+    if compare:
+        check_sheets(planned)
+    jobs = planned[rank::world]
     name = model_name(name, weights)
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
     task = getattr(model.config, "task", "")
@@ -91,21 +109,27 @@ def restore(
             nonlocal tiles
             tiles = total
 
-        restored = source.restore(restorer, job.target, count)
+        restored = source.restore(restorer, job.target, count, companion(mask, job, output, "mask"))
         facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
         return restored
 
     def write(job: "Job", restored: "Restored") -> None:
         restored.write()
+        if compare:
+            figures = write_comparison(
+                job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
+            )
+            facts[str(job.source)] |= figures
         if record:
             record.add(job)
 
-    def tiles_of(job: "Job") -> str:
-        tiles = facts[str(job.source)]["tiles"]
-        return f", {tiles} tiles" if tiles > 1 else ""
+    def details_of(job: "Job") -> str:
+        fact = facts[str(job.source)]
+        told = f", {fact['tiles']} tiles" if fact["tiles"] > 1 else ""
+        return f"{told}, PSNR {fact['input_psnr']:.2f} -> {fact['psnr']:.2f} dB" if "psnr" in fact else told
 
     start = time.perf_counter()
-    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", tiles_of)
+    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of)
     own = {"rows": [{**row, **facts.get(row["source"], {})} for row in rows], "skipped": len(skipped)}
     everybody = gather({**own, "seconds": time.perf_counter() - start})
     if rank == 0:
@@ -141,7 +165,7 @@ def _sum_up(everybody: list[dict[str, Any]], as_json: bool) -> None:
     counts = {"restored": len(restored), "failed": failed, "skipped": skipped}
     if as_json:
         sums = {"megapixels": megapixels, "seconds": seconds, "megapixels_per_second": speed}
-        print(json.dumps({**counts, **sums, "images": rows}))
+        print(json.dumps(finite({**counts, **sums, "images": rows}), allow_nan=False))
     elif len(rows) > 1 or skipped:
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         say(f"{told}; {megapixels:.1f} megapixels in {seconds:.1f} s, {speed:.2f} a second")

@@ -47,8 +47,8 @@ Name = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Your own weights (safetensors) instead.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
-Task = Annotated[str, typer.Option(help="The degradation: deblur or sr8.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint or photo.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
