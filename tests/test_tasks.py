@@ -108,7 +108,7 @@ def test_inpainting_changes_the_holes_alone(photos, inpainting, tmp_path):
     assert np.array_equal(np.asarray(as_pil), out)
     as_tensor = serpent_ir.restore(torch.tensor(holed).permute(2, 0, 1), model, mask=torch.tensor(hole))
     assert np.array_equal(as_tensor.permute(1, 2, 0).numpy(), out)
-    tiled = serpent_ir.restore(holed, model, mask=hole, tile=32, tile_overlap=16)
+    tiled = serpent_ir.restore(holed, model, mask=hole, tile=32, tile_overlap=0)
     assert np.array_equal(tiled[~hole], clean[~hole])
 
 

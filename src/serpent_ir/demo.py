@@ -69,10 +69,12 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="serpent-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "cache"))  # where gradio puts uploads and results
+        cache = Path(folder, "cache")
+        cache.mkdir()
+        os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there, and nothing else
         worker = Worker()
         try:
-            page = build_page(Path(folder), worker, device, limits)
+            page = build_page(cache, worker, device, limits)
             page.queue(max_size=QUEUE, default_concurrency_limit=1)
             page.launch(
                 server_name=host,
@@ -94,7 +96,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
 
 
 def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> Any:
-    """The page, a gradio.Blocks. `folder` is for its files."""
+    """The page, a gradio.Blocks. `folder` is for the files that it serves."""
     try:
         import gradio as gr
     except ModuleNotFoundError:

@@ -94,7 +94,7 @@ def run_files(
 
     rows, alone = [], len(jobs) == rank_and_world()[1] == 1
     outcomes = run(jobs, read_if_allowed, work, write)
-    with progress_of(done) as progress, _terminated_like_interrupted(), closing(outcomes):
+    with progress_of(done) as progress, terminated_like_interrupted(), closing(outcomes):
         for count, outcome in enumerate(outcomes, 1):
             job, line = outcome.job, None
             if outcome.error and alone:
@@ -123,7 +123,7 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM, as batch systems and `torchrun` send it, ends the work as Ctrl-C does: with whole files only."""
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
