@@ -190,6 +190,8 @@ def _strips(
                 lambda r, c: work.read(r, c).to(device, torch.float32), size, across, along, degradation
             )
             restored = run_network(model, given, precision=work.precision)
+            if not restored.isfinite().all():  # clamped it would pass for an image
+                raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
         done += 1
         if work.progress:
             work.progress(done, count)
