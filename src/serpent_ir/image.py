@@ -21,6 +21,7 @@ from torch import Tensor
 from serpent_ir import image_encoders
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image_decoders import decode, reason
+from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture as Picture
 from serpent_ir.picture import Pixels as Pixels
 
@@ -39,6 +40,10 @@ def read_image(path: str | Path) -> Picture:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, a device never does
+            raise ImageError(f"{path}: is not a regular file; write it to one first")
+        if path.stat().st_size > host_available():
+            raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {reason(error)}") from error

@@ -59,6 +59,8 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
     lost = []
     if suffix in _OPAQUE and picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
         lost.append("transparency")
+    if suffix not in DEEP and picture.pixels.dtype == np.uint16:
+        lost.append("16 bits")
     if suffix == ".bmp":
         lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
         lost += ["XMP data"] * bool(picture.xmp)

@@ -30,6 +30,7 @@ def metadata_of(image: Image.Image | None, file: BinaryIO, notes: list[str]) -> 
     try:
         if image is None:
             tags = Image.Exif()
+            file.seek(0)
             tags.load_from_fp(file)
             icc, dpi = tags.get(34675), _dpi_of_tags(tags)
         else:

@@ -192,6 +192,8 @@ def _strips(
             restored = run_network(model, given, precision=work.precision)
             if degradation is not None:
                 restored = degradation.combine(restored, given)
+            if not restored.isfinite().all():  # clamped it would pass for an image
+                raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
         done += 1
         if work.progress:
             work.progress(done, count)

@@ -28,14 +28,18 @@ class Source:
         self.path = path
         self._picture: Picture | None = None
         self.large = False
+        self._tiff = False
         try:
+            if not path.is_file():
+                return
             with path.open("rb") as file:
                 self._tiff = file.read(4) in TIFFS
                 file.seek(0)
                 header = open_header(file)
-                self.large = header is not None and header.width * header.height >= LARGE
+                # Of a TIFF that Pillow does not know nothing is known yet: by rows it goes whatever its size.
+                self.large = self._tiff if header is None else header.width * header.height >= LARGE
         except Exception:  # `picture` meets it again and gives it its name
-            self._tiff = False
+            self.large = False
 
     def load(self) -> "Source":
         """Read the file now, if it is not large."""

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,8 @@ from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, fi
 from serpent_ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from serpent_ir.batch import Job
+    from serpent_ir.batch import Job, Manifest
+    from serpent_ir.inference import Restorer
     from serpent_ir.streaming import Restored, Source
 
 
@@ -74,7 +77,6 @@ def restore(
     from serpent_ir.degradations import create_degradation
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model
-    from serpent_ir.streaming import Source
 
     rank, world = rank_and_world()
     if reference and not compare:
@@ -96,7 +98,37 @@ def restore(
         precision=precision,
     )
     settings = {"model": name, "weights": _version(weights), "tile": tile, "overlap": tile_overlap}
-    record = Manifest(manifest, {**settings, "precision": precision}) if manifest else None
+    settings |= {"mask": str(mask.absolute())} if mask else {}
+    with ExitStack() as stack:
+        record = None
+        if manifest:
+            record = stack.enter_context(closing(Manifest(manifest, {**settings, "precision": precision})))
+
+        def mask_of(job: "Job") -> Path | None:
+            return companion(mask, job, output, "mask")
+
+        def comparison(job: "Job") -> dict[str, float]:
+            return write_comparison(
+                job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
+            )
+
+        own = _restore(jobs, restorer, record, skip_existing, mask_of, comparison if compare else None)
+    everybody = gather(own)
+    if rank == 0:
+        _sum_up(everybody, as_json)
+
+
+def _restore(
+    jobs: "Sequence[Job]",
+    restorer: "Restorer",
+    record: "Manifest | None",
+    skip_existing: bool,
+    mask_of: "Callable[[Job], Path | None]",
+    compare: "Callable[[Job], dict[str, float]] | None",
+) -> dict[str, Any]:
+    """Do the share of this process: `rows` as `run_files` gives them with width, height and tiles, skipped, seconds."""
+    from serpent_ir.streaming import Source
+
     skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
     kept = {job.index for job in skipped}
     todo = [job for job in jobs if job.index not in kept]
@@ -109,17 +141,14 @@ def restore(
             nonlocal tiles
             tiles = total
 
-        restored = source.restore(restorer, job.target, count, companion(mask, job, output, "mask"))
+        restored = source.restore(restorer, job.target, count, mask_of(job))
         facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
         return restored
 
     def write(job: "Job", restored: "Restored") -> None:
         restored.write()
         if compare:
-            figures = write_comparison(
-                job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
-            )
-            facts[str(job.source)] |= figures
+            facts[str(job.source)] |= compare(job)
         if record:
             record.add(job)
 
@@ -130,10 +159,8 @@ def restore(
 
     start = time.perf_counter()
     rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of)
-    own = {"rows": [{**row, **facts.get(row["source"], {})} for row in rows], "skipped": len(skipped)}
-    everybody = gather({**own, "seconds": time.perf_counter() - start})
-    if rank == 0:
-        _sum_up(everybody, as_json)
+    rows = [{**row, **facts.get(row["source"], {})} for row in rows]
+    return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
 
 
 def _of_this_process(device: str) -> str:

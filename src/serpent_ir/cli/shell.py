@@ -55,7 +55,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def say(line: str) -> None:
     """Print one line on stderr; control characters, which a file's name may hold, are escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(shown, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{shown}\n")  # at once: print writes the end of the line apart, and several threads come here
+    sys.stderr.flush()
 
 
 def _reporting(function: Callable[..., None]) -> Callable[..., None]:
@@ -68,6 +69,7 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
                 warnings.showwarning = _show_warning
                 warnings.filterwarnings("always", category=UserWarning)  # to be shown, whatever -W says
                 warnings.filterwarnings("always", message="serpent_ir: ")
+                warnings.filterwarnings("ignore", module=r"PIL\.")  # names no file; what matters is an error of ours
                 function(*args, **kwargs)
             sys.stdout.flush()
         except SerpentError as error:

@@ -1,5 +1,7 @@
 """Random holes in images: boxes and strokes, drawn from a generator; integers throughout, so the same on any device."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def draw_holes(batch: int, height: int, width: int, *, generator: torch.Generato
     def draw(*shape: int) -> Tensor:
         return torch.rand(batch, *shape, generator=generator, device=home)
 
-    size = torch.tensor([height, width], device=home)  # coordinates are (row, column)
+    size = _size(height, width, home)  # coordinates are (row, column)
     kind = (draw(1) * 3).floor()  # boxes, strokes, both
     box_sides = (size * (1 / 16 + draw(BOXES, 2) * (1 / 3 - 1 / 16))).long().clamp(min=1)
     box_starts = (draw(BOXES, 2) * (size - box_sides + 1)).long()
@@ -44,6 +46,12 @@ def draw_holes(batch: int, height: int, width: int, *, generator: torch.Generato
         for start, end in zip(points[:, :-1].unbind(1), points[:, 1:].unbind(1), strict=True):
             mask |= _near_line(rows, columns, start, end, radius)
     return mask[:, None].float()
+
+
+@functools.lru_cache(maxsize=64)  # a copy to a GPU would wait for what it has queued
+@torch.inference_mode(False)
+def _size(height: int, width: int, device: torch.device) -> Tensor:
+    return torch.tensor([height, width], device=device)
 
 
 def _near_line(rows: Tensor, columns: Tensor, start: Tensor, end: Tensor, radius: Tensor) -> Tensor:

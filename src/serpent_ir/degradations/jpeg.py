@@ -43,13 +43,14 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
     levels = x.detach().to(wide).clamp(0, 1).mul(255).round()
     luma, chroma = _tables(quality.to(x.device), wide)
     with torch.autocast(x.device.type, enabled=False):
-        offset = torch.tensor([0.0, 128.0, 128.0], dtype=wide, device=x.device)[:, None, None]
-        planes = _round(_mix(levels, _TO_YCBCR) + offset).clamp(0, 255)
+        planes = _mix(levels, _TO_YCBCR)
+        planes[:, 1:] += 128
+        planes = _round(planes).clamp(0, 255)
         planes = _extended(planes, 16)  # whole blocks of halved chroma
         y = _through_blocks(planes[:, :1], luma)[..., :height, :width]
         halved = _through_blocks(_halved(planes[:, 1:]), chroma)
         halved = halved[..., : -(-height // 2), : -(-width // 2)]
-        planes = torch.cat([y, _doubled(halved)[..., :height, :width]], 1) - offset
+        planes = torch.cat([y, _doubled(halved)[..., :height, :width] - 128], 1)
         return _round(_mix(planes, _TO_RGB)).clamp(0, 255).div(255).to(x.dtype)
 
 
@@ -57,11 +58,8 @@ def _tables(quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantisation steps (B, 1, 1, 1, 8, 8) of luma and chroma at each quality, in libjpeg's integer arithmetic."""
     quality = quality.long()
     percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
-    tables = []
-    for base in (_LUMA, _CHROMA):
-        steps = ((torch.tensor(base, device=quality.device) * percent + 50) // 100).clamp(1, 255)
-        tables.append(steps.to(dtype).view(-1, 1, 1, 1, 8, 8))
-    return tables[0], tables[1]
+    steps = [((base * percent + 50) // 100).clamp(1, 255) for base in _annex_k(quality.device)]
+    return steps[0].to(dtype).view(-1, 1, 1, 1, 8, 8), steps[1].to(dtype).view(-1, 1, 1, 1, 8, 8)
 
 
 def _through_blocks(planes: Tensor, steps: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def _through_blocks(planes: Tensor, steps: Tensor) -> Tensor:
 
 def _halved(planes: Tensor) -> Tensor:
     """Means of 2x2 pixels; ties go down and up by turns along a row, as in libjpeg."""
-    bias = torch.tensor([0.25, 0.5], dtype=planes.dtype, device=planes.device).repeat(planes.shape[-1] // 4)
+    bias = 0.25 + 0.25 * (torch.arange(planes.shape[-1] // 2, device=planes.device) % 2)
     return (F.avg_pool2d(planes, 2) + bias).floor()
 
 
@@ -88,7 +86,7 @@ def _doubled(planes: Tensor) -> Tensor:
         beside = planes.index_select(dim, ((here // 2) + (here % 2) * 2 - 1).clamp(0, side - 1))
         planes = 0.75 * near + 0.25 * beside
     # Sixteenths, rounded half up in even columns and half down in odd ones.
-    bias = torch.tensor([8 / 16, 7 / 16], dtype=planes.dtype, device=planes.device).repeat(planes.shape[-1] // 2)
+    bias = 8 / 16 - 1 / 16 * (torch.arange(planes.shape[-1], device=planes.device) % 2)
     return (planes + bias).floor()
 
 
@@ -109,6 +107,13 @@ def _round(x: Tensor) -> Tensor:
     grid = 2.0**24 if x.dtype == torch.float64 else 2.0**10
     x = (x * grid).round() / grid
     return torch.where(x < 0, (x - 0.5).ceil(), (x + 0.5).floor())
+
+
+# Cached on the device: a copy to a GPU would wait for what it has queued.
+@functools.cache
+@torch.inference_mode(False)
+def _annex_k(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(_LUMA, device=device), torch.tensor(_CHROMA, device=device)
 
 
 @functools.cache
