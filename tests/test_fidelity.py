@@ -94,20 +94,17 @@ LOSSLESS = [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint8), (".tif"
 LOSSLESS += [(".webp", np.uint8), (".bmp", np.uint8)]
 MODES = {".bmp": ["L", "RGB", "P"], ".webp": ["RGB", "RGBA"], ".tif": ["L", "LA", "RGB", "RGBA"]}
 CASES = [
-    (suffix, dtype, mode)
+    (suffix, dtype, mode, orientation, metadata)
     for suffix, dtype in LOSSLESS
     for mode in MODES.get(suffix, ["L", "LA", "RGB", "RGBA"] + ["P"] * (dtype == np.uint8))
+    for orientation, metadata in ((None, False), (None, True), (3, True), (6, True), (6, False))
+    if suffix != ".bmp" or not (orientation or metadata)
+    if suffix == ".tif" or metadata or not orientation
 ]
 
 
-@pytest.mark.parametrize(("suffix", "dtype", "mode"), CASES)
-@pytest.mark.parametrize("orientation", [None, 3, 6])
-@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize(("suffix", "dtype", "mode", "orientation", "metadata"), CASES)
 def test_lossless_formats_keep_every_pixel_and_all_metadata(suffix, dtype, mode, orientation, metadata, tmp_path):
-    if suffix == ".bmp" and (orientation or metadata):
-        pytest.skip("BMP holds neither")
-    if orientation and not metadata and suffix != ".tif":
-        pytest.skip("the orientation is metadata")
     before, after = tmp_path / f"before{suffix}", tmp_path / f"after{suffix}"
     save(before, mode, dtype, orientation, metadata)
     whole = before.read_bytes()
@@ -131,14 +128,11 @@ def test_lossless_formats_keep_every_pixel_and_all_metadata(suffix, dtype, mode,
             assert image.info["Author"] == "A person"
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".avif"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize(("suffix", "mode"), [(".jpg", "L"), (".jpg", "RGB"), (".avif", "RGB"), (".avif", "RGBA")])
 @pytest.mark.parametrize("orientation", [None, 6])
 def test_lossy_formats_keep_all_metadata(suffix, mode, orientation, tmp_path):
     if suffix == ".avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    if (suffix, mode) in ((".jpg", "RGBA"), (".avif", "L")):
-        pytest.skip("not of this format")
     before, after = tmp_path / f"before{suffix}", tmp_path / f"after{suffix}"
     save(before, mode, np.uint8, orientation, metadata=True)
     restore_file(before, after)
@@ -161,6 +155,18 @@ def test_an_orientation_is_changed_in_place_and_nothing_else_is(tmp_path):
     different = [i for i in range(len(data)) if kept[i] != data[i]]
     assert len(kept) == len(data)
     assert [(data[i], kept[i]) for i in different] == [(6, 1)]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_the_size_in_the_exif_data_is_that_of_the_image(suffix, tmp_path):
+    tags = Image.Exif()
+    tags[274] = 6
+    tags.get_ifd(0x8769).update({40962: 37, 40963: 23})
+    Image.fromarray(draw()).save(tmp_path / f"a{suffix}", exif=tags.tobytes())
+    write_image(tmp_path / f"b{suffix}", read_image(tmp_path / f"a{suffix}"))
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        found = image.getexif().get_ifd(0x8769)
+        assert (found[40962], found[40963]) == image.size == (23, 37)
 
 
 def test_cmyk_is_converted_by_its_profile_with_a_word(tmp_path):

@@ -16,6 +16,7 @@ from serpent_ir.models import create_model
 from serpent_ir.passes import (
     Work,
     available_devices,
+    check_tiles,
     device_of,
     fits,
     network_block,
@@ -112,6 +113,7 @@ class Restorer:
         elif device != "auto":
             model = model.to(pick_device(device))
         pick_precision(precision, device_of(model))
+        check_tiles(model, tile, tile_overlap)
         self.model = model
         self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision
         self._lock = threading.Lock()
