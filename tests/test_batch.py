@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from serpent_ir import batch, cli, create_model
-from serpent_ir.batch import Job, Manifest, plan, run
+from serpent_ir.batch import Job, Manifest, Outcome, plan, run
 from serpent_ir.errors import UsageError
 
 # Where no C compiler is, the scan says once that a slower one serves.
@@ -202,7 +202,8 @@ def test_reading_computing_and_writing_overlap_and_are_bounded():
         with lock:
             held -= 1
 
-    outcomes = list(run(jobs(8), read, work, write))
+    outcomes: list[Outcome] = []
+    run(jobs(8), read, work, write, outcomes.append)
     assert [outcome.job.index for outcome in outcomes] == list(range(8))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     assert most <= 4
@@ -216,7 +217,8 @@ def test_a_failure_at_any_stage_is_of_one_image():
 
         return step
 
-    errors = [outcome.error for outcome in run(jobs(8), at(0), at(1), at(2))]
+    errors: list[str] = []
+    run(jobs(8), at(0), at(1), at(2), lambda outcome: errors.append(outcome.error))
     assert errors[:4] == [
         "0.in: [Errno 28] No space left",
         "1.in: not enough memory; use a smaller image or --tile",
@@ -227,7 +229,7 @@ def test_a_failure_at_any_stage_is_of_one_image():
 
 
 def test_stopping_finishes_what_is_being_written():
-    written, begun = [], threading.Event()
+    written, reported, begun = [], [], threading.Event()
 
     def work(job: Job, _: None) -> None:
         if job.index == 2:
@@ -241,8 +243,8 @@ def test_stopping_finishes_what_is_being_written():
         written.append(job.index)
 
     with pytest.raises(KeyboardInterrupt):
-        list(run(jobs(9), lambda job: None, work, write))
-    assert written == [0, 1]
+        run(jobs(9), lambda job: None, work, write, lambda outcome: reported.append(outcome.job.index))
+    assert written == reported == [0, 1]
 
 
 # Real processes

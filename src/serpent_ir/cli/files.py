@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,7 @@ from serpent_ir.cli.shell import progress_of, say
 from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
-    from serpent_ir.batch import Job
+    from serpent_ir.batch import Job, Outcome
     from serpent_ir.image import Picture
 
 R = TypeVar("R")
@@ -64,19 +64,21 @@ def run_files(
         return read(job)
 
     rows, alone = [], len(jobs) == rank_and_world()[1] == 1
-    outcomes = run(jobs, read_if_allowed, work, write)
-    with progress_of(done) as progress, _terminated_like_interrupted(), closing(outcomes):
-        for count, outcome in enumerate(outcomes, 1):
+    with progress_of(done) as progress, _terminated_like_interrupted():
+
+        def report(outcome: "Outcome") -> None:
             job, line = outcome.job, None
-            if outcome.error and alone:
-                raise SerpentError(outcome.error)
-            if outcome.error:
+            if outcome.error and not alone:
                 say(f"serpent: error: {outcome.error}")
-            else:
+            elif not outcome.error:
                 line = f"{job.source} -> {job.target} ({outcome.seconds:.1f} s{describe(job)})"
-            progress(count, len(jobs), line)
             row = {"source": str(job.source), "target": str(job.target), "seconds": outcome.seconds}
             rows.append({**row, "error": outcome.error})
+            progress(len(rows), len(jobs), line)
+
+        run(jobs, read_if_allowed, work, write, report)
+    if alone and rows[0]["error"]:
+        raise SerpentError(rows[0]["error"])
     return rows
 
 
