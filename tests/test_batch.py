@@ -163,6 +163,13 @@ def test_json_says_it_all(photos, weights):
     assert rows["a.png"] == rows["a.png"] | {"target": "out/a.png", "error": "", "width": 12, "height": 9, "tiles": 1}
 
 
+def test_json_of_one_image_that_fails(photos, weights):
+    result = serpent("restore", "photos/other.txt", "-o", "out", "--weights", weights, "--json")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["failed"], len(told["images"])) == (1, 1, 1)
+    assert told["images"][0]["error"].startswith("photos/other.txt: is not an image")
+
+
 # Three at once
 
 

@@ -169,6 +169,7 @@ class Restorer:
             rows = (top, top + strip.shape[2])
             top = rows[1]
             pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
+            del strip  # while the next one is made
             yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
 
     def _alpha(

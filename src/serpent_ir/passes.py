@@ -144,7 +144,8 @@ def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
         try:
             for strip in _strips(model, work, degradation, rows, columns):
                 begun = True
-                yield strip.clamp(0, 1)  # a new tensor, out of inference mode: callers may change it in place
+                # A new tensor where it comes from inference mode, so that callers may change it in place.
+                yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
             return
         except OutOfMemoryError as error:
             smaller = _up(tile // 2, multiple)

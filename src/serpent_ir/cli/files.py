@@ -47,11 +47,13 @@ def run_files(
     write: "Callable[[Job, W], None]",
     done: str,
     describe: "Callable[[Job], str]" = lambda job: "",
+    *,
+    raises: bool = True,
 ) -> list[dict[str, Any]]:
     """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
 
-    Returns source, target, seconds and error ("" or why it failed) of each. The failure of an only job is raised as
-    SerpentError, except where other processes do other jobs.
+    Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
+    raised as SerpentError, except where other processes do other jobs.
     """
     from serpent_ir.batch import rank_and_world, run
 
@@ -63,7 +65,7 @@ def run_files(
             raise SerpentError(job.refused)
         return read(job)
 
-    rows, alone = [], len(jobs) == rank_and_world()[1] == 1
+    rows, alone = [], raises and len(jobs) == rank_and_world()[1] == 1
     with progress_of(done) as progress, _terminated_like_interrupted():
 
         def report(outcome: "Outcome") -> None:

@@ -84,14 +84,14 @@ def restore(
         record = None
         if manifest:
             record = stack.enter_context(closing(Manifest(manifest, {**settings, "precision": precision})))
-        own = _restore(jobs, restorer, record, skip_existing)
+        own = _restore(jobs, restorer, record, skip_existing, raises=not as_json)
     everybody = gather(own)
     if rank == 0:
         _sum_up(everybody, as_json)
 
 
 def _restore(
-    jobs: "Sequence[Job]", restorer: "Restorer", record: "Manifest | None", skip_existing: bool
+    jobs: "Sequence[Job]", restorer: "Restorer", record: "Manifest | None", skip_existing: bool, *, raises: bool
 ) -> dict[str, Any]:
     """Do the share of this process: `rows` as `run_files` gives them with width, height and tiles, skipped, seconds."""
     from serpent_ir.streaming import Source
@@ -122,7 +122,7 @@ def _restore(
         return f", {tiles} tiles" if tiles > 1 else ""
 
     start = time.perf_counter()
-    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", tiles_of)
+    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", tiles_of, raises=raises)
     rows = [{**row, **facts.get(row["source"], {})} for row in rows]
     return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
 
