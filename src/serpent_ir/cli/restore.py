@@ -86,7 +86,7 @@ def restore(
             record = stack.enter_context(closing(Manifest(manifest, {**settings, "precision": precision})))
         own = _restore(jobs, restorer, record, skip_existing, raises=not as_json)
     everybody = gather(own)
-    if rank == 0:
+    if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
         _sum_up(everybody, as_json)
 
 
