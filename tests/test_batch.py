@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from serpent_ir import batch, cli, create_model
-from serpent_ir.batch import Job, Manifest, plan, run
+from serpent_ir.batch import Job, Manifest, Outcome, plan, run
 from serpent_ir.errors import UsageError
 
 # Where no C compiler is, the scan says once that a slower one serves.
@@ -163,6 +163,13 @@ def test_json_says_it_all(photos, weights):
     assert rows["a.png"] == rows["a.png"] | {"target": "out/a.png", "error": "", "width": 12, "height": 9, "tiles": 1}
 
 
+def test_json_of_one_image_that_fails(photos, weights):
+    result = serpent("restore", "photos/other.txt", "-o", "out", "--weights", weights, "--json")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["failed"], len(told["images"])) == (1, 1, 1)
+    assert told["images"][0]["error"].startswith("photos/other.txt: is not an image")
+
+
 # Three at once
 
 
@@ -202,7 +209,8 @@ def test_reading_computing_and_writing_overlap_and_are_bounded():
         with lock:
             held -= 1
 
-    outcomes = list(run(jobs(8), read, work, write))
+    outcomes: list[Outcome] = []
+    run(jobs(8), read, work, write, outcomes.append)
     assert [outcome.job.index for outcome in outcomes] == list(range(8))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     assert most <= 4
@@ -216,7 +224,8 @@ def test_a_failure_at_any_stage_is_of_one_image():
 
         return step
 
-    errors = [outcome.error for outcome in run(jobs(8), at(0), at(1), at(2))]
+    errors: list[str] = []
+    run(jobs(8), at(0), at(1), at(2), lambda outcome: errors.append(outcome.error))
     assert errors[:4] == [
         "0.in: [Errno 28] No space left",
         "1.in: not enough memory; use a smaller image or --tile",
@@ -227,7 +236,7 @@ def test_a_failure_at_any_stage_is_of_one_image():
 
 
 def test_stopping_finishes_what_is_being_written():
-    written, begun = [], threading.Event()
+    written, reported, begun = [], [], threading.Event()
 
     def work(job: Job, _: None) -> None:
         if job.index == 2:
@@ -241,8 +250,8 @@ def test_stopping_finishes_what_is_being_written():
         written.append(job.index)
 
     with pytest.raises(KeyboardInterrupt):
-        list(run(jobs(9), lambda job: None, work, write))
-    assert written == [0, 1]
+        run(jobs(9), lambda job: None, work, write, lambda outcome: reported.append(outcome.job.index))
+    assert written == reported == [0, 1]
 
 
 # Real processes
@@ -321,14 +330,16 @@ def test_a_rank_that_cannot_be(rank, world, photos, weights, monkeypatch):
 
 
 def test_ranks_without_torchrun_do_their_shares(photos, weights, monkeypatch):
+    Path("photos/b.jpg").write_bytes(b"damaged")  # of the second share
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, names in (("0", {"a.png", "d.tif", "f.bmp"}), ("1", {"b.jpg", "c.png", "e.png"})):
+    for rank, status, told in (("0", 0, "3 restored; "), ("1", 1, "2 restored, 1 failed; ")):
         monkeypatch.setenv("RANK", rank)
-        assert serpent("restore", photos, "-o", f"out{rank}", "--weights", weights).exit_code == 0
-        assert len(files(Path(f"out{rank}"))) == 3
-        assert names | {Path(name).name for name in files(Path(f"out{rank}"))} >= names
-    both = {name for rank in "01" for name in files(Path(f"out{rank}"))}
-    assert len(both) == 6
+        result = serpent("restore", photos, "-o", f"out{rank}", "--weights", weights)
+        assert result.exit_code == status
+        assert told in result.stderr
+    first, second = (set(files(Path(f"out{rank}"))) for rank in "01")
+    assert not first & second
+    assert len(first | second) == 5
 
 
 def test_manifest_lines_are_per_target(tmp_path):

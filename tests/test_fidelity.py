@@ -2,12 +2,14 @@
 changes nothing, and both files read by other programs' means (Pillow, OpenCV, tifffile)."""
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import skimage.color
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -94,20 +96,17 @@ LOSSLESS = [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint8), (".tif"
 LOSSLESS += [(".webp", np.uint8), (".bmp", np.uint8)]
 MODES = {".bmp": ["L", "RGB", "P"], ".webp": ["RGB", "RGBA"], ".tif": ["L", "LA", "RGB", "RGBA"]}
 CASES = [
-    (suffix, dtype, mode)
+    (suffix, dtype, mode, orientation, metadata)
     for suffix, dtype in LOSSLESS
     for mode in MODES.get(suffix, ["L", "LA", "RGB", "RGBA"] + ["P"] * (dtype == np.uint8))
+    for orientation, metadata in ((None, False), (None, True), (3, True), (6, True), (6, False))
+    if suffix != ".bmp" or not (orientation or metadata)
+    if suffix == ".tif" or metadata or not orientation
 ]
 
 
-@pytest.mark.parametrize(("suffix", "dtype", "mode"), CASES)
-@pytest.mark.parametrize("orientation", [None, 3, 6])
-@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize(("suffix", "dtype", "mode", "orientation", "metadata"), CASES)
 def test_lossless_formats_keep_every_pixel_and_all_metadata(suffix, dtype, mode, orientation, metadata, tmp_path):
-    if suffix == ".bmp" and (orientation or metadata):
-        pytest.skip("BMP holds neither")
-    if orientation and not metadata and suffix != ".tif":
-        pytest.skip("the orientation is metadata")
     before, after = tmp_path / f"before{suffix}", tmp_path / f"after{suffix}"
     save(before, mode, dtype, orientation, metadata)
     whole = before.read_bytes()
@@ -131,14 +130,11 @@ def test_lossless_formats_keep_every_pixel_and_all_metadata(suffix, dtype, mode,
             assert image.info["Author"] == "A person"
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".avif"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize(("suffix", "mode"), [(".jpg", "L"), (".jpg", "RGB"), (".avif", "RGB"), (".avif", "RGBA")])
 @pytest.mark.parametrize("orientation", [None, 6])
 def test_lossy_formats_keep_all_metadata(suffix, mode, orientation, tmp_path):
     if suffix == ".avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    if (suffix, mode) in ((".jpg", "RGBA"), (".avif", "L")):
-        pytest.skip("not of this format")
     before, after = tmp_path / f"before{suffix}", tmp_path / f"after{suffix}"
     save(before, mode, np.uint8, orientation, metadata=True)
     restore_file(before, after)
@@ -163,7 +159,59 @@ def test_an_orientation_is_changed_in_place_and_nothing_else_is(tmp_path):
     assert [(data[i], kept[i]) for i in different] == [(6, 1)]
 
 
-def test_cmyk_is_converted_by_its_profile_with_a_word(tmp_path):
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_the_size_in_the_exif_data_is_that_of_the_image(suffix, tmp_path):
+    tags = Image.Exif()
+    tags[274] = 6
+    tags.get_ifd(0x8769).update({40962: 37, 40963: 23})
+    Image.fromarray(draw()).save(tmp_path / f"a{suffix}", exif=tags.tobytes())
+    write_image(tmp_path / f"b{suffix}", read_image(tmp_path / f"a{suffix}"))
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        found = image.getexif().get_ifd(0x8769)
+        assert (found[40962], found[40963]) == image.size == (23, 37)
+
+
+def cmyk_profile() -> bytes:
+    """A small ICC profile of a press whose inks are ideal: a table of the 16 full overprints in Lab."""
+    ideal = np.array(
+        [[(1 - c) * (1 - k), (1 - m) * (1 - k), (1 - y) * (1 - k)] for c, m, y, k in np.ndindex(2, 2, 2, 2)]
+    )
+    lab = skimage.color.rgb2lab(ideal.astype(np.float64))
+    table = np.rint(lab * (2.55, 1, 1) + (0, 128, 128)).clip(0, 255).astype(np.uint8).tobytes()
+    straight = bytes(range(256))
+    unit = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + unit + straight * 4 + table + straight * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78)
+    tags = {b"A2B0": lut, b"wtpt": white, b"desc": text, b"cprt": b"text" + bytes(4) + b"x\0"}
+    offset, entries, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        entries += name + struct.pack(">II", offset + len(body), len(content))
+        body += content
+    size = struct.pack(">I", offset + len(body))
+    header = size + bytes(4) + b"\2\x40\0\0" + b"prtrCMYKLab " + struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp"
+    return header.ljust(68, b"\0") + white[8:] + bytes(48) + struct.pack(">I", len(tags)) + entries + body
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_is_converted_by_its_profile_with_a_word(suffix, tmp_path):
+    inks = np.zeros((16, 16, 4), np.uint8)
+    inks[:, 4:8] = (255, 0, 0, 0)
+    inks[:, 8:12] = (0, 255, 255, 0)
+    inks[:, 12:] = (0, 0, 0, 255)
+    options: dict = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+    Image.fromarray(inks, "CMYK").save(tmp_path / f"a{suffix}", icc_profile=cmyk_profile(), **options)
+    with pytest.warns(UserWarning, match=rf"a{suffix}: is CMYK; converted to sRGB by its colour profile"):
+        picture = read_image(tmp_path / f"a{suffix}")
+    expected = np.array([(255, 255, 255), (0, 255, 255), (255, 0, 0), (0, 0, 0)])
+    # Full inks are out of what sRGB shows after the adaptation of the white point, by a little.
+    assert np.abs(picture.pixels[8, 1::4].astype(int) - expected).max() < 60
+    assert picture.icc_profile is not None
+    assert ImageCms.ImageCmsProfile(io.BytesIO(picture.icc_profile)).profile.xcolor_space == "RGB "
+
+
+def test_cmyk_without_a_profile_of_its_own_is_converted_by_a_formula(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     cmyk = Image.fromarray(draw()).convert("CMYK")
     cmyk.save(tmp_path / "plain.jpg")

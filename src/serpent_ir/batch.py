@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,18 +234,23 @@ class Outcome:
 
 
 def run(
-    jobs: Sequence[Job], read: Callable[[Job], R], work: Callable[[Job, R], W], write: Callable[[Job, W], None]
-) -> Generator[Outcome]:
-    """Read, work on and write each image, at the same time for three neighbouring ones; outcomes come in order.
+    jobs: Sequence[Job],
+    read: Callable[[Job], R],
+    work: Callable[[Job, R], W],
+    write: Callable[[Job, W], None],
+    report: Callable[[Outcome], None],
+) -> None:
+    """Read, work on and write each image, at the same time for three neighbouring ones.
 
     Reading and writing have a thread each and at most one image waits before and after `work`, which runs in the
-    caller's thread. A failure is that image's alone. Where the caller stops (Ctrl-C, too), what is being written is
-    finished and nothing else is begun.
+    caller's thread. `report` is called in the order of the jobs, as soon as each is done, by the thread that writes. A
+    failure is that image's alone. Where the caller is stopped (Ctrl-C), what is being written is finished and nothing
+    else is begun.
     """
     took: dict[int, float] = {}
     waiting = iter(jobs)
     reading: deque[tuple[Job, Future[R]]] = deque()
-    writing: deque[tuple[Job, Future[None]]] = deque()
+    writing: Future[None] | None = None
 
     def timed(function: Callable[..., Any], job: Job, *args: Any) -> Any:
         start = time.perf_counter()
@@ -254,13 +259,13 @@ def run(
         finally:
             took[job.index] = took.get(job.index, 0) + time.perf_counter() - start
 
-    def outcome(job: Job, result: Callable[[], Any]) -> Outcome:
-        error = ""
-        try:
-            result()
-        except Exception as problem:
-            error = _one_line(job, problem)
-        return Outcome(job, error, took.pop(job.index, 0))
+    def finish(job: Job, done: list[W], error: str) -> None:
+        if not error:
+            try:
+                timed(write, job, done.pop())  # popped: the image goes as soon as it is written
+            except Exception as problem:
+                error = _one_line(job, problem)
+        report(Outcome(job, error, took.pop(job.index, 0)))
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
@@ -273,21 +278,18 @@ def run(
             while reading:
                 job, future = reading.popleft()
                 read_ahead()
+                done, error = [], ""
                 try:
-                    done = timed(work, job, future.result())
+                    done.append(timed(work, job, future.result()))
                 except Exception as problem:
-                    while writing:
-                        yield outcome(writing[0][0], writing.popleft()[1].result)
-                    yield Outcome(job, _one_line(job, problem), took.pop(job.index, 0))
-                    continue
-                finally:
-                    del future  # with the image that it holds
-                while writing:
-                    yield outcome(writing[0][0], writing.popleft()[1].result)
-                writing.append((job, writer.submit(timed, write, job, done)))
+                    error = _one_line(job, problem)
+                del future  # with the image that it holds
+                if writing:
+                    writing.result()
+                writing = writer.submit(finish, job, done, error)
                 del done
-            while writing:
-                yield outcome(writing[0][0], writing.popleft()[1].result)
+            if writing:
+                writing.result()
         finally:
             for _, future in reading:
                 future.cancel()

@@ -3,12 +3,14 @@
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from serpent_ir.image_metadata import with_size
 from serpent_ir.picture import Picture
 from serpent_ir.tiff import write_tiff
 
@@ -38,6 +40,7 @@ def encode(picture: Picture, suffix: str) -> bytes:
         strips = (_samples(picture, picture.pixels[p], _part(picture.alpha, p)) for p in parts)
         write_tiff(buffer, picture, strips, shape, picture.pixels.dtype)
         return buffer.getvalue()
+    picture = replace(picture, exif=with_size(picture.exif, picture.pixels.shape[1], picture.pixels.shape[0]))
     pixels, alpha = picture.pixels, None if suffix in _OPAQUE else picture.alpha
     if pixels.dtype == np.uint16 and suffix not in DEEP:
         pixels, alpha = (None if x is None else np.rint(x / 257).astype(np.uint8) for x in (pixels, alpha))

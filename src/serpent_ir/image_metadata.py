@@ -6,6 +6,7 @@ Nothing here raises for damaged metadata: it must not cost the image. A note say
 import math
 import re
 import struct
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
@@ -71,15 +72,34 @@ def _upright_exif(exif: bytes) -> bytes:
     parsed.tobytes()
     for tag in SUB_IFDS:
         parsed.get_ifd(tag)
+    return _patched(exif, {_ORIENTATION: 1})
+
+
+def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
+    """EXIF data that gives an image's size, where it gives one: turned upright or upsampled the image has another."""
+    sizes = {int(ExifTags.Base.ExifImageWidth): width, int(ExifTags.Base.ExifImageHeight): height}
+    try:
+        return exif and _patched(exif, sizes)
+    except (struct.error, KeyError):
+        return exif
+
+
+def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
+    """EXIF data with other values of whole numbers, in the first directory and that of EXIF, where they are there."""
     start = 6 if exif.startswith(b"Exif\0\0") else 0
     order = {b"II": "<", b"MM": ">"}[exif[start : start + 2]]
-    (directory,) = struct.unpack_from(order + "I", exif, start + 4)
-    (count,) = struct.unpack_from(order + "H", exif, start + directory)
     result = bytearray(exif)
-    for index in range(count):
-        entry = start + directory + 2 + 12 * index
-        if struct.unpack_from(order + "H", exif, entry)[0] == _ORIENTATION:
-            struct.pack_into(order + "HIHH", result, entry + 2, 3, 1, 1, 0)  # one short
+    directories = list(struct.unpack_from(order + "I", exif, start + 4))
+    for directory in directories:  # which grows by the directory of EXIF, once
+        (count,) = struct.unpack_from(order + "H", exif, start + directory)
+        for entry in range(start + directory + 2, start + directory + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(order + "HHII", exif, entry)
+            if tag == ExifTags.IFD.Exif and len(directories) == 1:
+                directories.append(value)
+            elif tag in values and kind == 4:
+                struct.pack_into(order + "I", result, entry + 8, values[tag])
+            elif tag in values and values[tag] < 1 << 16:
+                struct.pack_into(order + "HIHH", result, entry + 2, 3, 1, values[tag], 0)  # one short
     return bytes(result)
 
 

@@ -17,6 +17,7 @@ from serpent_ir.models import create_model
 from serpent_ir.passes import (
     Work,
     available_devices,
+    check_tiles,
     device_of,
     fits,
     network_block,
@@ -117,6 +118,7 @@ class Restorer:
         elif device != "auto":
             model = model.to(pick_device(device))
         pick_precision(precision, device_of(model))
+        check_tiles(model, tile, tile_overlap)
         self.model = model
         self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision
         self._lock = threading.Lock()
@@ -178,6 +180,7 @@ class Restorer:
             rows = (top, top + strip.shape[2])
             top = rows[1]
             pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
+            del strip  # while the next one is made
             yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
 
     def _alpha(

@@ -105,6 +105,18 @@ class Work:
     progress: Callable[[int, int], None] | None = None
 
 
+def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
+    """Raise UsageError for a tile or an overlap that `Work` cannot have with this network."""
+    if isinstance(tile, int) and not isinstance(tile, bool):
+        degradation = undone_by(model)
+        multiple = math.lcm(getattr(model, "size_multiple", 1), 1 if degradation is None else degradation.scale)
+        cut(1, tile, overlap, multiple)
+    elif tile not in ("auto", "none", None):
+        raise UsageError(f"tile {tile!r}; valid: auto, none, or a number of pixels")
+    elif overlap < 0:
+        raise UsageError(f"an overlap of {overlap} px; it must not be negative")
+
+
 class OutOfMemoryError(SerpentError):
     """A pass that did not fit in the memory of its device."""
 
@@ -116,9 +128,8 @@ def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
     where its predicted memory fits in `SHARE` of what is available, else in the largest tiles that do, and where a
     prediction was too low, in smaller ones; a UserWarning says so and why.
 
-    Raises:
-        UsageError: a tile or an overlap that the network cannot have.
-        SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise).
+    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
+    or values that are not finite. What `check_tiles` refuses must not come here.
     """
     degradation = undone_by(model)
     scale = 1 if degradation is None else degradation.scale
@@ -133,7 +144,8 @@ def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
         try:
             for strip in _strips(model, work, degradation, rows, columns):
                 begun = True
-                yield strip.clamp(0, 1)  # a new tensor, out of inference mode: callers may change it in place
+                # A new tensor where it comes from inference mode, so that callers may change it in place.
+                yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
             return
         except OutOfMemoryError as error:
             smaller = _up(tile // 2, multiple)
@@ -209,13 +221,8 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
     """The side of the tiles, None for the whole image."""
     if work.tile is None or work.tile == "none":
         return None
-    if work.tile != "auto":
-        if not isinstance(work.tile, int) or isinstance(work.tile, bool):
-            raise UsageError(f"tile {work.tile!r}; valid: auto, none, or a number of pixels")
-        cut(1, work.tile, work.overlap, multiple)  # raises for a tile that cannot be
+    if isinstance(work.tile, int):
         return work.tile if work.tile < max(height, width) else None
-    if work.overlap < 0:
-        raise UsageError(f"an overlap of {work.overlap} px; it must not be negative")
     need, free = _need_and_free(model, work, height, width)
     if need <= SHARE * free:
         return None

@@ -1,5 +1,6 @@
 """From image file to restored image file; a large TIFF by rows, so that neither image has to fit in memory."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -106,6 +107,8 @@ def _restore_by_rows(path: Path, target: Path, restorer: Restorer, progress: Cal
         if rows.height * rows.width > MAX_PIXELS:
             raise _NotByRowsError
         kept, _ = metadata_of(open_header(header), header, notes)
+        for note in notes:
+            warnings.warn(f"{path}: {note}", stacklevel=2)
         about = Picture(np.empty((0, 0, 3), rows.dtype), mode="L" if rows.samples <= 2 else "RGB", **kept)
 
         def read(span: Span, columns: Span) -> Samples:

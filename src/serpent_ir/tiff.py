@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import SUB_IFDS, XMP_TAG
+from serpent_ir.image_metadata import SUB_IFDS, XMP_TAG, with_size
 from serpent_ir.picture import Picture
 from serpent_ir.tiling import Span
 
@@ -37,7 +37,7 @@ def write_tiff(
 
     height, width, samples = shape
     nbytes = height * width * samples * np.dtype(dtype).itemsize
-    tags = _tags(about.exif if nbytes <= _CLASSIC else None)
+    tags = _tags(with_size(about.exif, width, height) if nbytes <= _CLASSIC else None)
     sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
     extra: list[Any] = [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
     extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one

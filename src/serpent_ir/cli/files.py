@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,7 @@ from serpent_ir.cli.shell import progress_of, say
 from serpent_ir.errors import SerpentError, UsageError
 
 if TYPE_CHECKING:
-    from serpent_ir.batch import Job
+    from serpent_ir.batch import Job, Outcome
     from serpent_ir.image import Picture
 
 R = TypeVar("R")
@@ -76,11 +76,13 @@ def run_files(
     write: "Callable[[Job, W], None]",
     done: str,
     describe: "Callable[[Job], str]" = lambda job: "",
+    *,
+    raises: bool = True,
 ) -> list[dict[str, Any]]:
     """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
 
-    Returns source, target, seconds and error ("" or why it failed) of each. The failure of an only job is raised as
-    SerpentError, except where other processes do other jobs.
+    Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
+    raised as SerpentError, except where other processes do other jobs.
     """
     from serpent_ir.batch import rank_and_world, run
 
@@ -92,20 +94,22 @@ def run_files(
             raise SerpentError(job.refused)
         return read(job)
 
-    rows, alone = [], len(jobs) == rank_and_world()[1] == 1
-    outcomes = run(jobs, read_if_allowed, work, write)
-    with progress_of(done) as progress, terminated_like_interrupted(), closing(outcomes):
-        for count, outcome in enumerate(outcomes, 1):
+    rows, alone = [], raises and len(jobs) == rank_and_world()[1] == 1
+    with progress_of(done) as progress, terminated_like_interrupted():
+
+        def report(outcome: "Outcome") -> None:
             job, line = outcome.job, None
-            if outcome.error and alone:
-                raise SerpentError(outcome.error)
-            if outcome.error:
+            if outcome.error and not alone:
                 say(f"serpent: error: {outcome.error}")
-            else:
+            elif not outcome.error:
                 line = f"{job.source} -> {job.target} ({outcome.seconds:.1f} s{describe(job)})"
-            progress(count, len(jobs), line)
             row = {"source": str(job.source), "target": str(job.target), "seconds": outcome.seconds}
             rows.append({**row, "error": outcome.error})
+            progress(len(rows), len(jobs), line)
+
+        run(jobs, read_if_allowed, work, write, report)
+    if alone and rows[0]["error"]:
+        raise SerpentError(rows[0]["error"])
     return rows
 
 

@@ -112,9 +112,10 @@ def restore(
                 job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
             )
 
-        own = _restore(jobs, restorer, record, skip_existing, mask_of, comparison if compare else None)
+        beside = (mask_of, comparison if compare else None)
+        own = _restore(jobs, restorer, record, skip_existing, *beside, raises=not as_json)
     everybody = gather(own)
-    if rank == 0:
+    if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
         _sum_up(everybody, as_json)
 
 
@@ -125,6 +126,8 @@ def _restore(
     skip_existing: bool,
     mask_of: "Callable[[Job], Path | None]",
     compare: "Callable[[Job], dict[str, float]] | None",
+    *,
+    raises: bool,
 ) -> dict[str, Any]:
     """Do the share of this process: `rows` as `run_files` gives them with width, height and tiles, skipped, seconds."""
     from serpent_ir.streaming import Source
@@ -158,7 +161,7 @@ def _restore(
         return f"{told}, PSNR {fact['input_psnr']:.2f} -> {fact['psnr']:.2f} dB" if "psnr" in fact else told
 
     start = time.perf_counter()
-    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of)
+    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of, raises=raises)
     rows = [{**row, **facts.get(row["source"], {})} for row in rows]
     return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
 
