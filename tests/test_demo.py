@@ -159,7 +159,7 @@ def test_an_example_is_taken_by_a_click(page):
     [
         ("text.png", b"this is not an image", "text.png: "),
         ("short.png", None, "short.png: is damaged or cut short"),
-        ("large.png", (900, 400), "large.png: 900x400 px, is over this page's 0.3 megapixels"),
+        ("large.png", (900, 400), "large.png: 900x400 px is over this page's 0.3 megapixels"),
     ],
 )
 def test_a_bad_upload_shows_a_message(page, tmp_path, name, content, told):

@@ -90,7 +90,8 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
             print(f"serpent: the page is at http://{host}:{port}", flush=True)
             page.block_thread()
         except OSError as error:
-            raise SerpentError(f"{host}:{port}: cannot be served ({error}); choose another --port") from None
+            reason = str(error).partition(". ")[0]  # gradio goes on with advice on its own settings
+            raise SerpentError(f"{host}:{port}: cannot be served ({reason}); choose another --port or --host") from None
         finally:
             worker.stop()
 
@@ -303,9 +304,9 @@ def _read(path: Path, scale: int, limits: Limits) -> Picture:
 
 def _check_size(path: Path, width: int, height: int, scale: int, limits: Limits) -> None:
     if width * height * scale**2 > limits.megapixels * 1e6:
-        times = f", {scale} times as wide and high when restored" if scale > 1 else ""
+        times = f", {scale} times as wide and high when restored," if scale > 1 else ""
         raise ImageError(
-            f"{path}: {width}x{height} px{times}, is over this page's {limits.megapixels:g} megapixels; "
+            f"{path}: {width}x{height} px{times} is over this page's {limits.megapixels:g} megapixels; "
             "use a smaller one, or the command serpent restore"
         )
 

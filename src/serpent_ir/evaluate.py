@@ -39,7 +39,8 @@ def evaluate(
 
     Returns:
         model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
-        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each.
+        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An infinite
+        PSNR (identical images) is left out of a mean, unless all are.
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
