@@ -38,7 +38,7 @@ _LOGGERS = ("onnxscript", "onnx_ir", "onnx_ir._convenience", "torch.onnx", "torc
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of an exported file with the network: both on this machine's CPU, the second of two runs."""
+    """One comparison of an exported file with the network: both on this machine's CPU, the better of two warm runs."""
 
     height: int
     width: int
@@ -286,10 +286,13 @@ def _check(task: _WholeTask, run: Callable[[Tensor], Tensor], height: int, width
     image[:, 3:] = image[:, 3:].round()  # a mask
 
     def timed(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
-        function(image)
-        start = time.perf_counter()
         result = function(image)
-        return result, 1000 * (time.perf_counter() - start)
+        times = []
+        for _ in range(2):  # ONNX Runtime's second run still arranges its memory
+            start = time.perf_counter()
+            function(image)
+            times.append(time.perf_counter() - start)
+        return result, 1000 * min(times)
 
     expected, network_ms = timed(task)
     got, file_ms = timed(run)
