@@ -1,6 +1,6 @@
 """Milliseconds of the scan on a GPU, forward and backward, beside what public CUDA software takes.
 
-    python benchmarks/scan.py [--backends triton torch] [--maps 256 512] [--train] [--dtype bfloat16] --out scan.json
+    python benchmarks/scan.py [--backends cuda triton torch] [--maps 256 512] [--train] [--dtype bfloat16] --out scan.json
 
 A row is one map of the network: level l of a map of side s has side s / 2^l and 64 * 2^l channels. Each backend is
 checked against float64 on small maps first, and a wrong one is not timed. `events` times calls as a program makes
@@ -23,10 +23,17 @@ from torch import Tensor
 from serpent_ir.ops import ss2d
 
 LEVELS = [(64, 6, 2), (128, 11, 4), (256, 22, 8), (512, 43, 16)]  # d_inner, d_state, dt_rank
-TRAINING = [(128, 32), (64, 64), (16, 128)]  # batch, side of the first level's map
-SOURCE = "issue 3"  # where the figures below come from: public CUDA scan, cross scan and merge, batch 1 on an H100
-PUBLIC_FORWARD = dict(zip([(256, 64), (128, 128), (64, 256), (32, 512)], [0.447, 0.207, 0.142, 0.110], strict=True))
-PUBLIC_BACKWARD = dict(zip([(256, 64), (128, 128), (64, 256), (32, 512)], [0.758, 0.700, 0.590, 0.621], strict=True))
+TRAINING = [(16, 128)]  # batch, side of the first level's map: 16 crops of 128 through serpent_h
+# Milliseconds of the best public CUDA software on an H100 (bf16, graph replay), by batch and side of the first level's
+# map, for the four levels: cross scan, dt projection, scan and merge; of the backward pass the scan alone.
+SOURCE = "issue 3"
+PUBLIC_FORWARD = {
+    (1, 256): [0.447, 0.207, 0.142, 0.110],
+    (1, 512): [1.81, 0.829, 0.586, 0.425],
+    (1, 2048): [28.6, 12.8, 9.22, 7.90],
+    (16, 128): [1.74, 0.957, 0.611, 0.420],
+}
+PUBLIC_BACKWARD = {(1, 256): [0.758, 0.700, 0.590, 0.621]}
 
 
 def make_inputs(batch: int, side: int, level: int, dtype: torch.dtype) -> list[Tensor]:
@@ -89,7 +96,7 @@ def time_graph(call: Callable[[], Any], repeats: int) -> float | None:
 
 
 def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    inputs = make_inputs(batch, side, level, dtype)
+    inputs = make_inputs(batch, side >> level, level, dtype)
     grad_y = torch.randn_like(inputs[0])
 
     def forward() -> Tensor:
@@ -106,9 +113,9 @@ def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype,
         row[f"{name}_scratch_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
         # The plain path launches tens of thousands of kernels, too many for a graph.
         row[f"{name}_graph_ms"] = None if backend == "torch" else time_graph(call, repeats)
-    if batch == 1 and (side, LEVELS[level][0]) in PUBLIC_FORWARD:
-        row["public_forward_ms"] = PUBLIC_FORWARD[side, LEVELS[level][0]]
-        row["public_backward_ms"] = PUBLIC_BACKWARD[side, LEVELS[level][0]]
+    for way, figures in (("forward", PUBLIC_FORWARD), ("backward", PUBLIC_BACKWARD)):
+        if (batch, side) in figures:
+            row[f"public_{way}_ms"] = figures[batch, side][level]
     return row
 
 
@@ -130,7 +137,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backends", nargs="+", default=["triton", "torch"])
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "torch"])
     parser.add_argument("--maps", nargs="*", type=int, default=[256, 512], help="sides of first-level maps, batch 1")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="also training batches")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -151,7 +158,7 @@ def main() -> None:
         repeats = args.repeats if backend != "torch" else 3
         for batch, side in maps:
             for level in range(len(LEVELS)):
-                rows.append(measure(backend, batch, side >> level, level, dtype, repeats))
+                rows.append(measure(backend, batch, side, level, dtype, repeats))
                 print(json.dumps(rows[-1]), flush=True)
     try:
         triton = version("triton")

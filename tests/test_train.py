@@ -251,3 +251,13 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
                 trainer.step += 1
         losses[graphs] = steps
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+def test_a_run_may_start_from_other_weights(folders):
+    first = train(recipe_file(folders, "first"))
+    on = Trainer(load_recipe(recipe_file(folders, "on", start=str(first))))
+    for name, tensor in load_file(first).items():
+        assert torch.equal(on.network.state_dict()[name], tensor), name
+    assert Trainer(load_recipe(recipe_file(folders, "l", model="serpent_l", start="serpent_l.sr8"))).step == 0
+    with pytest.raises(UsageError, match="start: serpent_l.sr8 holds no weights of serpent_b"):
+        Trainer(load_recipe(recipe_file(folders, "bad", start="serpent_l.sr8")))

@@ -29,6 +29,7 @@ class Recipe:
     val: str  # folder of clean images
     out: str  # folder of the run
     stages: list[Stage]
+    start: str = ""  # weights to go on from: a name that ships, or a safetensors file; fresh ones where empty
     lr: float = 1e-3  # of Adam, after warm-up; it falls to zero along a cosine
     warmup: int = 200  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient

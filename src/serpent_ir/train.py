@@ -24,7 +24,7 @@ from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network, read_clean
 from serpent_ir.inference import pick_device
-from serpent_ir.models import create_model, list_models
+from serpent_ir.models import WEIGHTS_DIR, create_model, list_models, load_weights
 from serpent_ir.recipe import Recipe, Stage, load_recipe
 
 LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
@@ -59,6 +59,20 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _starting_network(recipe: Recipe) -> nn.Module:
+    """A fresh network, or with the weights that the recipe starts from."""
+    if not recipe.start:
+        return create_model(recipe.model, task=recipe.task)
+    path = WEIGHTS_DIR / f"{recipe.start}.safetensors" if recipe.start in list_models(pretrained=True) else recipe.start
+    state, _ = load_weights(path)
+    network = create_model(recipe.model, task=recipe.task)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError:
+        raise UsageError(f"start: {recipe.start} holds no weights of {recipe.model}") from None
+    return network
+
+
 class Trainer:
     """The training of one recipe. On a CUDA device build it and call it inside `own_stream`."""
 
@@ -79,7 +93,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            network = create_model(recipe.model, task=recipe.task)
+            network = _starting_network(recipe)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.update: Callable[[Tensor, Tensor], Tensor] = self._update

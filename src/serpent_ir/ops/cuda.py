@@ -23,9 +23,11 @@ SIDE_BY_SIDE = 1 << 23
 # Chunks are made until a multiprocessor has so many warps, but not shorter than so many positions.
 FORWARD_WARPS = 16
 BACKWARD_WARPS = 24
-SHORTEST = 32
-# Bytes of shared memory in which the two directions of a block of `scan_output` meet, which bounds a chunk.
+SHORTEST = 16
+# Bytes of shared memory in which the two directions of a block of `scan_output` meet, which bounds a chunk: more where
+# the map is large, and its many chunks would take long to combine.
 EXCHANGE = 16 << 10
+LARGE_EXCHANGE = 32 << 10
 # Blocks that a multiprocessor should hold, which bounds the registers of a thread.
 FORWARD_BLOCKS = 8
 SUMMARY_BLOCKS = 8
@@ -129,7 +131,8 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
     combine = _load("combine.cu", layout, u.device)
     pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
     wanted = FORWARD_WARPS * _processors(u.device) // (batch * layout.groups * 2 * pairs)
-    length, chunks = _chunks(H * W, wanted, 2 * layout.tile, EXCHANGE // (4 * layout.channels))
+    longest = (EXCHANGE if pairs == 2 else LARGE_EXCHANGE) // (4 * layout.channels)
+    length, chunks = _chunks(H * W, wanted, 2 * layout.tile, longest)
     state = A_log.new_empty(batch, 4, chunks if chunks > 1 else 0, N, d)
     dt_sum = A_log.new_empty(batch, 4, chunks if chunks > 1 else 0, d)
     total = A_log.new_empty(pairs, *u.shape)
@@ -230,9 +233,9 @@ def _combine(
 ) -> None:
     """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
     batch, _, chunks, N, d = h.shape
-    # Parts of about 8 chunks, each thread one number of the state of one part.
-    walk_parts = min(32, _power_of_2(-(-chunks // 8)))
-    columns = max(32, 128 // walk_parts)
+    # Parts of 8 chunks and more, each thread one number of the state of one part.
+    walk_parts = min(128, _power_of_2(-(-chunks // 8)))
+    columns = max(8, 128 // walk_parts)
     args = _pointers(h, h if e is None else e, dt_sum, A_log)
     args += struct.pack("5i", chunks, first, pairs, columns, walk_parts)
     grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)

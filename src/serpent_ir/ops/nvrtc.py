@@ -143,7 +143,8 @@ def unavailable() -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0"
     try:
-        _nvrtc(), _driver()
+        _nvrtc()
+        _driver()
     except OSError as error:
         return f"NVRTC or the CUDA driver is missing ({error})"
     return ""

@@ -27,7 +27,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) combine(const CombineArgs a) {
     const int begin = part * size, end = min(begin + size, a.chunks);
     float state = 0.f, sum = 0.f;
     if (known && a.parts > 1) {
-#pragma unroll 4
+#pragma unroll 8
         for (int i = begin; i < end; i++) {
             const size_t c = down ? a.chunks - 1 - i : i;
             const bool last = i == a.chunks - 1;  // its end goes nowhere and may be unwritten
@@ -42,7 +42,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) combine(const CombineArgs a) {
     if (!known) return;
     state = 0.f;
     for (int i = column; i < part * a.columns; i += a.columns) state = fmaf(ex2(A * sums[i]), state, ends[i]);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = begin; i < end; i++) {
         const size_t c = down ? a.chunks - 1 - i : i;
         const bool last = i == a.chunks - 1;
