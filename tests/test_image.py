@@ -1,10 +1,7 @@
 """Files made here from drawn images and scikit-image's bundled ones: what is read, written, kept and refused."""
 
 import dataclasses
-import io
-import os
-import random
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -13,53 +10,11 @@ import pytest
 import skimage.data
 import tifffile
 import torch
-from PIL import Image, ImageCms, ImageOps, features
-from PIL.TiffImagePlugin import IFDRational
+from PIL import Image, ImageOps, features
 
-from serpent_ir import image as image_module
+from image_files import ICC, LOSSLESS, draw, exif, picture, same, tags_of
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image import Picture, pad_to_multiple, read_image, to_pixels, to_tensor, write_image
-
-ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-LOSSLESS = (".png", ".webp", ".tif", ".bmp")
-
-
-def exif(orientation: int | None = None) -> bytes:
-    tags = Image.Exif()
-    tags[271] = "Maker"
-    tags[306] = "2024:05:01 12:00:00"
-    if orientation:
-        tags[0x0112] = orientation
-    tags.get_ifd(0x8769)[33434] = IFDRational(1, 50)
-    return tags.tobytes()
-
-
-def tags_of(data: bytes | None) -> dict[int, object]:
-    assert data is not None
-    tags = Image.Exif()
-    tags.load(data)
-    return {**tags, **tags.get_ifd(0x8769), 0x8769: None}
-
-
-def draw(dtype: type = np.uint8, height: int = 23, width: int = 37, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth waves with some noise, over the whole range of the dtype."""
-    waves = np.sin(np.arange(height)[:, None, None] / 4 + np.arange(channels)) * np.cos(np.arange(width)[:, None] / 6)
-    noise = np.random.default_rng(seed).normal(0, 0.03, waves.shape)
-    return np.rint(np.clip(0.5 + 0.6 * waves + noise, 0, 1) * np.iinfo(dtype).max).astype(dtype)
-
-
-def picture(mode: str, dtype: type = np.uint8) -> Picture:
-    grey = mode in ("L", "LA")
-    samples = draw(dtype, channels=4)
-    pixels = np.repeat(samples[..., :1], 3, -1) if grey else samples[..., :3]
-    alpha = np.ascontiguousarray(samples[..., 3]) if mode.endswith("A") else None
-    return Picture(pixels, alpha, mode, icc_profile=ICC, exif=exif(), dpi=(300.0, 150.0))
-
-
-def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("suffix", LOSSLESS)
@@ -91,12 +46,10 @@ def test_round_trip_16_bit(suffix, mode, tmp_path):
     assert same(after.pixels, before.pixels)
     assert same(after.alpha, before.alpha)
     assert after.icc_profile == before.icc_profile
-    assert after.is_grey == (before.is_grey and (suffix, mode) != (".png", "LA"))
-    if (suffix, mode) != (".tiff", "LA"):  # Pillow, and so its EXIF parser, does not open that
-        assert after.exif is not None
-        assert before.exif is not None
-        assert tags_of(after.exif) == tags_of(before.exif)
-        assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+    assert after.is_grey == before.is_grey
+    assert tags_of(after.exif) == tags_of(before.exif)
+    assert after.dpi == pytest.approx((300, 150), rel=1e-4)
+    if (suffix, mode) != (".tiff", "LA"):  # which Pillow does not open
         with Image.open(file) as checked:  # every chunk is well-formed
             checked.verify()
     write_image(file.with_suffix(".png"), dataclasses.replace(after, exif=None))
@@ -129,7 +82,8 @@ def test_jpeg(mode, tmp_path):
 
 def test_16_bits_are_rounded_to_8(tmp_path):
     pixels = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1).repeat(3, -1)
-    write_image(tmp_path / "a.webp", Picture(pixels))
+    with pytest.warns(UserWarning, match=r"\.webp cannot hold 16 bits; write \.png to keep everything"):
+        write_image(tmp_path / "a.webp", Picture(pixels))
     assert same(read_image(tmp_path / "a.webp").pixels, np.floor(pixels / 257 + 0.5).astype(np.uint8))
 
 
@@ -179,8 +133,9 @@ def test_reads_what_pillow_writes(mode, suffix, tmp_path):
         with pytest.raises(ImageError):
             read_image(file)
         return
-    after = read_image(file)
     with Image.open(file) as stored:
+        with pytest.warns(UserWarning, match="is CMYK without") if stored.mode == "CMYK" else nullcontext():
+            after = read_image(file)
         assert after.format == stored.format
         if after.pixels.dtype == np.uint16:
             assert np.array_equal(after.pixels[..., 0], np.asarray(source))
@@ -280,156 +235,6 @@ def test_other_samples_are_refused(dtype, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", draw().astype(dtype), photometric="rgb")
     with pytest.raises(ImageError, match=rf"a\.tif: has {np.dtype(dtype)} samples.*8- and 16-bit integers.*convert"):
         read_image(tmp_path / "a.tif")
-
-
-DAMAGED = ["png", "jpg", "webp", "tif", "bmp", "progressive.jpg", "png16", "tif16", "lzw16.tif", "raw16.tif"]
-
-
-def files_to_damage() -> dict[str, bytes]:
-    files = {}
-    for suffix, options in {"png": {}, "jpg": {}, "webp": {}, "tif": {"compression": "tiff_lzw"}, "bmp": {}}.items():
-        buffer = io.BytesIO()
-        Image.fromarray(draw()).save(
-            buffer,
-            {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix),
-            exif=b"" if suffix == "tif" else exif(6),
-            **options,
-        )
-        files[suffix] = buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.fromarray(draw()).save(buffer, "JPEG", progressive=True, icc_profile=ICC)
-    files["progressive.jpg"] = buffer.getvalue()
-    for name in ("png16", "tif16"):
-        deep = Picture(draw(np.uint16), icc_profile=ICC, dpi=(72, 72))
-        files[name] = image_module.image_encoders.encode(deep, f".{name[:3]}")
-    files["lzw16.tif"] = cv2.imencode(".tif", draw(np.uint16), [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, draw(np.uint16), photometric="rgb")
-    files["raw16.tif"] = buffer.getvalue()
-    return files
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_give_the_image_or_an_image_error(name, tmp_path, capfd):
-    whole = files_to_damage()[name]
-    file = tmp_path / "a"
-    file.write_bytes(whole)
-    expected = read_image(file)
-    chance = random.Random(0)
-    cuts = {*range(1, min(len(whole), 60)), *(len(whole) - n for n in range(1, 20))}
-    cuts |= {chance.randrange(1, len(whole)) for _ in range(80)}
-    refused = 0
-    for cut in cuts:
-        file.write_bytes(whole[:cut])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                after = read_image(file)
-        except ImageError as error:
-            refused += 1
-            assert str(error).startswith(f"{file}: ")
-            assert "\n" not in str(error)
-        else:  # what was cut is not the image
-            assert same(after.pixels, expected.pixels), cut
-    assert refused > len(cuts) * 0.7
-    for _ in range(60):  # flipped bytes: any result but another exception
-        position = chance.randrange(len(whole))
-        file.write_bytes(whole[:position] + bytes([chance.randrange(256)]) + whole[position + 1 :])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                read_image(file)
-            except ImageError as error:
-                assert "\n" not in str(error)
-    if "tif" not in name:  # Pillow's libtiff writes to stderr from C
-        assert capfd.readouterr().err == ""
-
-
-def test_errors_of_reading(tmp_path, monkeypatch):
-    def check(file: Path, message: str):
-        with pytest.raises(ImageError, match=message) as caught:
-            read_image(file)
-        assert str(caught.value).startswith(f"{file}: ")
-
-    check(tmp_path / "none.png", "No such file")
-    check(tmp_path, "directory")
-    (tmp_path / "empty.png").touch()
-    check(tmp_path / "empty.png", "is empty")
-    (tmp_path / "text.png").write_text("hello world " * 50)
-    check(tmp_path / "text.png", "not an image")
-    write_image(tmp_path / "big.png", Picture(draw()))
-    write_image(tmp_path / "big.tif", Picture(draw(np.uint16)))
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 23 * 37 - 1)
-    check(tmp_path / "big.png", "37x23 px, over the bound")
-    check(tmp_path / "big.tif", "37x23 px, over the bound")
-    monkeypatch.undo()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own bound would refuse it
-    assert read_image(tmp_path / "big.png").pixels.shape == (23, 37, 3)
-    assert Image.MAX_IMAGE_PIXELS == 10
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    )
-    check(tmp_path / "big.png", "Permission denied")
-
-
-def test_errors_of_writing(tmp_path, monkeypatch):
-    drawn = Picture(draw())
-    for name in ("a.gif", "a", "a.png.zip"):
-        with pytest.raises(ImageError, match=r"cannot write .*use \.png"):
-            write_image(tmp_path / name, drawn)
-    with pytest.raises(ImageError, match="No such file"):
-        write_image(tmp_path / "none" / "a.png", drawn)
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ImageError, match="cannot be written"):
-        write_image(tmp_path / "folder.png", drawn)
-    with pytest.raises(ImageError, match=r"a\.webp: cannot be written in this format"):
-        write_image(tmp_path / "a.webp", Picture(np.zeros((1, 20000, 3), np.uint8)))
-    with pytest.raises(UsageError, match="expected alpha"):
-        write_image(tmp_path / "a.png", Picture(draw(), np.zeros((5, 5), np.uint8)))
-    with pytest.raises(UsageError, match="expected pixels"):
-        write_image(tmp_path / "a.png", Picture(draw().astype(np.float32)))  # pyright: ignore[reportArgumentType]
-    assert os.listdir(tmp_path) == ["folder.png"]  # noqa: PTH208
-    assert not list((tmp_path / "folder.png").iterdir())
-
-
-@pytest.mark.parametrize("where", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_file(where, tmp_path, monkeypatch):
-    file = tmp_path / "a.png"
-    write_image(file, Picture(draw()))
-    old = file.read_bytes()
-
-    def fail(*_args):
-        raise OSError(28, "No space left on device")
-
-    if where == "replace":
-        monkeypatch.setattr(Path, "replace", fail)
-    else:
-        plain_open = Path.open
-
-        def open_full_disk(self, mode="r", *args, **kwargs):
-            opened = plain_open(self, mode, *args, **kwargs)
-            return opened if "r" in mode else FullDisk(opened)
-
-        class FullDisk:
-            def __init__(self, opened):
-                self.opened = opened
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                self.opened.close()
-
-            def write(self, data):
-                self.opened.write(data[:10])
-                fail()
-
-        monkeypatch.setattr(Path, "open", open_full_disk)
-    with pytest.raises(ImageError, match=r"a\.png: cannot be written: No space left"):
-        write_image(file, Picture(draw(seed=1)))
-    monkeypatch.undo()
-    assert file.read_bytes() == old
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

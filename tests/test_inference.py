@@ -247,6 +247,18 @@ def test_cuda_agrees_with_the_cpu():
     np.testing.assert_allclose(restore(image, model.cuda()), on_cpu, atol=0.02)  # bfloat16 has 8 bits
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_in_tiles_and_in_float32():
+    model = small_model(identity=True).cuda()
+    image = random_array(300, 260, 3)
+    np.testing.assert_array_equal(restore(image, model, tile=128, precision="float32"), image)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).cuda()
+    tiled = restore(tensor, model, tile=128, precision="float32")
+    assert tiled.device == tensor.device
+    assert torch.equal(tiled, tensor)
+
+
 @pytest.mark.parametrize("mode, expected", [("RGB", "RGBA"), ("L", "LA")])
 def test_a_transparent_colour_becomes_alpha(mode, expected):
     image = Image.fromarray(np.arange(99, dtype=np.uint8).reshape(9, 11)).convert(mode)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from serpent_ir import create_model
 from serpent_ir.data import ImageCache, find_images, random_crops, read_rgb8
-from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.degradations import LinearDegradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.recipe import load_recipe
@@ -58,13 +58,14 @@ def recipe_file(folders, out="run", **changes):
     return file
 
 
-@pytest.mark.parametrize("task", ["deblur", "sr8"])
+@pytest.mark.parametrize("task", ["deblur", "sr8", "inpaint", "photo"])
 def test_batches_are_crops_of_whole_degraded_images(folders, task):
     degradation = create_degradation(task)
     cache = ImageCache([folders / "train"], degradation, CPU)
     assert all(images.dtype == torch.uint8 for images in cache.images.values())
     degraded, clean = cache.batch(3, 7, 24, seed=1, step=5)
-    assert degraded.shape == clean.shape == (7, 3, 24, 24)
+    assert degraded.shape == (7, degradation.channels, 24, 24)
+    assert clean.shape == (7, 3, 24, 24)
     again = cache.batch(3, 7, 24, seed=1, step=5)
     assert torch.equal(degraded, again[0])
     assert torch.equal(clean, again[1])
@@ -81,7 +82,7 @@ def test_batches_are_crops_of_whole_degraded_images(folders, task):
 
 
 def test_degraded_and_clean_crops_stay_aligned(folders):
-    identity = create_degradation("deblur").__class__("identity", lambda clean: clean, sigma=0.0)
+    identity = LinearDegradation("identity", operator=torch.clone, sigma=0.0)
     degraded, clean = ImageCache([folders / "train"], identity, CPU).batch(0, 16, 20, seed=0, step=0)
     assert torch.equal(degraded, clean)
 

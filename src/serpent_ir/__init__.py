@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from serpent_ir.errors import ImageError as ImageError
     from serpent_ir.errors import SerpentError as SerpentError
     from serpent_ir.errors import UsageError as UsageError
+    from serpent_ir.inference import Restorer as Restorer
     from serpent_ir.inference import restore as restore
     from serpent_ir.models import create_model as create_model
     from serpent_ir.models import list_models as list_models
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ImageError": "serpent_ir.errors",
+    "Restorer": "serpent_ir.inference",
     "Serpent": "serpent_ir.models.serpent",
     "SerpentConfig": "serpent_ir.models.serpent",
     "SerpentError": "serpent_ir.errors",

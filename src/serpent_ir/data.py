@@ -94,7 +94,7 @@ class ImageCache:
                 raise ImageError(f"{file}: {width}x{height} is smaller than the crop of {crop}; remove it or crop less")
 
     def batch(self, first: int, count: int, crop: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Network input and clean image, (count, 3, crop, crop) float32 each, randomly flipped and transposed.
+        """Network input (count, C, crop, crop) and clean image (count, 3, crop, crop), float32, randomly turned.
 
         The input is degraded, has the clean image's size and is not clamped. `first` is the number of samples drawn
         before this step: the files are walked in a new random order each epoch.
@@ -109,7 +109,7 @@ class ImageCache:
             clean = self.images[size][self._to_device(places)].float() / 255
             degraded = self.degradation(clean, generator=generator)
             pair = torch.cat([self.degradation.network_input(degraded), clean], 1)
-            inputs_group, cleans_group = random_crops(pair, crop, generator).chunk(2, 1)
+            inputs_group, cleans_group = random_crops(pair, crop, generator).split([pair.shape[1] - 3, 3], 1)
             inputs.append(inputs_group)
             cleans.append(cleans_group)
         return torch.cat(inputs), torch.cat(cleans)

@@ -1,5 +1,6 @@
 """PSNR and SSIM of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def evaluate(
 
     Returns:
         model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
-        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each.
+        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An infinite
+        PSNR (identical images) is left out of a mean, unless all are.
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
@@ -68,15 +70,25 @@ def evaluate_network(
         clean = read_clean(file, degradation).to(device)
         degraded = degradation(clean, generator=evaluation_generator(seed, index))
         given = degradation.network_input(degraded)
-        restored = run_network(network, given)
+        restored = degradation.combine(run_network(network, given), given)
+        given = given[:, :3]
         row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
         row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
         images.append({"file": str(file), **{key: value.item() for key, value in row.items()}})
         if progress:
             progress(index + 1, len(files))
-    means = {key: sum(row[key] for row in images) / len(images) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
+    means = {key: _mean([row[key] for row in images]) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"n": len(images), "seed": seed, **means, "device": name, "images": images}
+
+
+def _mean(figures: list[float]) -> float:
+    """The mean; identical images, whose PSNR is infinite, are left out of it unless there are no others.
+
+    `photo` leaves some images untouched, and one of them would make the mean of all infinite.
+    """
+    counted = [figure for figure in figures if figure != math.inf] or figures
+    return sum(counted) / len(counted)
 
 
 def read_clean(file: Path, degradation: Degradation) -> Tensor:

@@ -1,16 +1,18 @@
-"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits and EXIF that it cannot. Used by `image.py`."""
+"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot. Used by `image.py`."""
 
 import io
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image, features
 
-if TYPE_CHECKING:
-    from serpent_ir.image import Picture
+from serpent_ir.image_metadata import with_size
+from serpent_ir.picture import Picture
+from serpent_ir.tiff import write_tiff
 
 _JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -22,86 +24,99 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".tiff": {},
     ".bmp": {"format": "BMP"},
 }
-_DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
-SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+if features.check("avif"):
+    SAVE_OPTIONS[".avif"] = {"format": "AVIF", "quality": 95, "subsampling": "4:4:4"}
+DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
+_XMP_NAME = b"XML:com.adobe.xmp\0\0\0\0\0"  # keyword; not compressed, no language, no translated keyword
 
 
-def encode(picture: "Picture", suffix: str) -> bytes:
+def encode(picture: Picture, suffix: str) -> bytes:
     """The bytes of an image file in the format of a suffix of `SAVE_OPTIONS`."""
-    pixels, alpha = picture.pixels, picture.alpha
-    if pixels.dtype == np.uint16 and suffix not in _DEEP:
+    if suffix in (".tif", ".tiff"):
+        buffer = io.BytesIO()
+        shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
+        rows = max(1, (1 << 22) // shape[1])
+        parts = (slice(top, top + rows) for top in range(0, shape[0], rows))
+        strips = (_samples(picture, picture.pixels[p], _part(picture.alpha, p)) for p in parts)
+        write_tiff(buffer, picture, strips, shape, picture.pixels.dtype)
+        return buffer.getvalue()
+    picture = replace(picture, exif=with_size(picture.exif, picture.pixels.shape[1], picture.pixels.shape[0]))
+    pixels, alpha = picture.pixels, None if suffix in _OPAQUE else picture.alpha
+    if pixels.dtype == np.uint16 and suffix not in DEEP:
         pixels, alpha = (None if x is None else np.rint(x / 257).astype(np.uint8) for x in (pixels, alpha))
         assert pixels is not None
-    if picture.is_grey:
-        pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(pixels.dtype)
-    array = pixels if alpha is None or suffix in _OPAQUE else np.dstack([pixels, alpha])
-    if suffix in (".tif", ".tiff"):
-        return _encode_tiff(picture, array)
-    if array.dtype == np.uint16:
-        return _encode_png16(picture, array)
+    array = _samples(picture, pixels, alpha)
+    array = array[..., 0] if array.shape[2] == 1 else array
+    if suffix == ".png":
+        data = _encode_png16(array) if array.dtype == np.uint16 else _encode_png(array)
+        return _with_chunks(data, picture)
     options = dict(SAVE_OPTIONS[suffix], icc_profile=picture.icc_profile, exif=picture.exif, dpi=picture.dpi)
+    options |= {"xmp": picture.xmp}
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
     return buffer.getvalue()
 
 
-def left_out(picture: "Picture", suffix: str) -> list[str]:
+def left_out(picture: Picture, suffix: str) -> list[str]:
     """What of a picture the format cannot hold, in words."""
     lost = []
     if suffix in _OPAQUE and picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
         lost.append("transparency")
+    if suffix not in DEEP and picture.pixels.dtype == np.uint16:
+        lost.append("16 bits")
     if suffix == ".bmp":
         lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
+        lost += ["XMP data"] * bool(picture.xmp)
     return lost
 
 
-def _encode_png16(picture: "Picture", array: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 2 to 4): OpenCV writes the pixels, the metadata is put in after the header."""
+def _part(alpha: NDArray[Any] | None, part: slice) -> NDArray[Any] | None:
+    return None if alpha is None else alpha[part]
+
+
+def _samples(picture: Picture, pixels: NDArray[Any], alpha: NDArray[Any] | None) -> NDArray[Any]:
+    """(H, W, 1 to 4): grey pictures as grey (luma of ITU-R BT.601 where the channels differ), alpha last."""
+    if picture.is_grey:
+        pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(pixels.dtype)
+    return pixels.reshape(*pixels.shape[:2], -1) if alpha is None else np.dstack([pixels, alpha])
+
+
+def _encode_png(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _encode_png16(array: NDArray[Any]) -> bytes:
+    """(H, W) grey or (H, W, 2 to 4). OpenCV writes it, but for grey with alpha, which it does not know."""
     import cv2
 
-    order = {2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}  # OpenCV knows no grey with alpha
-    data = cv2.imencode(".png", array if array.ndim == 2 else array[..., order[array.shape[2]]])[1].tobytes()
+    if array.ndim == 3 and array.shape[2] == 2:
+        height, width = array.shape[:2]
+        rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
+        rows = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1)  # each row begins with its filter, none
+        header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
+        body = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.tobytes())) + _chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + body
+    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}
+    return cv2.imencode(".png", array if array.ndim == 2 else array[..., order[array.shape[2]]])[1].tobytes()
+
+
+def _with_chunks(data: bytes, picture: Picture) -> bytes:
+    """A PNG with its metadata put in after the header."""
     chunks = []
     if picture.icc_profile:
-        chunks.append(b"iCCPICC Profile\0\0" + zlib.compress(picture.icc_profile))
+        chunks.append(_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(picture.icc_profile)))
     if picture.dpi:
-        chunks.append(b"pHYs" + struct.pack(">IIB", *(round(value / 0.0254) for value in picture.dpi), 1))
+        per_metre = (min(round(value / 0.0254), 2**31 - 1) for value in picture.dpi)
+        chunks.append(_chunk(b"pHYs", struct.pack(">IIB", *per_metre, 1)))
     if picture.exif:
-        chunks.append(b"eXIf" + picture.exif.removeprefix(b"Exif\0\0"))
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        chunks.append(_chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
+    if picture.xmp:
+        chunks.append(_chunk(b"iTXt", _XMP_NAME + picture.xmp))
     end_of_header = 33  # signature and IHDR
-    return b"".join([data[:end_of_header], *framed, data[end_of_header:]])
+    return b"".join([data[:end_of_header], *chunks, picture.png_texts, data[end_of_header:]])
 
 
-def _encode_tiff(picture: "Picture", array: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 2 to 4), 8 or 16 bits, deflated.
-
-    By tifffile at either depth: Pillow has no 16-bit colour, and cannot write EXIF data into a compressed TIFF.
-    """
-    import tifffile
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    tags = Image.Exif()
-    if array.nbytes < 2**31:  # beyond 4 GB tifffile writes BigTIFF, whose directories are others
-        tags.load(picture.exif or b"")
-    sub_ifds = {tag: ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
-    extra = [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
-    extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {"compression": "zlib", "predictor": True, "byteorder": "<", "metadata": None}
-    options |= {"photometric": "minisblack" if picture.is_grey else "rgb", "software": False, "extratags": extra}
-    if array.ndim == 3:
-        options |= {"planarconfig": "contig", "extrasamples": ["unassalpha"] * (array.shape[2] in (2, 4))}
-    if picture.dpi:
-        options |= {"resolution": picture.dpi, "resolutionunit": "INCH"}
-    tifffile.imwrite(buffer, array, iccprofile=picture.icc_profile, **options)
-    data = bytearray(buffer.getvalue())
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        entries = {tag: file.pages.first.aspage().tags[tag - 1].offset for tag in sub_ifds}
-    for tag, entry in entries.items():  # append each directory and point there
-        data += b"\0" * (len(data) % 2)
-        struct.pack_into("<HHII", data, entry, tag, 4, 1, len(data))
-        directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=tag)
-        directory.update(sub_ifds[tag])
-        data += directory.tobytes(len(data))
-    return bytes(data)
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

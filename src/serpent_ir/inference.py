@@ -1,7 +1,7 @@
-"""Restoring images with a network: whole images, on any device, returned as the kind of thing they came in."""
+"""Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -10,217 +10,323 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from serpent_ir.degradations import Degradation, create_degradation
-from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.image import Picture, to_pixels, to_tensor
+from serpent_ir.degradations import erase
+from serpent_ir.errors import UsageError
+from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
+from serpent_ir.models import create_model
+from serpent_ir.passes import (
+    Work,
+    available_devices,
+    check_tiles,
+    device_of,
+    fits,
+    network_block,
+    pick_device,
+    pick_precision,
+    restored_strips,
+    run_network,
+    undone_by,
+)
+from serpent_ir.tiling import Span
+
+__all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_picture", "run_network"]
 
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, Tensor)
+Progress = Callable[[int, int], None]
+Mask = Image.Image | np.ndarray | Tensor
+Samples = tuple[np.ndarray, np.ndarray | None]
+"""Colour (h, w, 3) or grey (h, w), and alpha (h, w) or None."""
 
 _MODES = ("RGB", "RGBA", "L", "LA", "I;16")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Noise takes a degraded image a little out of [0, 1]; values beyond these are on another scale (0 to 255, most often).
 _LOWEST, _HIGHEST = -1.0, 2.0
-# What the allocators of the CPU and of MPS say in a plain RuntimeError.
-_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory")
 
 
-def available_devices() -> list[str]:
-    """Names of the devices of this machine, as `cuda:0` or `cpu`; the one that `auto` takes comes first."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    return [*devices, "cpu"]
+def restore(
+    image: ImageT,
+    model: nn.Module,
+    *,
+    tile: str | int | None = "auto",
+    tile_overlap: int = 32,
+    device: str = "auto",
+    precision: str = "auto",
+    mask: Mask | None = None,
+    progress: Progress | None = None,
+) -> ImageT:
+    """Restore an image with a network.
 
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: `auto` (CUDA, then Apple's MPS, then the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
-
-    Raises UsageError for one that is unknown or not in this machine; it lists those that are.
-    """
-    available = available_devices()
-    if name == "auto":
-        return torch.device(available[0])
-    if name in available or (name == "cuda" and "cuda:0" in available):
-        return torch.device(name)
-    raise UsageError(f"no device {name!r} here; valid: auto, {', '.join(available)}")
-
-
-def restore(image: ImageT, model: nn.Module) -> ImageT:
-    """Restore an image with a network, on the network's device.
-
-    The whole image goes through the network at once: in float32 on a CPU, under bfloat16 autocast on a CUDA device.
-    Weights whose task makes images smaller (`sr8`) see the image upsampled, and return it 8 times as high and wide.
-    Grey images are restored as RGB and averaged. Alpha is kept: copied, and upsampled (bicubic) where the image is.
-    A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
+    The image goes through the network whole where it is predicted to fit in memory, which is also the best result, and
+    else in overlapping tiles; a UserWarning then says why. Weights whose task makes images smaller (`sr8`) see the
+    image upsampled, and return it 8 times as high and wide. Grey images are restored as RGB and averaged. Alpha is
+    kept: copied, and upsampled (bicubic) where the image is; the colours of pixels that it hides are kept too, and do
+    not spread. A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
 
     Args:
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;
             or a tensor (3, H, W) or (B, 3, H, W), uint8 or float. Floats are in [0, 1] (noise may leave it a little).
         model: maps (B, 3, H, W) to the same; its `config.task` names the degradation that it undoes. It is put in
             evaluation mode and back.
+        tile: "auto", "none" or None (whole, whatever it takes), or the side of a tile in pixels of the output.
+        tile_overlap: pixels of the output that neighbouring tiles share, at least.
+        device: "auto" is where the model is; by another name (`cpu`, `cuda`, `cuda:1`, `mps`) the model is moved there,
+            and stays.
+        precision: "auto" (bfloat16 autocast on CUDA, float32 elsewhere), "float32" or "bfloat16".
+        mask: for weights of `inpaint`, and for no others: which pixels are missing, as a PIL image, an array or a
+            tensor (H, W); those are over half of its full scale. The other pixels come back as they were.
+        progress: called with (tiles done, tiles in all).
 
     Returns:
         The same kind, dtype, mode (and device, of a tensor), values in [0, 1] or the full range of the integers.
 
     Raises:
-        UsageError: another kind, shape, dtype, mode or scale; it says what was expected.
+        UsageError: another kind, shape, dtype, mode or scale, or an option that cannot be; it says what was expected.
         SerpentError: the image does not fit in the memory of the device.
     """
-    if isinstance(image, Image.Image):
-        return _restore_pil(image, model)
-    if isinstance(image, np.ndarray):
-        return _restore_array(image, model)
-    if isinstance(image, Tensor):
-        return _restore_tensor(image, model)
-    raise UsageError(f"restore: expected a PIL image, a numpy array or a tensor; got {type(image).__name__}")
+    restorer = Restorer(model, tile=tile, tile_overlap=tile_overlap, device=device, precision=precision)
+    return restorer(image, mask=mask, progress=progress)
 
 
 def restore_picture(picture: Picture, model: nn.Module) -> Picture:
     """`restore` for what `read_image` gives: same depth and metadata, alpha kept, grey stays grey."""
-    alpha = None if picture.alpha is None else _restore_alpha(picture.alpha, model)
-    if picture.is_grey:
-        pixels = _grey_to_rgb(_restore_array(picture.pixels[..., 0], model))
-    else:
-        pixels = _restore_array(picture.pixels, model)
-    return replace(picture, pixels=pixels, alpha=alpha)
+    return Restorer(model).picture(picture)
 
 
-def run_network(model: nn.Module, x: Tensor) -> Tensor:
-    """One pass of a network over its input (B, 3, H, W), without gradients: float32 (B, 3, H, W), not clamped.
+class Restorer:
+    """A network that stays loaded, on its device, for many images; called like a function, from any thread.
 
-    Runs on the model's device, in evaluation mode (put back after), under bfloat16 autocast on a CUDA device.
-    Raises SerpentError where the memory of the device does not suffice.
+    Images of several threads are converted side by side and go through the network one after the other, since the
+    prediction of memory is for one.
+
+    Args:
+        model: a network, as for `restore`; or the name of weights (`serpent_l.deblur`), loaded onto `device`.
+        tile, tile_overlap, precision: as for `restore`.
+        device: as for `restore`; with a name of weights "auto" is the best device of this machine.
     """
-    parameter = next(model.parameters(), torch.empty(0))  # a network without parameters runs on the CPU
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=parameter.device.type == "cuda")
-    with _says_what_is_too_large(x, parameter.device), _evaluation_mode(model), torch.inference_mode(), autocast:
-        return model(x.to(parameter)).float()
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        *,
+        tile: str | int | None = "auto",
+        tile_overlap: int = 32,
+        device: str = "auto",
+        precision: str = "auto",
+    ):
+        if isinstance(model, str):
+            model = create_model(model, pretrained=True).to(pick_device(device))
+        elif device != "auto":
+            model = model.to(pick_device(device))
+        pick_precision(precision, device_of(model))
+        check_tiles(model, tile, tile_overlap)
+        self.model = model
+        self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision
+        self._lock = threading.Lock()
+
+    @property
+    def scale(self) -> int:
+        """How much larger than its input a restored image is."""
+        degradation = undone_by(self.model)
+        return 1 if degradation is None else degradation.scale
+
+    def __call__(self, image: ImageT, *, mask: Mask | None = None, progress: Progress | None = None) -> ImageT:
+        """Restore an image, as `restore` does."""
+        if isinstance(image, Image.Image):
+            return self._pil(image, mask, progress)
+        if isinstance(image, np.ndarray):
+            return self._array(image, None, mask, progress)[0]
+        if isinstance(image, Tensor):
+            return self._tensor(image, mask, progress)
+        raise UsageError(f"restore: expected a PIL image, a numpy array or a tensor; got {type(image).__name__}")
+
+    def picture(
+        self, picture: Picture, *, mask: Mask | None = None, label: str = "", progress: Progress | None = None
+    ) -> Picture:
+        """Restore what `read_image` gives: same depth and metadata, alpha kept, grey stays grey.
+
+        `label` begins the warning that says why an image is restored in tiles; `mask` is as for `restore`.
+        """
+        colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
+        pixels, alpha = self._array(colours, picture.alpha, mask, progress, label)
+        return replace(picture, pixels=_grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
+
+    def strips(
+        self,
+        read: Callable[[Span, Span], Samples],
+        height: int,
+        width: int,
+        *,
+        mask: Mask | None = None,
+        label: str = "",
+        progress: Progress | None = None,
+    ) -> Generator[Samples]:
+        """Restore an image that need not be in memory: from top to bottom, in strips of the restored one.
+
+        `read` gives some rows and columns, uint8 or uint16, always of the same kind; rows are asked for from top to
+        bottom, some of them twice. The strips are of that kind.
+        """
+
+        missing = self._missing(mask, height, width)
+
+        def tensor(rows: Span, columns: Span) -> Tensor:
+            colours, alpha = read(rows, columns)
+            x = to_tensor(_grey_to_rgb(colours) if colours.ndim == 2 else colours)
+            x = x if alpha is None else fill_transparent(x, to_tensor(alpha[..., None]))
+            return x if missing is None else erase(x, missing[..., slice(*rows), slice(*columns)])
+
+        kind, first_alpha = read((0, 1), (0, 1))
+        top = 0
+        for strip in self._strips(Work(tensor, height, width, label=label, progress=progress)):
+            rows = (top, top + strip.shape[2])
+            top = rows[1]
+            pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
+            del strip  # while the next one is made
+            yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
+
+    def _alpha(
+        self, read: Callable[[Span, Span], Samples], size: Span, rows: Span, pixels: np.ndarray
+    ) -> np.ndarray | None:
+        """The alpha of some rows of the restored image; where it is 0 `pixels` get back the colours that it hid."""
+        if self.scale == 1:
+            colours, alpha = read(rows, (0, size[1]))
+            assert alpha is not None
+            pixels[alpha == 0] = colours[alpha == 0]
+            return alpha
+
+        def tensor(rows: Span, columns: Span) -> Tensor:
+            some = read(rows, columns)[1]
+            assert some is not None
+            return to_tensor(_grey_to_rgb(some))
+
+        block = network_block(tensor, size, rows, (0, size[1] * self.scale), undone_by(self.model))
+        return np.ascontiguousarray(to_pixels(block, pixels.dtype)[..., 0])
+
+    def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
+        """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
+        degradation = undone_by(self.model)
+        if degradation is None or degradation.channels == 3:
+            if mask is not None:
+                raise UsageError("restore: a mask is for weights of inpaint; these take none")
+            return None
+        if mask is None:
+            raise UsageError(f"restore: weights of {degradation.name} need a mask of what is missing")
+        mask = mask.convert("L") if isinstance(mask, Image.Image) else mask
+        array = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        if array.shape != (height, width):
+            size = "x".join(map(str, reversed(array.shape)))
+            raise UsageError(f"restore: the mask is {size} px and the image {width}x{height}; they must be the same")
+        whole = 1 if array.is_floating_point() or array.dtype == torch.bool else torch.iinfo(array.dtype).max
+        return (array.double() > whole / 2).float()[None, None]
+
+    def _strips(self, work: Work) -> Iterator[Tensor]:
+        work = replace(work, tile=self.tile, overlap=self.tile_overlap, precision=self.precision)
+        with self._lock:
+            yield from restored_strips(self.model, work)
+
+    def _pil(self, image: Image.Image, mask: Mask | None, progress: Progress | None) -> Image.Image:
+        if image.mode not in _MODES:
+            raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
+        if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
+            image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+        pixels, alpha = np.asarray(image), None
+        if image.mode in ("RGBA", "LA"):
+            alpha = pixels[..., -1]
+            pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
+        pixels, alpha = self._array(pixels, alpha, mask, progress)
+        restored = Image.fromarray(pixels)
+        if alpha is not None:
+            restored.putalpha(Image.fromarray(alpha))
+        restored.info = {key: value for key, value in image.info.items() if key != "transparency"}
+        return restored
+
+    def _array(
+        self,
+        pixels: np.ndarray,
+        alpha: np.ndarray | None,
+        mask: Mask | None,
+        progress: Progress | None,
+        label: str = "",
+    ) -> Samples:
+        """Pixels (h, w, 3) or (h, w) and alpha (h, w) -> those of the restored image, of the same dtype."""
+        grey = pixels.ndim == 2
+        if not grey and (pixels.ndim != 3 or pixels.shape[2] != 3):
+            raise UsageError(f"restore: expected an array (H, W, 3) or (H, W); got {pixels.shape}")
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+        floating = np.issubdtype(pixels.dtype, np.floating)
+        if not floating and pixels.dtype not in (np.uint8, np.uint16):
+            raise UsageError(f"restore: expected an array of uint8, uint16 or float in [0, 1]; got {pixels.dtype}")
+        if not pixels.size:
+            raise UsageError(f"restore: the image is empty, {pixels.shape}")
+        if floating:
+            x = torch.from_numpy((_grey_to_rgb(pixels) if grey else pixels).astype(np.float32)).permute(2, 0, 1)
+            restored = self._tensor(x, mask, progress)
+            if grey:
+                return restored.mean(0).numpy().astype(pixels.dtype), None
+            return np.ascontiguousarray(restored.permute(1, 2, 0).numpy().astype(pixels.dtype)), None
+
+        def read(rows: Span, columns: Span) -> Samples:
+            here = slice(*rows), slice(*columns)
+            return pixels[here], None if alpha is None else alpha[here]
+
+        height, width = pixels.shape[:2]
+        whole = np.empty((height * self.scale, width * self.scale, *pixels.shape[2:]), pixels.dtype)
+        whole_alpha = None if alpha is None else np.empty(whole.shape[:2], pixels.dtype)
+        top = 0
+        for strip, strip_alpha in self.strips(read, height, width, mask=mask, label=label, progress=progress):
+            whole[top : top + len(strip)] = strip
+            if whole_alpha is not None:
+                whole_alpha[top : top + len(strip)] = strip_alpha
+            top += len(strip)
+        return whole, whole_alpha
+
+    def _tensor(self, image: Tensor, mask: Mask | None, progress: Progress | None) -> Tensor:
+        if image.ndim not in (3, 4) or image.shape[-3] != 3:
+            raise UsageError(f"restore: expected a tensor (3, H, W) or (B, 3, H, W); got {tuple(image.shape)}")
+        if image.dtype != torch.uint8 and image.dtype not in _FLOATS:
+            raise UsageError(f"restore: expected a tensor of uint8 or float in [0, 1]; got {image.dtype}")
+        if not image.numel():
+            raise UsageError(f"restore: the image is empty, {tuple(image.shape)}")
+        batch = (image if image.ndim == 4 else image[None]).detach()
+        if image.dtype != torch.uint8:
+            _check_scale(batch)
+
+        missing = self._missing(mask, *batch.shape[-2:])
+
+        def read(rows: Span, columns: Span) -> Tensor:
+            here = slice(*rows), slice(*columns)
+            block = batch[(..., *here)].float()
+            block = block / 255 if image.dtype == torch.uint8 else block
+            return block if missing is None else erase(block, missing[(..., *here)].expand(len(block), -1, -1, -1))
+
+        work = Work(read, *batch.shape[-2:], batch=len(batch), progress=progress)
+        if len(batch) > 1 and not fits(self.model, work):  # one by one is better than in tiles
+            return torch.stack([self._tensor(one, mask, progress) for one in image])
+        restored = torch.cat([strip.to(image.device) for strip in self._strips(work)], 2)
+        if image.dtype == torch.uint8:
+            restored = restored.mul_(255).round_()
+        restored = restored.to(image.dtype)
+        return restored[0] if image.ndim == 3 else restored
 
 
-def _restore_batch(x: Tensor, model: nn.Module) -> Tensor:
-    """(B, 3, h, w) in [0, 1] -> (B, 3, H, W) float32 in [0, 1], on the model's device."""
-    if not x.numel():
-        raise UsageError(f"restore: the image is empty, {tuple(x.shape)}")
-    device = next(model.parameters()).device
-    with _says_what_is_too_large(x, device), torch.inference_mode():
-        given = x.detach().to(device, torch.float32)
-        degradation = _undone(model)
-        if degradation is not None:
-            given = degradation.network_input(given)
-        restored = run_network(model, given)
-    return restored.clamp(0, 1)  # outside, so that callers get a tensor that they may change in place
+def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool) -> np.ndarray:
+    """(1, 3, H, W) -> (H, W, 3), or (H, W) of their mean, as integers; a part at a time, since it takes floats."""
+    result = np.empty((*strip.shape[2:], 3)[: 2 if grey else 3], dtype)
+    step = max(1, (1 << 22) // strip.shape[3])
+    for top in range(0, strip.shape[2], step):
+        part = strip[:, :, top : top + step].cpu()
+        if grey:
+            part = part.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        pixels = to_pixels(part, dtype)
+        result[top : top + step] = pixels[..., 0] if grey else pixels
+    return result
 
 
-def _undone(model: nn.Module) -> Degradation | None:
-    """The degradation that a network's weights undo, None where it names none."""
-    task = getattr(getattr(model, "config", None), "task", "")
-    return create_degradation(task) if task else None
-
-
-def _restore_pil(image: Image.Image, model: nn.Module) -> Image.Image:
-    if image.mode not in _MODES:
-        raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
-    if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
-        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
-    pixels, alpha = np.asarray(image), None
-    if image.mode in ("RGBA", "LA"):
-        alpha = _restore_alpha(pixels[..., -1], model)
-        pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
-    restored = Image.fromarray(_restore_array(pixels, model))
-    if alpha is not None:
-        restored.putalpha(Image.fromarray(alpha))
-    restored.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    return restored
-
-
-def _restore_array(pixels: np.ndarray, model: nn.Module) -> np.ndarray:
-    """(h, w, 3) or (h, w) -> (H, W, 3) or (H, W), of the same dtype."""
-    grey = pixels.ndim == 2
-    if not grey and (pixels.ndim != 3 or pixels.shape[2] != 3):
-        raise UsageError(f"restore: expected an array (H, W, 3) or (H, W); got {pixels.shape}")
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    floating = np.issubdtype(pixels.dtype, np.floating)
-    if not floating and pixels.dtype not in (np.uint8, np.uint16):
-        raise UsageError(f"restore: expected an array of uint8, uint16 or float in [0, 1]; got {pixels.dtype}")
-    rgb = np.ascontiguousarray(_grey_to_rgb(pixels) if grey else pixels)
-    if floating:
-        x = torch.from_numpy(rgb.astype(np.float32)).permute(2, 0, 1)[None]
-        _check_scale(x)
-    else:
-        x = to_tensor(rgb)
-    restored = _restore_batch(x, model).cpu()
-    if grey:
-        restored = restored.mean(1, keepdim=True).expand_as(restored)
-    if floating:
-        result = restored[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
-    else:
-        result = to_pixels(restored, pixels.dtype)
-    return np.ascontiguousarray(result[..., 0]) if grey else np.ascontiguousarray(result)
-
-
-def _restore_tensor(image: Tensor, model: nn.Module) -> Tensor:
-    """(3, h, w) or (B, 3, h, w) -> the same with (H, W), of the same dtype, on the same device."""
-    if image.ndim not in (3, 4) or image.shape[-3] != 3:
-        raise UsageError(f"restore: expected a tensor (3, H, W) or (B, 3, H, W); got {tuple(image.shape)}")
-    batch = image[None] if image.ndim == 3 else image
-    if image.dtype == torch.uint8:
-        restored = _restore_batch(batch.float() / 255, model).mul(255).round()
-    elif image.dtype in _FLOATS:
-        _check_scale(batch)
-        restored = _restore_batch(batch, model)
-    else:
-        raise UsageError(f"restore: expected a tensor of uint8 or float in [0, 1]; got {image.dtype}")
-    restored = restored.to(image.device, image.dtype)
-    return restored[0] if image.ndim == 3 else restored
-
-
-def _restore_alpha(alpha: np.ndarray, model: nn.Module) -> np.ndarray:
-    """(h, w) -> (H, W), of the same dtype: as it is, or upsampled as the network's input is."""
-    degradation = _undone(model)
-    if degradation is None or degradation.scale == 1:
-        return alpha
-    upsampled = degradation.network_input(to_tensor(_grey_to_rgb(alpha)))
-    return np.ascontiguousarray(to_pixels(upsampled, alpha.dtype)[..., 0])
-
-
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+def _grey_to_rgb(grey: Pixels | np.ndarray) -> np.ndarray:
     """(H, W) -> (H, W, 3)."""
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _check_scale(x: Tensor) -> None:
-    if not x.numel():
-        return
     low, high = (value.item() for value in x.aminmax())
     if not (low >= _LOWEST and high <= _HIGHEST):  # a NaN passes neither
         raise UsageError(f"restore: float images are in [0, 1]; this one spans {low:g} to {high:g}")
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after, each module has its own flag again."""
-    training = [module for module in model.modules() if module.training]
-    if training:  # else spared: it takes as long as a small image
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _says_what_is_too_large(x: Tensor, device: torch.device) -> Iterator[None]:
-    """Turn every way in which PyTorch runs out of memory into one line that names the remedy."""
-    try:
-        yield
-        return
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in str(error) for sign in _MEMORY_SIGNS):
-            raise
-    # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
-    raise SerpentError(
-        f"not enough memory on {device} for an image of {x.shape[-1]}x{x.shape[-2]} px; "
-        "make it smaller, or choose another device or a network that needs less (serpent_b)"
-    )

@@ -23,6 +23,9 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "unet_128": (UNet, UNetConfig(channels=128)),
 }
 
+TASK_CHANNELS = {"inpaint": 4}
+"""Input channels that a task brings, where they are not the image's three."""
+
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 DEFAULT_WEIGHTS = "serpent_l.deblur"
 
@@ -62,19 +65,19 @@ def create_model(
     if pretrained:
         checkpoint_path = WEIGHTS_DIR / f"{name}.safetensors"
     build, preset = PRESETS[network]
-    fields = {"task": task, **config} if task else config
+    fields = {"task": task, **config} if task else dict(config)
     unknown = fields.keys() - vars(preset).keys()
     if unknown:
         raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(preset))}")
     if checkpoint_path is None:
-        return build(replace(preset, **fields)).eval()
+        return build(replace(preset, **_with_channels(fields))).eval()
     state, metadata = load_weights(checkpoint_path)
     trained_for = metadata.get("task", "")
     if trained_for and fields.setdefault("task", trained_for) != trained_for:
         raise UsageError(
             f"{checkpoint_path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}"
         )
-    model = build(replace(preset, **fields)).eval()
+    model = build(replace(preset, **_with_channels(fields))).eval()
     expected = model.state_dict()
     problems = [f"{k} is missing" for k in expected.keys() - state.keys()]
     problems += [f"{k} is not a part of it" for k in state.keys() - expected.keys()]
@@ -88,6 +91,11 @@ def create_model(
         raise SerpentError(f"{checkpoint_path}: not weights of {network}: {'; '.join(sorted(problems)[:4])}{more}")
     model.load_state_dict(state)
     return model
+
+
+def _with_channels(fields: dict[str, Any]) -> dict[str, Any]:
+    channels = TASK_CHANNELS.get(fields.get("task", ""))
+    return {"in_channels": channels, **fields} if channels else fields
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,0 +1,24 @@
+"""The command `serpent`. Each command is a plain function that Python may call as well; torch is imported inside them.
+
+From Python they raise SerpentError. In the shell an error is one line on stderr and an exit status: 1 where the work
+failed, 2 where the call was wrong, 130 where it was interrupted. Results go to stdout, progress and errors to stderr.
+
+One module a command; importing it here registers it, and `serpent --help` lists them in this order.
+"""
+
+# isort: off
+from serpent_ir.cli.shell import app as app
+from serpent_ir.cli.restore import restore as restore
+from serpent_ir.cli.degrade import degrade as degrade
+from serpent_ir.cli.evaluate import evaluate as evaluate
+from serpent_ir.cli.train import train as train
+from serpent_ir.cli.models import models as models
+from serpent_ir.cli.export import export as export
+from serpent_ir.cli.demo import demo as demo
+from serpent_ir.cli.video import video as video
+# isort: on
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="serpent")

@@ -1,0 +1,53 @@
+"""serpent degrade."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serpent_ir.cli.files import convert_files, plan_files
+from serpent_ir.cli.shell import Inputs, Output, Seed, Task, shell_command
+from serpent_ir.errors import UsageError
+
+
+@shell_command("Degrade clean images. The outputs have 8 bits; sr8 writes the small files.")
+def degrade(
+    inputs: Inputs,
+    output: Output,
+    task: Task,
+    seed: Seed = 0,
+    masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With inpaint: where the masks go, named as the outputs are.")
+    ] = None,
+) -> None:
+    """Write degraded versions of image files and folders of them, in 8 bits, RGB, without alpha.
+
+    The noise of the i-th image is that of the i-th image of an evaluation with this seed (grey images get it in
+    colour, as they do there). Images are cropped on the right and bottom to a multiple of the task's scale. Inputs,
+    output and errors are those of `restore`. The holes of `inpaint` are black; its masks, white there, are written
+    into the folder `masks`, as PNG, where `restore --mask` finds them.
+    """
+    import numpy as np
+
+    from serpent_ir.degradations import create_degradation, evaluation_generator
+    from serpent_ir.image import Picture, to_pixels, to_tensor, write_image
+
+    degradation = create_degradation(task)
+    if masks and degradation.channels == 3:
+        raise UsageError(f"{task} has no masks; leave --masks out")
+    jobs = plan_files(inputs, output)
+
+    def degraded(index: int, picture: Picture) -> Picture:
+        clean = degradation.crop(to_tensor(picture.pixels))
+        y = degradation(clean, generator=evaluation_generator(seed, index))
+        if masks:
+            target = jobs[index].target
+            file = masks / (target.relative_to(output) if target != output else target.name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            mask = to_pixels(y[:, 3:].expand(-1, 3, -1, -1), np.uint8)
+            write_image(file.with_suffix(".png"), Picture(mask, mode="L"))
+        profile = None if picture.is_grey else picture.icc_profile  # one for grey does not fit RGB
+        return replace(picture, pixels=to_pixels(y[:, :3], np.uint8), alpha=None, mode="RGB", icc_profile=profile)
+
+    convert_files(jobs, degraded, "degraded")

@@ -1,0 +1,30 @@
+"""serpent export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serpent_ir.cli.shell import Name, Weights, model_name, print_table, shell_command
+
+
+@shell_command("Write a network for other runtimes. The file is run and compared with the network before it is kept.")
+def export(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")],
+    name: Name = None,
+    weights: Weights = None,
+    format: Annotated[str, typer.Option(help="onnx or pt2 (torch.export).")] = "onnx",
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Take images of any size, instead of one.")] = False,
+    size: Annotated[int, typer.Option(help="Side of the image in pixels; with --dynamic, of the largest check.")] = 256,
+) -> None:
+    """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""
+    from serpent_ir.export import export
+
+    name = model_name(name, weights)
+    metadata, checks = export(name, output, format=format, dynamic=dynamic, size=size, weights=weights)
+    rows = [
+        (f"{c.width}x{c.height}", f"{c.relative_error:.1e}", f"{c.file_ms:.0f}", f"{c.network_ms:.0f}") for c in checks
+    ]
+    print_table(f"{output}: {name}", ("size", "relative error", "file (ms)", "PyTorch (ms)"), rows)
+    for key, value in metadata.items():
+        print(f"{key}: {value}")

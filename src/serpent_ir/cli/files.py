@@ -1,0 +1,143 @@
+"""Image files in and out: what `serpent restore` and `serpent degrade` share."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from serpent_ir.cli.shell import progress_of, say
+from serpent_ir.errors import SerpentError, UsageError
+
+if TYPE_CHECKING:
+    from serpent_ir.batch import Job, Outcome
+    from serpent_ir.image import Picture
+
+R = TypeVar("R")
+W = TypeVar("W")
+
+
+def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
+    """As `serpent_ir.batch.plan`."""
+    from serpent_ir.batch import plan
+
+    return plan(inputs, output)
+
+
+def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | None:
+    """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
+    from serpent_ir.data import SUFFIXES
+
+    if path is None or not path.is_dir():
+        return path
+    below = job.target.relative_to(output) if job.target != output else Path(output.name)
+    for suffix in (job.source.suffix, below.suffix, *sorted(SUFFIXES)):
+        if (path / below.with_suffix(suffix)).is_file():
+            return path / below.with_suffix(suffix)
+    raise SerpentError(f"{job.source}: {path} holds no {what} of that name ({below.with_suffix('')})")
+
+
+def sheet_of(job: "Job") -> Path:
+    """Where the comparison of an image goes."""
+    return job.target.with_name(f"{job.target.stem}-compare.png")
+
+
+def check_sheets(jobs: "Sequence[Job]") -> None:
+    """Raise UsageError where a comparison would take the place of an input or an output."""
+    taken = {path.resolve() for job in jobs for path in (job.source, job.target)}
+    sheets: set[Path] = set()
+    for job in jobs:
+        sheet = sheet_of(job).resolve()
+        if sheet in taken or sheet in sheets:
+            raise UsageError(f"{sheet_of(job)}: --compare would overwrite another image; run them apart")
+        sheets.add(sheet)
+
+
+def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Picture]", done: str) -> None:
+    """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
+    from serpent_ir.image import read_image, write_image
+
+    rows = run_files(
+        jobs,
+        lambda job: read_image(job.source),
+        lambda job, picture: convert(job.index, picture),
+        lambda job, picture: write_image(job.target, picture),
+        done,
+    )
+    raise_if_failed(rows, done)
+
+
+def run_files(
+    jobs: "Sequence[Job]",
+    read: "Callable[[Job], R]",
+    work: "Callable[[Job, R], W]",
+    write: "Callable[[Job, W], None]",
+    done: str,
+    describe: "Callable[[Job], str]" = lambda job: "",
+    *,
+    raises: bool = True,
+) -> list[dict[str, Any]]:
+    """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
+
+    Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
+    raised as SerpentError, except where other processes do other jobs.
+    """
+    from serpent_ir.batch import rank_and_world, run
+
+    for folder in {job.target.parent: None for job in jobs if not job.refused}:
+        _make_folder(folder)  # before any work, or each file would fail for this one reason
+
+    def read_if_allowed(job: "Job") -> R:
+        if job.refused:
+            raise SerpentError(job.refused)
+        return read(job)
+
+    rows, alone = [], raises and len(jobs) == rank_and_world()[1] == 1
+    with progress_of(done) as progress, terminated_like_interrupted():
+
+        def report(outcome: "Outcome") -> None:
+            job, line = outcome.job, None
+            if outcome.error and not alone:
+                say(f"serpent: error: {outcome.error}")
+            elif not outcome.error:
+                line = f"{job.source} -> {job.target} ({outcome.seconds:.1f} s{describe(job)})"
+            row = {"source": str(job.source), "target": str(job.target), "seconds": outcome.seconds}
+            rows.append({**row, "error": outcome.error})
+            progress(len(rows), len(jobs), line)
+
+        run(jobs, read_if_allowed, work, write, report)
+    if alone and rows[0]["error"]:
+        raise SerpentError(rows[0]["error"])
+    return rows
+
+
+def raise_if_failed(rows: Sequence[dict[str, Any]], done: str) -> None:
+    """Raise SerpentError where some images failed."""
+    if failed := sum(bool(row["error"]) for row in rows):
+        raise SerpentError(f"{failed} of {len(rows)} images failed; {len(rows) - failed} {done}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SerpentError(f"{folder}: no folder can be made there ({error.strerror}); choose another -o") from None
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, as batch systems and `torchrun` send it, ends the work as Ctrl-C does: with whole files only."""
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,36 @@
+"""serpent models."""
+
+import json
+
+from serpent_ir.cli.shell import Json, print_table, shell_command
+
+
+@shell_command("List networks and weights. Also what runs the scan on each device of this machine.")
+def models(as_json: Json = False) -> None:
+    """Print the networks (parameters, tasks with weights) and the scan backend of each device of this machine.
+
+    In JSON: `models`, a list of {name, params (raw count), tasks}, and `backends`, device -> backend.
+    """
+    import torch
+
+    from serpent_ir.inference import available_devices
+    from serpent_ir.models import create_model, list_models
+    from serpent_ir.ops import default_backend
+
+    tasks: dict[str, list[str]] = {name: [] for name in list_models()}
+    for weights in list_models(pretrained=True):
+        network, _, task = weights.partition(".")
+        tasks.setdefault(network, []).append(task)
+    rows = []
+    for name in list_models():
+        with torch.device("meta"):  # nothing is allocated or initialised
+            params = sum(p.numel() for p in create_model(name).parameters())
+        rows.append({"name": name, "params": params, "tasks": tasks[name]})
+    backends = {device: default_backend(torch.device(device)) for device in available_devices()}
+    if as_json:
+        print(json.dumps({"models": rows, "backends": backends}))
+        return
+    columns = ("network", "parameters", "tasks with weights")
+    print_table("", columns, [(r["name"], f"{r['params'] / 1e6:.3f} M", ", ".join(r["tasks"]) or "-") for r in rows])
+    for device, backend in backends.items():
+        print(f"the scan on {device}: {backend}")

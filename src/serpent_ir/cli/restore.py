@@ -1,0 +1,202 @@
+"""serpent restore."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
+from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
+from serpent_ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from serpent_ir.batch import Job, Manifest
+    from serpent_ir.inference import Restorer
+    from serpent_ir.streaming import Restored, Source
+
+
+@shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
+def restore(
+    inputs: Inputs,
+    output: Output,
+    name: Name = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bfloat16 on CUDA), float32 or bfloat16.")] = "auto",
+    tile: Annotated[str, typer.Option(help="auto (only if memory is short), none, or pixels a side.")] = "auto",
+    tile_overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 32,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave out what has an output.")] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Note there what is done, and leave that out: goes on after a stop."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="For inpaint: an image, white where pixels are missing; or a folder."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write NAME-compare.png: before and after.")] = False,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --compare: the true image, to measure; or a folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Restore image files and folders of them into a folder, or one file into one file.
+
+    A file that fails is reported on stderr, the others are done; at the end a line sums up. Of several processes with
+    RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
+
+    Args:
+        inputs: as `serpent_ir.batch.plan` takes them.
+        output: the same.
+        name: weights that ship (default `serpent_l.deblur`), or the network that `weights` are for.
+        weights: safetensors file; without `name`, its metadata says the network.
+        device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
+        precision: as for `serpent_ir.restore`.
+        tile: the same.
+        tile_overlap: the same.
+        skip_existing: leave out images whose output is there, whatever made it.
+        manifest: leave out images that this file names as done with these settings, and note there what gets done.
+        mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
+        compare: also write what `serpent_ir.compare` draws, beside each output.
+        reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
+        as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
+            megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each,
+            and with a reference input_psnr, psnr, input_ssim, ssim.
+
+    Raises:
+        UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
+        SerpentError: at the end, where files failed.
+    """
+    from serpent_ir.batch import Manifest, gather, rank_and_world
+    from serpent_ir.compare import write_comparison
+    from serpent_ir.degradations import create_degradation
+    from serpent_ir.inference import Restorer, pick_device
+    from serpent_ir.models import create_model
+
+    rank, world = rank_and_world()
+    if reference and not compare:
+        raise UsageError("--reference is for --compare; give both")
+    planned = plan_files(inputs, output)
+    if compare:
+        check_sheets(planned)
+    jobs = planned[rank::world]
+    name = model_name(name, weights)
+    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    task = getattr(model.config, "task", "")
+    if not task:
+        raise UsageError(f"{weights}: does not say which task it is for; name it with -n, as {name}.deblur")
+    create_degradation(task)  # an unknown one is no fault of an image
+    restorer = Restorer(
+        model.to(pick_device(_of_this_process(device))),
+        tile=int(tile) if tile.isdecimal() else tile,
+        tile_overlap=tile_overlap,
+        precision=precision,
+    )
+    settings = {"model": name, "weights": _version(weights), "tile": tile, "overlap": tile_overlap}
+    settings |= {"mask": str(mask.absolute())} if mask else {}
+    with ExitStack() as stack:
+        record = None
+        if manifest:
+            record = stack.enter_context(closing(Manifest(manifest, {**settings, "precision": precision})))
+
+        def mask_of(job: "Job") -> Path | None:
+            return companion(mask, job, output, "mask")
+
+        def comparison(job: "Job") -> dict[str, float]:
+            return write_comparison(
+                job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
+            )
+
+        beside = (mask_of, comparison if compare else None)
+        own = _restore(jobs, restorer, record, skip_existing, *beside, raises=not as_json)
+    everybody = gather(own)
+    if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
+        _sum_up(everybody, as_json)
+
+
+def _restore(
+    jobs: "Sequence[Job]",
+    restorer: "Restorer",
+    record: "Manifest | None",
+    skip_existing: bool,
+    mask_of: "Callable[[Job], Path | None]",
+    compare: "Callable[[Job], dict[str, float]] | None",
+    *,
+    raises: bool,
+) -> dict[str, Any]:
+    """Do the share of this process: `rows` as `run_files` gives them with width, height and tiles, skipped, seconds."""
+    from serpent_ir.streaming import Source
+
+    skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
+    kept = {job.index for job in skipped}
+    todo = [job for job in jobs if job.index not in kept]
+    facts: dict[str, dict[str, Any]] = {}
+
+    def work(job: "Job", source: "Source") -> "Restored":
+        tiles = 1
+
+        def count(_: int, total: int) -> None:
+            nonlocal tiles
+            tiles = total
+
+        restored = source.restore(restorer, job.target, count, mask_of(job))
+        facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
+        return restored
+
+    def write(job: "Job", restored: "Restored") -> None:
+        restored.write()
+        if compare:
+            facts[str(job.source)] |= compare(job)
+        if record:
+            record.add(job)
+
+    def details_of(job: "Job") -> str:
+        fact = facts[str(job.source)]
+        told = f", {fact['tiles']} tiles" if fact["tiles"] > 1 else ""
+        return f"{told}, PSNR {fact['input_psnr']:.2f} -> {fact['psnr']:.2f} dB" if "psnr" in fact else told
+
+    start = time.perf_counter()
+    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of, raises=raises)
+    rows = [{**row, **facts.get(row["source"], {})} for row in rows]
+    return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
+
+
+def _of_this_process(device: str) -> str:
+    """`auto` as the GPU of a process that `torchrun` started."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and local.isdecimal() and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device
+
+
+def _version(weights: Path | None) -> list[Any] | None:
+    """What tells a weights file from another of the same name."""
+    if weights is None:
+        return None
+    status = weights.stat()
+    return [str(weights.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _sum_up(everybody: list[dict[str, Any]], as_json: bool) -> None:
+    rows = [row for own in everybody for row in own["rows"]]
+    skipped = sum(own["skipped"] for own in everybody)
+    seconds = max(own["seconds"] for own in everybody)
+    restored = [row for row in rows if not row["error"]]
+    failed = len(rows) - len(restored)
+    megapixels = sum(row["width"] * row["height"] for row in restored) / 1e6
+    speed = megapixels / seconds if seconds else 0.0
+    counts = {"restored": len(restored), "failed": failed, "skipped": skipped}
+    if as_json:
+        sums = {"megapixels": megapixels, "seconds": seconds, "megapixels_per_second": speed}
+        print(json.dumps(finite({**counts, **sums, "images": rows}), allow_nan=False))
+    elif len(rows) > 1 or skipped:
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        say(f"{told}; {megapixels:.1f} megapixels in {seconds:.1f} s, {speed:.2f} a second")
+    raise_if_failed(rows, "restored")

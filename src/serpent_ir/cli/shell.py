@@ -1,0 +1,175 @@
+"""What the commands of `serpent` share: the application, how errors are reported, options, tables and progress."""
+
+import functools
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from serpent_ir import __version__
+from serpent_ir.errors import SerpentError, UsageError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+app = typer.Typer(
+    name="serpent",
+    help="Restore images with visual state space networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it would read [key=value] as markup
+)
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="INPUT",
+        help="Image files, folders with subfolders, 'patterns', @LIST (a file of names) or - (names from stdin).",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="OUT", help="A folder; or an image file, where INPUT is one file."),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "-n",
+        "--name",
+        help="Weights, as `serpent models` lists them.  [default: serpent_l.deblur; evaluate: of the task]",
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Your own weights (safetensors) instead.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
+Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint or photo.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def say(line: str) -> None:
+    """Print one line on stderr; control characters, which a file's name may hold, are escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    sys.stderr.write(f"{shown}\n")  # at once: print writes the end of the line apart, and several threads come here
+    sys.stderr.flush()
+
+
+def _reporting(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as a shell runs it: errors and warnings are one line each on stderr, and set the exit status."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                warnings.filterwarnings("always", category=UserWarning)  # to be shown, whatever -W says
+                warnings.filterwarnings("always", message="serpent_ir: ")
+                warnings.filterwarnings("ignore", module=r"PIL\.")  # names no file; what matters is an error of ours
+                function(*args, **kwargs)
+            sys.stdout.flush()
+        except SerpentError as error:
+            say(f"serpent: error: {error}")
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+        except KeyboardInterrupt:
+            say("serpent: interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone, as in `serpent models | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+            raise typer.Exit(1) from None
+        except OSError as error:
+            say(f"serpent: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"serpent: warning: {str(message).removeprefix('serpent_ir: ')}")
+
+
+def shell_command(help: str) -> Callable[[Command], Command]:
+    """Register a function as a command of the same name, whose errors are reported; the function itself stays plain."""
+
+    def register(function: Command) -> Command:
+        app.command(function.__name__, help=help)(_reporting(function))
+        return function
+
+    return register
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"serpent {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `serpent` itself."""
+
+
+def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
+    """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
+    from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights
+
+    if name is not None:
+        return name
+    if weights is None:
+        of_the_task = f"{DEFAULT_WEIGHTS.partition('.')[0]}.{task}"
+        return of_the_task if of_the_task in list_models(pretrained=True) else DEFAULT_WEIGHTS
+    network = load_weights(weights)[1].get("network")
+    if not network:
+        raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
+    return network
+
+
+def finite(value: Any) -> Any:
+    """The same with every number that JSON has no word for as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=Text(title) if title else None, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: a name is no markup
+    Console().print(table)
+
+
+@contextmanager
+def progress_of(verb: str) -> Iterator[Callable[..., None]]:
+    """A function of (done, total, line): moves a bar on a terminal; elsewhere prints the line, or each tenth for ""."""
+    if not sys.stderr.isatty():
+
+        def show(done: int, total: int, line: str | None = "") -> None:
+            if line:
+                say(f"[{done}/{total}] {line}")
+            elif line is not None and done * 10 // total > (done - 1) * 10 // total:
+                say(f"{verb} {done}/{total}")
+
+        yield show
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task(verb, total=None)
+        yield lambda done, total, line="": bar.update(row, completed=done, total=total)

@@ -1,0 +1,40 @@
+"""serpent video."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serpent_ir.cli.files import terminated_like_interrupted
+from serpent_ir.cli.shell import Device, Name, Weights, model_name, progress_of, say, shell_command
+
+
+@shell_command("Restore a video frame by frame. Sound, subtitles and timestamps are copied.")
+def video(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A video file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .mp4, .mov, .mkv or .webm.")],
+    name: Name = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Restore a video into a file, as `serpent_ir.video.restore_video` does, and tell how long it takes."""
+    from serpent_ir.inference import Restorer, pick_device
+    from serpent_ir.models import create_model
+    from serpent_ir.video import restore_video
+
+    name = model_name(name, weights)
+    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    restorer = Restorer(model.to(pick_device(device)))
+    start = time.perf_counter()
+    with progress_of("frames") as show, terminated_like_interrupted():
+
+        def progress(done: int, total: int) -> None:
+            each = (time.perf_counter() - start) / done
+            tenth = total and done * 10 // total > (done - 1) * 10 // total
+            line = f"{each:.2f} s a frame, about {each * (total - done) / 60:.1f} min left" if tenth else None
+            show(done, total or None, line)
+
+        count = restore_video(source, output, restorer, progress=progress)
+    seconds = time.perf_counter() - start
+    say(f"{source} -> {output} ({count} frames, {seconds:.1f} s, {seconds / count:.2f} s a frame)")

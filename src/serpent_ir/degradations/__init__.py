@@ -1,0 +1,207 @@
+"""How clean images become degraded ones: y = noise(A x) (section 5 of the paper), and everyday damage beyond it.
+
+The paper's degradations are a linear operator A and then additive Gaussian noise; the others draw a strength for each
+image. Images are degraded whole and cropped after, so that a border never shows inside a crop. Nothing is clamped but
+what passes through JPEG: y leaves [0, 1] where the noise takes it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serpent_ir.degradations.blur import blur_each, gaussian_blur
+from serpent_ir.degradations.holes import draw_holes
+from serpent_ir.degradations.jpeg import through_jpeg
+from serpent_ir.errors import UsageError
+
+SR_FACTOR = 8
+"""The paper's super-resolution factor."""
+NOISE_SIGMA = 0.05
+"""The paper's noise, as a standard deviation on the [0, 1] scale."""
+DENOISE_SIGMAS = (5 / 255, 50 / 255)
+"""Least and largest noise of `denoise`, as standard deviations on the [0, 1] scale."""
+JPEG_QUALITIES = (10, 95)
+"""Least and highest quality of `jpeg`, on libjpeg's scale."""
+PHOTO_BLURS, PHOTO_NOISES, PHOTO_QUALITIES = (0.0, 3.0), (0.0, 0.06), (30, 100)
+"""Ranges of what `photo` chains: blur in pixels, noise on the [0, 1] scale, JPEG quality."""
+PHOTO_ABSENCE = 0.3
+"""Chance that a link of that chain is left out; 1 photo in 37 is left as it is."""
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """From clean images to what a network is given.
+
+    Attributes:
+        name: the task of this degradation, as in `DEGRADATIONS`.
+        scale: the integer factor by which y is smaller than the clean image; 1 where the size is kept.
+        channels: of y: the image's three, then what else the network is told (a mask).
+    """
+
+    name: str
+    scale: int = 1
+    channels: int = 3
+
+    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Degrade clean (B, 3, H, W) in [0, 1] to y (B, channels, H / scale, W / scale).
+
+        What is random is drawn where the generator lives, in float32, and then moved: a CPU generator gives one result
+        for every device. The global random state is neither read nor changed. Raises UsageError for a size that the
+        degradation does not take.
+        """
+        raise NotImplementedError
+
+    def network_input(self, y: Tensor) -> Tensor:
+        """What a network that keeps the size sees: y (B, C, h, w) upsampled to (B, C, scale h, scale w), bicubic."""
+        if self.scale == 1:
+            return y
+        return F.interpolate(y, scale_factor=self.scale, mode="bicubic", align_corners=False)
+
+    def combine(self, restored: Tensor, given: Tensor) -> Tensor:
+        """The result (B, 3, H, W), from a network's output and its input: known pixels stay where a mask knows them."""
+        if self.channels == 3:
+            return restored
+        return torch.where(given[:, 3:] > 0.5, restored, given[:, :3].to(restored.dtype))
+
+    def crop(self, clean: Tensor) -> Tensor:
+        """Crop clean (..., H, W) on the right and bottom to sides that are multiples of `scale` (a view).
+
+        Raises UsageError for an image with a side under `scale` px.
+        """
+        height, width = clean.shape[-2:]
+        if min(height, width) < self.scale:
+            raise UsageError(
+                f"{self.name}: the image is {width}x{height} px and must be at least {self.scale} px on each side"
+            )
+        return clean[..., : height - height % self.scale, : width - width % self.scale]
+
+
+@dataclass(frozen=True)
+class LinearDegradation(Degradation):
+    """y = A x + sigma n: a linear operator, then Gaussian noise.
+
+    Attributes:
+        operator: A. Maps clean (B, 3, H, W), float32 or float64 in [0, 1], to (B, 3, H / scale, W / scale) on the same
+            device and in the same dtype; raises UsageError for a size it does not take.
+        sigma: standard deviation of the noise on the [0, 1] scale.
+    """
+
+    operator: Callable[[Tensor], Tensor] = torch.clone
+    sigma: float = NOISE_SIGMA
+
+    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+        return add_noise(self.operator(clean), self.sigma, generator)
+
+
+@dataclass(frozen=True)
+class RandomDegradation(Degradation):
+    """Damage whose strength is drawn for each image.
+
+    Attributes:
+        damage: maps clean (B, 3, H, W) and a generator to y, by the rules of `Degradation.__call__`.
+    """
+
+    damage: Callable[[Tensor, torch.Generator], Tensor] = lambda clean, _: clean.clone()
+
+    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+        return self.damage(clean, generator)
+
+
+def add_noise(x: Tensor, sigma: Tensor | float, generator: torch.Generator) -> Tensor:
+    """x (B, C, H, W) and white Gaussian noise of standard deviation sigma, a number or (B,), drawn in float32."""
+    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.to(x.device, x.dtype)[:, None, None, None]
+    return x + sigma * noise.to(x.device, x.dtype)
+
+
+def uniform(batch: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(B,) float32 numbers of [low, high), on the generator's device."""
+    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+
+
+def whole_numbers(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """(B,) integers of [low, high], on the generator's device."""
+    return torch.randint(low, high + 1, (batch,), generator=generator, device=generator.device)
+
+
+def erase(clean: Tensor, mask: Tensor) -> Tensor:
+    """What `inpaint` networks see: the known pixels, 0 for the others, and the mask (B, 1, H, W), 1 where missing."""
+    mask = mask.to(clean.device, clean.dtype)
+    return torch.cat([clean * (1 - mask), mask], 1)
+
+
+def _denoise(clean: Tensor, generator: torch.Generator) -> Tensor:
+    return add_noise(clean, uniform(len(clean), *DENOISE_SIGMAS, generator), generator)
+
+
+def _jpeg(clean: Tensor, generator: torch.Generator) -> Tensor:
+    return through_jpeg(clean, whole_numbers(len(clean), *JPEG_QUALITIES, generator))
+
+
+def _inpaint(clean: Tensor, generator: torch.Generator) -> Tensor:
+    batch, _, height, width = clean.shape
+    return erase(clean, draw_holes(batch, height, width, generator=generator, device=clean.device))
+
+
+def _photo(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
+    batch = len(clean)
+    blur, noise, compressed = uniform(3 * batch, 0, 1, generator).view(3, batch) >= PHOTO_ABSENCE
+    y = blur_each(clean, uniform(batch, *PHOTO_BLURS, generator) * blur)
+    y = add_noise(y, uniform(batch, *PHOTO_NOISES, generator) * noise, generator)
+    decoded = through_jpeg(y, whole_numbers(batch, *PHOTO_QUALITIES, generator))
+    return torch.where(compressed.to(y.device)[:, None, None, None], decoded, y)
+
+
+def bicubic_downsample(x: Tensor) -> Tensor:
+    """Shrink (B, C, H, W) 8 times with antialiased bicubic interpolation to (B, C, H / 8, W / 8).
+
+    Raises UsageError unless both sides are multiples of 8.
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) < SR_FACTOR or height % SR_FACTOR or width % SR_FACTOR:
+        raise UsageError(
+            f"sr8: the image is {width}x{height} px; both sides must be multiples of {SR_FACTOR} (crop it)"
+        )
+    if width == SR_FACTOR < height:
+        # torch 2.13 on a CPU repeats the first row when the result is one pixel wide (but not when it is one high).
+        return bicubic_downsample(x.transpose(-1, -2)).transpose(-1, -2)
+    size = (height // SR_FACTOR, width // SR_FACTOR)
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
+DEGRADATIONS = {
+    "deblur": LinearDegradation("deblur", operator=gaussian_blur),
+    "sr8": LinearDegradation("sr8", scale=SR_FACTOR, operator=bicubic_downsample),
+    "denoise": RandomDegradation("denoise", damage=_denoise),
+    "jpeg": RandomDegradation("jpeg", damage=_jpeg),
+    "inpaint": RandomDegradation("inpaint", channels=4, damage=_inpaint),
+    "photo": RandomDegradation("photo", damage=_photo),
+}
+"""Every degradation by name: the paper's two, three with a range of strengths, and `photo`, a random mild chain."""
+
+
+def create_degradation(name: str) -> Degradation:
+    """Return the degradation called `name`; an unknown name raises a UsageError that lists the valid ones."""
+    try:
+        return DEGRADATIONS[name]
+    except KeyError:
+        raise UsageError(f"unknown degradation {name!r}; the known ones are {', '.join(DEGRADATIONS)}") from None
+
+
+def evaluation_generator(seed: int, index: int) -> torch.Generator:
+    """Return a new CPU generator for image `index` of an evaluation: a function of (seed, index), both >= 0, alone.
+
+    So the noise of an image depends neither on the device nor on which images came before it or share its batch.
+    """
+    if seed < 0 or index < 0:
+        raise UsageError(f"the seed and the index of an image must not be negative; got {seed} and {index}")
+    # Hashed rather than added, or image 1 of seed 0 would get the noise of image 0 of seed 1. One 32-bit word, because
+    # torch's CPU generator uses no more of its seed.
+    word = np.random.SeedSequence([seed, index]).generate_state(1)[0]
+    return torch.Generator("cpu").manual_seed(int(word))

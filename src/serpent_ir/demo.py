@@ -1,0 +1,321 @@
+"""A web page on this machine: drop a photo, see it before and after, download what the command would have written.
+
+Images are restored in a process of its own, so that one that takes too long can be stopped. Uploads and results live in
+a temporary folder that goes with the server; no other file can be read through the page.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.inference import Restorer
+from serpent_ir.metrics import psnr
+from serpent_ir.models import list_models
+
+PREVIEW = 1600
+"""Longest side in pixels of what the page shows; the download has them all."""
+QUEUE = 8
+"""People who may wait; the next one is asked to come back."""
+TASKS = {
+    "deblur": "Blurred: out of focus, a standard deviation of 3 pixels, with noise",
+    "sr8": "Small: make it 8 times larger",
+    "denoise": "Noisy",
+    "jpeg": "JPEG artefacts",
+    "photo": "An everyday photo",
+}
+"""What the page says of a task. Inpainting needs a mask, which it has no way to give."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may cost."""
+
+    megapixels: float = 16.0  # of the restored image
+    seconds: float = 120.0
+    megabytes: int = 64  # of the uploaded file
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the page shows of one image, and the file to download."""
+
+    before: Image.Image
+    after: Image.Image
+    file: Path
+    told: str
+
+
+def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", limits: Limits | None = None) -> None:
+    """Serve the page until it is interrupted.
+
+    Raises:
+        UsageError: gradio is missing, or no such device.
+        SerpentError: the port is taken.
+    """
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="serpent-demo-") as folder:
+        cache = Path(folder, "cache")
+        cache.mkdir()
+        os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there, and nothing else
+        worker = Worker()
+        try:
+            page = build_page(cache, worker, device, limits)
+            page.queue(max_size=QUEUE, default_concurrency_limit=1)
+            page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                allowed_paths=[],
+                max_file_size=limits.megabytes * 1_000_000,
+                ssr_mode=False,
+                footer_links=[],
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+            print(f"serpent: the page is at http://{host}:{port}", flush=True)
+            page.block_thread()
+        except OSError as error:
+            reason = str(error).partition(". ")[0]  # gradio goes on with advice on its own settings
+            raise SerpentError(f"{host}:{port}: cannot be served ({reason}); choose another --port or --host") from None
+        finally:
+            worker.stop()
+
+
+def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> Any:
+    """The page, a gradio.Blocks. `folder` is for the files that it serves."""
+    try:
+        import gradio as gr
+    except ModuleNotFoundError:
+        raise UsageError("the page needs gradio: pip install 'serpent-ir[demo]'") from None
+    weights = [name for name in list_models(pretrained=True) if name.partition(".")[2] in TASKS]
+    tasks = {task: text for task, text in TASKS.items() if any(name.endswith(f".{task}") for name in weights)}
+    samples = make_samples(folder / "samples", set(tasks))
+
+    def networks(task: str) -> list[str]:
+        return [name.partition(".")[0] for name in weights if name.endswith(f".{task}")]
+
+    def answer(function: Callable[..., Result], path: str | None, *args: Any) -> Any:
+        if not path:
+            raise gr.Error("Choose a photo first.")
+        place = Path(tempfile.mkdtemp(dir=folder))
+        try:
+            result = worker(function, Path(path), place, *args, device, limits, seconds=limits.seconds)
+        except SerpentError as error:
+            shutil.rmtree(place)
+            raise gr.Error(str(error), duration=None) from None
+        return (result.before, result.after), str(result.file), result.told
+
+    def choices() -> tuple[Any, Any]:
+        first = next(iter(tasks))
+        task = gr.Radio([(text, task) for task, text in tasks.items()], value=first, label="What is wrong with it")
+        network = gr.Dropdown(networks(first), value=networks(first)[0], label="Network")
+        task.change(
+            lambda task: gr.Dropdown(networks(task), value=networks(task)[0]), task, network, api_visibility="private"
+        )
+        return task, network
+
+    def outputs() -> list[Any]:
+        slider = gr.ImageSlider(label="Before and after", type="pil", interactive=False, format="png")
+        told = gr.Markdown(elem_classes="told")
+        file = gr.File(label="Download, with all pixels and metadata", interactive=False, elem_classes="result")
+        return [slider, file, told]
+
+    kinds = ["image", ".tif", ".tiff", ".avif"]
+    with gr.Blocks(title="serpent", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(
+            f"# serpent\nRestores photos on this machine; nothing leaves it. Up to {limits.megapixels:g} megapixels "
+            f"and {limits.seconds:g} seconds an image."
+        )
+        with gr.Tab("Restore"), gr.Row():
+            with gr.Column():
+                photo = gr.File(label="A photo", file_types=kinds, elem_classes="photo")
+                task, network = choices()
+                start = gr.Button("Restore", variant="primary")
+                if samples:
+                    gr.Examples(
+                        [[str(file), name] for file, name in samples.items()], [photo, task], cache_examples=False
+                    )
+            with gr.Column():
+                shown = outputs()
+        start.click(
+            lambda *args: answer(restore_upload, *args), [photo, task, network], shown, api_visibility="private"
+        )
+        with gr.Tab("Degrade and restore"), gr.Row():
+            with gr.Column():
+                gr.Markdown("Does to a clean photo what the weights undo, undoes it, and measures how well.")
+                clean = gr.File(label="A clean photo", file_types=kinds, elem_classes="clean")
+                task_2, network_2 = choices()
+                seed = gr.Number(0, label="Seed of what is random", precision=0, minimum=0, maximum=2**31)
+                start_2 = gr.Button("Degrade and restore", variant="primary")
+            with gr.Column():
+                shown_2 = outputs()
+        start_2.click(
+            lambda *args: answer(degrade_and_restore, *args),
+            [clean, task_2, network_2, seed],
+            shown_2,
+            api_visibility="private",
+        )
+    return page
+
+
+def restore_upload(path: Path, folder: Path, task: str, network: str, device: str, limits: Limits) -> Result:
+    """Restore an uploaded file into `folder`: the file is the one that `serpent restore` writes."""
+    restorer = _restorer(f"{network}.{task}", device)
+    picture = _read(path, restorer.scale, limits)
+    start = time.perf_counter()
+    restored = restorer.picture(picture)
+    seconds = time.perf_counter() - start
+    suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
+    file = folder / f"{path.stem}-restored{suffix}"
+    write_image(file, restored)
+    height, width = restored.pixels.shape[:2]
+    told = f"{width}x{height} pixels in {seconds:.1f} s by {network}.{task}"
+    return Result(_preview(picture, restorer.scale), _preview(restored), file, told)
+
+
+def degrade_and_restore(
+    path: Path, folder: Path, task: str, network: str, seed: float, device: str, limits: Limits
+) -> Result:
+    """Degrade an uploaded file as an evaluation does, restore it, and measure both against it."""
+    degradation = create_degradation(task)
+    restorer = _restorer(f"{network}.{task}", device)
+    clean = degradation.crop(to_tensor(_read(path, 1, limits).pixels))
+    y = degradation(clean, generator=evaluation_generator(int(seed), 0))
+    start = time.perf_counter()
+    restored = restorer(y)
+    seconds = time.perf_counter() - start
+    given = degradation.network_input(y)
+    before, after = (psnr(image, clean).item() for image in (given, restored))
+    file = folder / f"{path.stem}-restored.png"
+    write_image(file, Picture(to_pixels(restored, np.uint8)))
+    told = f"PSNR {before:.2f} dB before, {after:.2f} dB after; {seconds:.1f} s by {network}.{task}"
+    shown = [_preview(Picture(to_pixels(image, np.uint8))) for image in (given, restored)]
+    return Result(shown[0], shown[1], file, told)
+
+
+def make_samples(folder: Path, tasks: set[str]) -> dict[Path, str]:
+    """Degraded photos to try, and the task that undoes each; none where scikit-image has not brought its photos."""
+    try:
+        from skimage import data
+    except ModuleNotFoundError:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = {}
+    for name, task in (("astronaut", "deblur"), ("chelsea", "sr8"), ("coffee", "photo")):
+        if task in tasks:
+            degradation = create_degradation(task)
+            clean = degradation.crop(to_tensor(np.asarray(getattr(data, name)())))
+            file = folder / f"{name}-{task}.png"
+            y = degradation(clean, generator=evaluation_generator(0, 0))
+            write_image(file, Picture(to_pixels(y, np.uint8)))
+            samples[file] = task
+    return samples
+
+
+class Worker:
+    """Runs functions one after the other in a process that stays, and that is killed where one takes too long."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._connection: Any = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any, seconds: float) -> Any:
+        """function(*args), which must be picklable. Raises SerpentError for its SerpentErrors, and if time is up."""
+        with self._lock:
+            if self._process is None or not self._process.is_alive():
+                context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+                self._connection, theirs = context.Pipe()
+                self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+                self._process.start()
+                theirs.close()
+                self._connection.recv()  # it is there: from here on the time counts
+            try:
+                self._connection.send((function, args))
+                if not self._connection.poll(seconds):
+                    self.stop()
+                    raise SerpentError(f"took longer than {seconds:g} s and was stopped; try a smaller image")
+                result, failure = self._connection.recv()
+            except (EOFError, BrokenPipeError):
+                self.stop()
+                raise SerpentError("the image did not fit in memory; try a smaller one") from None
+            if failure is not None:
+                raise SerpentError(failure)
+            return result
+
+    def stop(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _work(connection: Any) -> None:
+    """What the process does: answer calls until its parent has gone."""
+    connection.send(None)
+    while True:
+        try:
+            function, args = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            connection.send((function(*args), None))
+        except SerpentError as error:
+            connection.send((None, str(error).replace(f"{args[0]}: ", f"{args[0].name}: ")))  # no path of the server
+        except Exception:
+            traceback.print_exc()  # for who runs the server
+            connection.send((None, "failed for a reason of its own; the server's terminal says more"))
+
+
+@functools.lru_cache(maxsize=2)
+def _restorer(name: str, device: str) -> Restorer:
+    return Restorer(name, device=device)
+
+
+def _read(path: Path, scale: int, limits: Limits) -> Picture:
+    try:
+        with Image.open(path) as image:  # the header alone, before any memory is taken
+            _check_size(path, *image.size, scale, limits)
+    except SerpentError:
+        raise
+    except Exception:  # not one that Pillow knows, or a damaged one: read_image says
+        pass
+    picture = read_image(path)
+    height, width = picture.pixels.shape[:2]
+    _check_size(path, width, height, scale, limits)
+    return picture
+
+
+def _check_size(path: Path, width: int, height: int, scale: int, limits: Limits) -> None:
+    if width * height * scale**2 > limits.megapixels * 1e6:
+        times = f", {scale} times as wide and high when restored," if scale > 1 else ""
+        raise ImageError(
+            f"{path}: {width}x{height} px{times} is over this page's {limits.megapixels:g} megapixels; "
+            "use a smaller one, or the command serpent restore"
+        )
+
+
+def _preview(picture: Picture, scale: int = 1) -> Image.Image:
+    """At most `PREVIEW` px a side, 8 bits, opaque."""
+    pixels = picture.pixels
+    image = Image.fromarray((pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels)
+    width, height = image.width * scale, image.height * scale
+    shrunk = min(1.0, PREVIEW / max(width, height))
+    size = max(1, round(width * shrunk)), max(1, round(height * shrunk))
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,307 @@
+"""A network over an image: on which device, in which precision, whole or in tiles."""
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from serpent_ir.degradations import Degradation, create_degradation
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.memory import SHARE, available, network_bytes
+from serpent_ir.tiling import Axis, Span, blend, cut
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGEST_TILE = 4096
+"""Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
+
+# What the allocators of the CPU and of MPS say in a plain RuntimeError.
+_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def available_devices() -> list[str]:
+    """Names of the devices of this machine, as `cuda:0` or `cpu`; the one that `auto` takes comes first."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return [*devices, "cpu"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: `auto` (CUDA, then Apple's MPS, then the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+
+    Raises UsageError for one that is unknown or not in this machine; it lists those that are.
+    """
+    available = available_devices()
+    if name == "auto":
+        return torch.device(available[0])
+    if name in available or (name == "cuda" and "cuda:0" in available):
+        return torch.device(name)
+    raise UsageError(f"no device {name!r} here; valid: auto, {', '.join(available)}")
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """What a network computes in: `auto` is bfloat16 (autocast) on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in PRECISIONS:
+        raise UsageError(f"no precision {name!r}; valid: auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters are; the CPU for one that has none."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def undone_by(model: nn.Module) -> Degradation | None:
+    """The degradation that a network's weights undo, None where it names none."""
+    task = getattr(getattr(model, "config", None), "task", "")
+    return create_degradation(task) if task else None
+
+
+def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
+    """One pass of a network over its input (B, C, H, W), without gradients: float32 (B, 3, H, W), not clamped.
+
+    Runs on the model's device, in evaluation mode (put back after), by default in float32 and under bfloat16 autocast
+    on a CUDA device. Raises SerpentError where the memory of the device does not suffice.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    device = parameter.device
+    dtype = pick_precision(precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
+        return model(x.to(parameter)).float()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `restored_strips` is to do.
+
+    Attributes:
+        read: gives the rows and columns (in pixels of the image that comes in) as (B, C, h, w) float in [0, 1].
+        height, width: of that image.
+        batch: B.
+        tile: "auto", "none" or None, or the side of a tile in pixels of the output.
+        overlap: pixels of the output that neighbouring tiles share, at least.
+        precision: as `pick_precision` takes it.
+        label: the image's name for the line that says why tiles were chosen; may be empty.
+        progress: called with (tiles done, tiles in all).
+    """
+
+    read: Callable[[Span, Span], Tensor]
+    height: int
+    width: int
+    batch: int = 1
+    tile: str | int | None = "auto"
+    overlap: int = 32
+    precision: str = "auto"
+    label: str = ""
+    progress: Callable[[int, int], None] | None = None
+
+
+def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
+    """Raise UsageError for a tile or an overlap that `Work` cannot have with this network."""
+    if isinstance(tile, int) and not isinstance(tile, bool):
+        degradation = undone_by(model)
+        multiple = math.lcm(getattr(model, "size_multiple", 1), 1 if degradation is None else degradation.scale)
+        cut(1, tile, overlap, multiple)
+    elif tile not in ("auto", "none", None):
+        raise UsageError(f"tile {tile!r}; valid: auto, none, or a number of pixels")
+    elif overlap < 0:
+        raise UsageError(f"an overlap of {overlap} px; it must not be negative")
+
+
+class OutOfMemoryError(SerpentError):
+    """A pass that did not fit in the memory of its device."""
+
+
+def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
+    """The restored image from top to bottom, in strips (B, 3, rows, W) float32 in [0, 1].
+
+    A whole image is one strip, on the model's device; strips made of tiles are on the CPU. The image is taken whole
+    where its predicted memory fits in `SHARE` of what is available, else in the largest tiles that do, and where a
+    prediction was too low, in smaller ones; a UserWarning says so and why.
+
+    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
+    or values that are not finite. What `check_tiles` refuses must not come here.
+    """
+    degradation = undone_by(model)
+    scale = 1 if degradation is None else degradation.scale
+    height, width = work.height * scale, work.width * scale
+    multiple = math.lcm(getattr(model, "size_multiple", 1), scale)
+    side = _side(model, work, height, width, multiple)
+    while True:
+        tile = _up(max(height, width), multiple) if side is None else side
+        overlap = work.overlap if side is not None else 0
+        rows, columns = (cut(size, tile, overlap, multiple) for size in (height, width))
+        begun = False
+        try:
+            for strip in _strips(model, work, degradation, rows, columns):
+                begun = True
+                # A new tensor where it comes from inference mode, so that callers may change it in place.
+                yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
+            return
+        except OutOfMemoryError as error:
+            smaller = _up(tile // 2, multiple)
+            if begun or work.tile != "auto" or smaller < _least_tile(work, multiple):
+                raise
+            reason = str(error).partition(";")[0]
+        side = smaller
+        if device_of(model).type == "cuda":
+            torch.cuda.empty_cache()
+        _tell(work, f"{reason}: goes on in tiles of {side} px")
+
+
+def fits(model: nn.Module, work: Work) -> bool:
+    """Whether the image is predicted to fit in memory as a whole."""
+    degradation = undone_by(model)
+    scale = 1 if degradation is None else degradation.scale
+    need, free = _need_and_free(model, work, work.height * scale, work.width * scale)
+    return need <= SHARE * free
+
+
+def network_block(
+    read: Callable[[Span, Span], Tensor], size: Span, rows: Span, columns: Span, degradation: Degradation | None
+) -> Tensor:
+    """What a network sees of some rows and columns of its map: `read`, upsampled where the degradation shrinks.
+
+    `size` is that of the image that `read` reads. Upsampled blocks are those of the upsampled whole.
+    """
+    if degradation is None or degradation.scale == 1:
+        block = read(rows, columns)
+        return block if degradation is None else degradation.network_input(block)
+    scale, reach = degradation.scale, 2  # bicubic interpolation reaches two pixels out
+    spans = [
+        (max(0, start // scale - reach), min(length, -(-end // scale) + reach))
+        for (start, end), length in zip((rows, columns), size, strict=True)
+    ]
+    block = degradation.network_input(read(*spans))
+    top, left = (start - span[0] * scale for (start, _), span in zip((rows, columns), spans, strict=True))
+    return block[..., top : top + rows[1] - rows[0], left : left + columns[1] - columns[0]]
+
+
+def _strips(
+    model: nn.Module, work: Work, degradation: Degradation | None, rows: Axis, columns: Axis
+) -> Iterator[Tensor]:
+    device = device_of(model)
+    count, done = len(rows.spans) * len(columns.spans), 0
+
+    def tile(across: Span, along: Span) -> Tensor:
+        nonlocal done
+        size = (work.height, work.width)
+        shape = across[1] - across[0], along[1] - along[0]
+        with _says_what_is_too_large(shape, device), torch.inference_mode():
+            # Moved while it is small: the device upsamples it.
+            given = network_block(
+                lambda r, c: work.read(r, c).to(device, torch.float32), size, across, along, degradation
+            )
+            restored = run_network(model, given, precision=work.precision)
+            if degradation is not None:
+                restored = degradation.combine(restored, given)
+            if not restored.isfinite().all():  # clamped it would pass for an image
+                raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
+        done += 1
+        if work.progress:
+            work.progress(done, count)
+        return restored
+
+    if count == 1:
+        yield tile(rows.spans[0], columns.spans[0])
+    else:
+        yield from blend(rows, columns, tile)
+
+
+def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) -> int | None:
+    """The side of the tiles, None for the whole image."""
+    if work.tile is None or work.tile == "none":
+        return None
+    if isinstance(work.tile, int):
+        return work.tile if work.tile < max(height, width) else None
+    need, free = _need_and_free(model, work, height, width)
+    if need <= SHARE * free:
+        return None
+    device, dtype = device_of(model), pick_precision(work.precision, device_of(model))
+    least = _least_tile(work, multiple)
+    side = max(least, LARGEST_TILE // multiple * multiple)
+    while side > least:
+        rows_of_tiles = 24 * work.batch * side * width if device.type != "cuda" else 0  # put together on the CPU
+        if network_bytes(model, work.batch * side * side, device, dtype) + rows_of_tiles <= SHARE * free:
+            break
+        side = max(least, side * 7 // 8 // multiple * multiple)
+    if side >= max(height, width):
+        return None
+    _tell(
+        work,
+        f"{width}x{height} px would need about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: "
+        f"restored in tiles of {side} px, feathered over {work.overlap} px",
+    )
+    return side
+
+
+def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tuple[int, int]:
+    device = device_of(model)
+    multiple = getattr(model, "size_multiple", 1)
+    pixels = work.batch * _up(height, multiple) * _up(width, multiple)
+    need = network_bytes(model, pixels, device, pick_precision(work.precision, device))
+    return need, available(device)
+
+
+def _least_tile(work: Work, multiple: int) -> int:
+    return _up(max(256, 4 * work.overlap), multiple)
+
+
+def _tell(work: Work, line: str) -> None:
+    warnings.warn(f"{work.label}: {line}" if work.label else line, stacklevel=2)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+_modes_lock = threading.Lock()
+_modes: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after, each module has its own flag again. Several threads may be inside at once."""
+    with _modes_lock:
+        inside, training = _modes.get(model, (0, []))
+        if not inside:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _modes[model] = inside + 1, training
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            inside, training = _modes.pop(model)
+            if inside > 1:
+                _modes[model] = inside - 1, training
+            else:
+                for module in training:
+                    module.training = True
+
+
+@contextmanager
+def _says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Turn every way in which PyTorch runs out of memory into one line that names the remedy."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(sign in str(error) for sign in _MEMORY_SIGNS):
+            raise
+    # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
+    raise OutOfMemoryError(
+        f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
+        "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"
+    )

@@ -1,0 +1,217 @@
+"""The page, driven in a real browser against a real server."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from serpent_ir.demo import Worker
+from serpent_ir.errors import SerpentError
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def quick(path: Path) -> str:
+    return path.name
+
+
+def slow(path: Path) -> None:
+    time.sleep(60)
+
+
+def refuses(path: Path) -> None:
+    raise SerpentError(f"{path}: is no image")
+
+
+def breaks(path: Path) -> None:
+    raise RuntimeError("a secret of the server")
+
+
+def dies(path: Path) -> None:
+    os._exit(9)
+
+
+def test_the_worker_outlives_what_its_images_do(capfd):
+    worker = Worker()
+    photo = Path("/a/server/folder/photo.png")
+    try:
+        assert worker(quick, photo, seconds=60) == "photo.png"
+        first = worker._process
+        with pytest.raises(SerpentError, match=r"^photo\.png: is no image$"):  # not where the server keeps it
+            worker(refuses, photo, seconds=60)
+        with pytest.raises(SerpentError, match="failed for a reason of its own") as failure:
+            worker(breaks, photo, seconds=60)
+        assert "secret" not in str(failure.value)
+        assert worker(quick, photo, seconds=60) == "photo.png"
+        assert worker._process is first
+        with pytest.raises(SerpentError, match=r"took longer than 0\.2 s"):
+            worker(slow, photo, seconds=0.2)
+        assert not first.is_alive()
+        with pytest.raises(SerpentError, match="did not fit in memory"):
+            worker(dies, photo, seconds=60)
+        assert worker(quick, photo, seconds=60) == "photo.png"
+    finally:
+        worker.stop()
+    assert "a secret of the server" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    pytest.importorskip("gradio", reason="pip install 'serpent-ir[demo]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("server")
+    command = [sys.executable, "-m", "serpent_ir.cli", "demo", "--port", str(port), "--max-megapixels", "0.3"]
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONWARNINGS": "ignore"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        assert process.poll() is None, (folder / "log").read_text()
+        if "the page is at" in (folder / "log").read_text():
+            break
+        time.sleep(0.1)
+    yield url
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    assert [path.name for path in folder.iterdir()] == ["log"]  # uploads and results went with the server
+
+
+@pytest.fixture
+def page(server):
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium (or any that is on the PATH)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1300, "height": 900})
+        page.goto(server)
+        page.get_by_role("button", name="Restore", exact=True).wait_for(timeout=60_000)
+        yield page
+        browser.close()
+
+
+def upload(page, where: str, file: Path) -> None:
+    page.locator(f".{where} input[type=file]").set_input_files(file)
+    page.locator(f".{where} .download-link").wait_for(timeout=30_000)
+
+
+def test_a_photo_is_restored_as_the_command_does(page, tmp_path):
+    from serpent_ir.cli import degrade, restore
+
+    Image.fromarray(data.astronaut()[60:188, 160:300]).save(tmp_path / "clean.png", dpi=(300, 300))
+    degrade([tmp_path / "clean.png"], tmp_path / "photo.png", task="deblur")
+    deep = np.asarray(Image.open(tmp_path / "photo.png")).astype(np.uint16) * 257 + 3
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    for name in ("photo.png", "deep.png"):
+        restore([tmp_path / name], tmp_path / f"by-command-{name}", name="serpent_l.deblur")
+        upload(page, "photo", tmp_path / name)
+        page.get_by_role("button", name="Restore", exact=True).click()
+        page.locator(".told").get_by_text("140x128 pixels in").wait_for(timeout=60_000)
+        page.locator(".result").get_by_text(name.removesuffix(".png") + "-restored").wait_for(timeout=30_000)
+        with page.expect_download() as download:
+            page.locator(".result .download-link").first.click()
+        assert Path(download.value.path()).read_bytes() == (tmp_path / f"by-command-{name}").read_bytes()
+        images = page.get_by_test_id("imageslider-image")
+        assert images.count() == 2
+        widths = images.evaluate_all("all => all.map(image => [image.naturalWidth, image.src])")
+        assert [width for width, _ in widths] == [140, 140]
+        assert widths[0][1] != widths[1][1]
+        assert images.first.is_visible()
+        page.locator(".photo button[aria-label='Clear']").first.click()
+
+
+def test_degrade_and_restore_tells_the_gain(page, tmp_path):
+    Image.fromarray(data.astronaut()[60:188, 160:288]).save(tmp_path / "clean.png")
+    page.get_by_role("tab", name="Degrade and restore").click()
+    upload(page, "clean", tmp_path / "clean.png")
+    page.get_by_role("button", name="Degrade and restore").click()
+    told = page.locator(".told").get_by_text("PSNR")
+    told.wait_for(timeout=60_000)
+    before, after = re.findall(r"([\d.]+) dB", told.inner_text())
+    assert float(after) > float(before) + 3
+
+
+def test_an_example_is_taken_by_a_click(page):
+    page.get_by_text("chelsea-sr8.png").click()
+    page.locator(".photo .download-link").wait_for(timeout=30_000)
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.locator(".told").get_by_text("by serpent_l.sr8").wait_for(timeout=60_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("text.png", b"this is not an image", "text.png: "),
+        ("short.png", None, "short.png: is damaged or cut short"),
+        ("large.png", (900, 400), "large.png: 900x400 px is over this page's 0.3 megapixels"),
+    ],
+)
+def test_a_bad_upload_shows_a_message(page, tmp_path, name, content, told):
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        Image.new("RGB", content).save(file)
+    else:
+        Image.fromarray(data.astronaut()[:90, :90]).save(file)
+        file.write_bytes(file.read_bytes()[:-3000])
+    upload(page, "photo", file)
+    page.get_by_role("button", name="Restore", exact=True).click()
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for(timeout=60_000)
+    assert told in toast.inner_text()
+    assert str(tmp_path.parent) not in toast.inner_text()
+    assert "/tmp" not in toast.inner_text()
+
+
+def test_nothing_else_of_the_server_can_be_read(server, tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8), "red").save(secret)
+    for path in (
+        "/etc/passwd",
+        str(secret),
+        "log",
+        "../log",
+        "../../../../../../etc/passwd",
+        "..%2f..%2f..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "%2fetc%2fpasswd",
+        "//etc/passwd",
+        f"file://{secret}",
+        str(Path(sys.executable).parent.parent / "pyvenv.cfg"),
+    ):
+        for route in ("gradio_api/file=", "file=", "static/", "assets/", "gradio_api/proxy="):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{server}/{route}{path}")
+            refused.value.close()
+            assert refused.value.code in (400, 403, 404, 405)
+    # A call that names a file of the server as if it had been uploaded.
+    with urllib.request.urlopen(f"{server}/config") as answer:
+        config = json.load(answer)
+    for function in config["dependencies"]:
+        for file in (str(secret), "/etc/passwd"):
+            inputs = [{"path": file, "meta": {"_type": "gradio.FileData"}}, "deblur", "serpent_l", 0]
+            body = {"data": inputs[: len(function["inputs"])], "fn_index": function["id"], "session_hash": "s"}
+            request = urllib.request.Request(
+                f"{server}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            urllib.request.urlopen(request).close()
+            with urllib.request.urlopen(f"{server}/gradio_api/queue/data?session_hash=s", timeout=60) as events:
+                (end,) = [line.decode() for line in events if b"process_completed" in line]
+            assert '"success":false' in end.replace(" ", "")
+            assert "gradio_api" not in end

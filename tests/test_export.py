@@ -1,0 +1,158 @@
+"""Exported files: what they compute at sizes they were not made at, and that they stand alone."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from serpent_ir.cli import app
+from serpent_ir.degradations import create_degradation
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.export import METADATA_FILE, TOLERANCE, export_network, portable_ss2d
+from serpent_ir.models import PRESETS, TASK_CHANNELS
+from serpent_ir.models.serpent import Serpent, SerpentConfig
+from serpent_ir.ops import ss2d
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'serpent-ir[export]'")
+
+
+def small_network(task: str = "deblur", blocks: tuple[int, ...] = (1,)) -> Serpent:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        channels = TASK_CHANNELS.get(task, 3)
+        return Serpent(SerpentConfig(patch_size=2, dim=8, blocks=blocks, task=task, in_channels=channels)).eval()
+
+
+def expected_of(model: Serpent, image: torch.Tensor) -> np.ndarray:
+    degradation = create_degradation(model.config.task)
+    with torch.no_grad():
+        given = degradation.network_input(image)
+        return degradation.combine(model(given), given).clamp(0, 1).numpy()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 9)])
+def test_the_portable_scan_is_the_operator(size):
+    g = torch.Generator().manual_seed(0)
+    u, proj, dt_weight, dt_bias, A_log, D = (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        for shape in [(2, *size, 8), (2, *size, 4, 2 + 2 * 3), (4, 8, 2), (4, 8), (4, 8, 3), (4, 8)]
+    )
+    inputs = (u, proj, dt_weight, dt_bias, A_log * 0.3, D)
+    expected = ss2d(*inputs, backend="reference")
+    torch.testing.assert_close(portable_ss2d(*inputs), expected, rtol=1e-11, atol=1e-11)
+
+
+# Exporting takes seconds a block: one has two levels, the others are as small as can be.
+@pytest.mark.parametrize(("task", "blocks"), [("deblur", (1, 1)), ("sr8", (1,)), ("inpaint", (1,))])
+def test_onnx_of_any_size(task, blocks, tmp_path):
+    file = tmp_path / "network.onnx"
+    model = small_network(task, blocks)
+    metadata, checks = export_network(model, file, dynamic=True, size=32, told={"network": "small"})
+    assert len(checks) == 4
+    assert max(check.relative_error for check in checks) <= TOLERANCE
+    assert list(tmp_path.iterdir()) == [file]
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == metadata
+    assert metadata["task"] == task
+    assert metadata["network"] == "small"
+    assert metadata["size"] == "any from 1x1 px up"
+    channels = TASK_CHANNELS.get(task, 3)
+    for height, width in [(1, 1), (2, 37), (16, 16), (45, 23)]:
+        image = torch.rand(1, channels, height, width)
+        image[:, 3:] = image[:, 3:].round()
+        (got,) = session.run(["restored"], {"image": image.numpy()})
+        expected = expected_of(model, image)
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def test_pt2_runs_without_this_package(tmp_path):
+    file = tmp_path / "network.pt2"
+    model = small_network()
+    metadata, checks = export_network(model, file, format="pt2", dynamic=True, size=32)
+    assert len(checks) == 4
+    assert metadata["size"] == "any from 3x3 px up"
+    images = [torch.rand(1, 3, *size) for size in ((5, 40), (16, 24))]
+    torch.save(images, tmp_path / "images.pt")
+    script = f"""
+import sys, torch
+sys.modules["serpent_ir"] = None
+extra = {{"{METADATA_FILE}": ""}}
+program = torch.export.load(r"{file}", extra_files=extra).module()
+with torch.no_grad():
+    torch.save([program(x) for x in torch.load(r"{tmp_path / "images.pt"}")], r"{tmp_path / "restored.pt"}")
+print(extra["{METADATA_FILE}"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == metadata
+    for image, got in zip(images, torch.load(tmp_path / "restored.pt"), strict=True):
+        np.testing.assert_allclose(got.numpy(), expected_of(model, image), atol=1e-5)
+
+
+def test_one_size(tmp_path):
+    file = tmp_path / "network.onnx"
+    metadata, checks = export_network(small_network(), file, size=20)
+    assert metadata["size"] == "exactly 20x20 px"
+    assert [(check.height, check.width) for check in checks] == [(20, 20)]
+
+
+def test_a_unet_too(tmp_path):
+    build, config = PRESETS["unet_32"]
+    model = build(replace(config, channels=4, pools=2, task="deblur")).eval()
+    metadata, checks = export_network(model, tmp_path / "unet.onnx", dynamic=True, size=24)
+    assert metadata["size"] == "any from 5x5 px up"
+    assert len(checks) == 4
+
+
+class Branching(torch.nn.Module):
+    """Has a branch that depends on the pixels, which no graph can hold."""
+
+    config = SerpentConfig()
+    size_multiple = 1
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Drifting(torch.nn.Module):
+    """Gives something else each time it is asked, so that no file agrees with it."""
+
+    config = SerpentConfig()
+    size_multiple = 1
+    calls = 0
+
+    def forward(self, x):
+        Drifting.calls += 1
+        return x * 0.9**Drifting.calls
+
+
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path):
+    with pytest.raises(SerpentError, match=r"cannot be exported: .*data.dependent"):
+        export_network(Branching().eval(), tmp_path / "x.onnx")
+    with pytest.raises(SerpentError, match=r"differs from the network by .* at 256x256 px"):
+        export_network(Drifting().eval(), tmp_path / "x.onnx")
+    with pytest.raises(UsageError, match="unknown format 'tflite'; valid: onnx, pt2"):
+        export_network(small_network(), tmp_path / "x.tflite", format="tflite")
+    with pytest.raises(UsageError, match="size is 0 px"):
+        export_network(small_network(), tmp_path / "x.onnx", size=0)
+    with pytest.raises(UsageError, match="no such folder"):
+        export_network(small_network(), tmp_path / "none" / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "serpent_b", (Serpent, SerpentConfig(patch_size=2, dim=8, blocks=(1,))))
+    file = tmp_path / "weights.safetensors"
+    save_file(small_network().state_dict(), file, {"network": "serpent_b", "task": "deblur"})
+    out = tmp_path / "x.onnx"
+    result = CliRunner().invoke(app, ["export", "--weights", str(file), "-o", str(out), "--dynamic", "--size", "24"])
+    assert result.exit_code == 0, result.output
+    assert "relative error" in result.stdout
+    assert "size: any from 1x1 px up" in result.stdout
+    assert out.stat().st_size > 10_000
