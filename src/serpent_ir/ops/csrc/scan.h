@@ -13,6 +13,8 @@
 enum {
     GROUP = 16, /* channels that one task walks side by side: a cache line of floats */
     CHUNK = 32, /* positions whose values are packed in the first level cache */
+    PULLED = 2, /* groups that a backward task takes side by side, a pair: their gradients of proj leave it added up */
+    KEPT_FLOATS = 1 << 17, /* what a backward task keeps rather than compute again: half of a second level cache */
     DIRECTIONS = 4
 };
 
@@ -23,15 +25,16 @@ typedef struct {
     const float *grad_y; /* this and what follows: the backward pass's */
     float *dproj;
     double *dparams; /* (batch, direction, group, rank + 2 + state, GROUP): rows of dt_weight, dt_bias, D, A_log */
-    /* dproj before its sum over channel groups, for the directions and groups of the current phase:
-     * (direction, batch, group, chunk of the direction's walk, rank + 2 state, CHUNK) */
+    /* dproj before its sum over channels, for the directions and pairs of channel groups of the current phase:
+     * (direction, batch, pair, chunk of the direction's walk, rank + 2 state, CHUNK) */
     float *partial;
-    int64_t k_begin, k_end, group_begin, group_end;
+    int64_t k_begin, k_end, pair_begin, pair_end;
 } scan_problem;
 
 static inline int64_t scan_length(const scan_problem *p) { return p->height * p->width; }
 static inline int64_t scan_chunks(const scan_problem *p) { return (scan_length(p) + CHUNK - 1) / CHUNK; }
 static inline int64_t scan_groups(const scan_problem *p) { return (p->channels + GROUP - 1) / GROUP; }
+static inline int64_t scan_pairs(const scan_problem *p) { return (scan_groups(p) + PULLED - 1) / PULLED; }
 static inline int64_t scan_row(const scan_problem *p) { return p->rank + 2 * p->state; }
 static inline int64_t scan_params(const scan_problem *p) { return p->rank + 2 + p->state; }
 

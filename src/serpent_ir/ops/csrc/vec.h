@@ -158,22 +158,22 @@ ALWAYS_INLINE vf add_blocks(vf a, vf b) { return SHUFFLE(a, b, BLOCKS(0)) + SHUF
 #endif
 #endif
 
-/* sums[i] = the sum of the 16 floats of row i, for LANES rows: a transposition that adds on the way. */
-ALWAYS_INLINE void sum_rows(const float *rows, float *sums) {
-    vf x[LANES];
-    for (int i = 0; i < LANES; i++) {
-        x[i] = vload(rows + 16 * i);
-        for (int v = LANES; v < 16; v += LANES) x[i] = x[i] + vload(rows + 16 * i + v);
-    }
+/* sums[t] = the sum of the LANES floats of row t, for t < count and up to LANES - 1 more: transpositions that add on
+ * the way. */
+ALWAYS_INLINE void sum_lanes(const float *rows, float *sums, int64_t count) {
+    for (int64_t t = 0; t < count; t += LANES) {
+        vf x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = vload(rows + (t + i) * LANES);
 #if LANES > 1
-    for (int step = 1; step < 4; step *= 2)
-        for (int i = 0; i < LANES; i += 2 * step) x[i] = add_pairs(x[i], x[i + step]);
+        for (int step = 1; step < 4; step *= 2)
+            for (int i = 0; i < LANES; i += 2 * step) x[i] = add_pairs(x[i], x[i + step]);
 #endif
 #if LANES > 4
-    for (int step = 4; step < LANES; step *= 2)
-        for (int i = 0; i < LANES; i += 2 * step) x[i] = add_blocks(x[i], x[i + step]);
+        for (int step = 4; step < LANES; step *= 2)
+            for (int i = 0; i < LANES; i += 2 * step) x[i] = add_blocks(x[i], x[i + step]);
 #endif
-    vstore(sums, x[0]);
+        vstore(sums + t, x[0]);
+    }
 }
 
 #endif
