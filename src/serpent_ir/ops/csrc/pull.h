@@ -116,15 +116,17 @@ ALWAYS_INLINE vf total(const float *sums) { return vload(sums) + vload(sums + CH
 /* The gradients of dt and dt u, and grad_y, to those of u (left in grad_dtu), dt_weight, dt_bias and D; that of z, which
  * softplus makes dt of, is left in grad_dt. */
 static void pull_inputs(const workspace *ws, const scan_problem *p, const lane_group *g) {
+    const int64_t count = ws->count;
+    const float *us = g->u, *dts = g->dt, *slopes = g->slope, *grad_ys = g->grad_y;
+    float *grad_dts = g->grad_dt, *grad_dtus = g->grad_dtu;
     for (int v = 0; v < GROUP; v += LANES) {
         vf D = vload(g->D + v), grad_D = vset(0.0f), grad_bias = vset(0.0f);
-        for (int64_t t = 0; t < ws->count; t++) {
+        for (int64_t t = 0; t < count; t++) {
             int64_t at = t * GROUP + v;
-            vf u = vload(g->u + at), grad_y = vload(g->grad_y + at);
-            vf grad_dtu = total(g->grad_dtu + at);
-            vf z = (total(g->grad_dt + at) + grad_dtu * u) * vload(g->slope + at);
-            vstore(g->grad_dt + at, z);
-            vstore(g->grad_dtu + at, grad_dtu * vload(g->dt + at) + D * grad_y);
+            vf u = vload(us + at), grad_y = vload(grad_ys + at), grad_dtu = total(grad_dtus + at);
+            vf z = (total(grad_dts + at) + grad_dtu * u) * vload(slopes + at);
+            vstore(grad_dts + at, z);
+            vstore(grad_dtus + at, grad_dtu * vload(dts + at) + D * grad_y);
             grad_D = grad_D + grad_y * u;
             grad_bias = grad_bias + z;
         }
@@ -135,16 +137,16 @@ static void pull_inputs(const workspace *ws, const scan_problem *p, const lane_g
 
 /* The gradient of z to those of dt_weight and low. */
 static void pull_low(const workspace *ws, const scan_problem *p, float *partial) {
-    int64_t row = scan_row(p);
+    const int64_t row = scan_row(p), count = ws->count;
+    float *products = ws->products_B;
     for (int64_t r = 0; r < p->rank; r++) {
         for (int64_t i = 0; i < ws->groups; i++) {
             const lane_group *g = &ws->group[i];
             for (int v = 0; v < GROUP; v += LANES) {
                 const float *grad_z = g->grad_dt + v, *low = ws->rows + r;
-                float *products = ws->products_B;
                 vf weight = vload(g->weight + r * GROUP + v), grad_weight = vset(0.0f);
                 int add = i > 0 || v > 0;
-                for (int64_t t = 0; t < ws->count; t++) {
+                for (int64_t t = 0; t < count; t++) {
                     vf z = vload(grad_z + t * GROUP);
                     grad_weight = grad_weight + z * low[t * row];
                     vstore(products + t * LANES, add ? vload(products + t * LANES) + z * weight : z * weight);
@@ -152,7 +154,7 @@ static void pull_low(const workspace *ws, const scan_problem *p, float *partial)
                 vstore(g->sums + r * GROUP + v, grad_weight);
             }
         }
-        sum_lanes(ws->products_B, partial + r * CHUNK, ws->count);
+        sum_lanes(products, partial + r * CHUNK, count);
     }
 }
 

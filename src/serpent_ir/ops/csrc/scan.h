@@ -14,7 +14,7 @@ enum {
     GROUP = 16, /* channels that one task walks side by side: a cache line of floats */
     CHUNK = 32, /* positions whose values are packed in the first level cache */
     PULLED = 2, /* groups that a backward task takes side by side, a pair: their gradients of proj leave it added up */
-    KEPT_FLOATS = 1 << 17, /* what a backward task keeps rather than compute again: half of a second level cache */
+    KEPT_FLOATS = 1 << 18, /* what a backward task keeps rather than compute again: a second level cache */
     DIRECTIONS = 4
 };
 

@@ -158,22 +158,28 @@ ALWAYS_INLINE vf add_blocks(vf a, vf b) { return SHUFFLE(a, b, BLOCKS(0)) + SHUF
 #endif
 #endif
 
-/* sums[t] = the sum of the LANES floats of row t, for t < count and up to LANES - 1 more: transpositions that add on
- * the way. */
-ALWAYS_INLINE void sum_lanes(const float *rows, float *sums, int64_t count) {
-    for (int64_t t = 0; t < count; t += LANES) {
-        vf x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = vload(rows + (t + i) * LANES);
+/* Rows of LANES floats to their sums, by a transposition that adds on the way. */
 #if LANES > 1
-        for (int step = 1; step < 4; step *= 2)
-            for (int i = 0; i < LANES; i += 2 * step) x[i] = add_pairs(x[i], x[i + step]);
+ALWAYS_INLINE vf sums_of_2(const float *rows) { return add_pairs(vload(rows), vload(rows + LANES)); }
+ALWAYS_INLINE vf sums_of_4(const float *rows) { return add_pairs(sums_of_2(rows), sums_of_2(rows + 2 * LANES)); }
 #endif
 #if LANES > 4
-        for (int step = 4; step < LANES; step *= 2)
-            for (int i = 0; i < LANES; i += 2 * step) x[i] = add_blocks(x[i], x[i + step]);
+ALWAYS_INLINE vf sums_of_8(const float *rows) { return add_blocks(sums_of_4(rows), sums_of_4(rows + 4 * LANES)); }
 #endif
-        vstore(sums + t, x[0]);
-    }
+#if LANES > 8
+ALWAYS_INLINE vf sums_of_16(const float *rows) { return add_blocks(sums_of_8(rows), sums_of_8(rows + 8 * LANES)); }
+#define SUMS_OF_ROWS sums_of_16
+#elif LANES > 4
+#define SUMS_OF_ROWS sums_of_8
+#elif LANES > 1
+#define SUMS_OF_ROWS sums_of_4
+#else
+#define SUMS_OF_ROWS vload
+#endif
+
+/* sums[t] = the sum of the LANES floats of row t, for t < count and up to LANES - 1 more. */
+ALWAYS_INLINE void sum_lanes(const float *rows, float *sums, int64_t count) {
+    for (int64_t t = 0; t < count; t += LANES) vstore(sums + t, SUMS_OF_ROWS(rows + t * LANES));
 }
 
 #endif

@@ -167,13 +167,15 @@ ALWAYS_INLINE void store_lanes(float *to, const float *lanes, int64_t width, int
 /* Packs the chunk that was ahead, the rows of proj and u at its pixels, from any distance apart to side by side; the
  * next one is `chunk`. */
 ALWAYS_INLINE void load_chunk(workspace *ws, const scan_problem *p, int64_t chunk) {
-    int64_t row = scan_row(p);
-    ws->count = ws->next_count;
+    int64_t row = scan_row(p), count = ws->count = ws->next_count;
+    float *rows = ws->rows;
     memcpy(ws->pixel, ws->next, sizeof ws->pixel);
     look_ahead(ws, p, chunk);
-    for (int64_t t = 0; t < ws->count; t++) {
+    for (int64_t t = 0; t < count; t++, rows += row) {
         const float *from = ws->from_rows + ws->pixel[t] * DIRECTIONS * row;
-        for (int64_t i = 0; i < row; i++) ws->rows[t * row + i] = from[i];
+        int64_t i = 0;
+        for (; i + 4 <= row; i += 4) memcpy(rows + i, from + i, 4 * sizeof(float));
+        for (; i < row; i++) rows[i] = from[i];
     }
     for (int64_t i = 0; i < ws->groups; i++) {
         const lane_group *g = &ws->group[i];
@@ -199,21 +201,25 @@ ALWAYS_INLINE void fetch(const workspace *ws, const scan_problem *p, const lane_
 
 /* dt and dt u of the chunk, and dt's derivative if `want_slope`; if `known`, dt and slope are there already. */
 ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, lane_group *g, int want_slope, int known) {
-    int64_t row = scan_row(p);
+    const int64_t row = scan_row(p), rank = p->rank, count = ws->count;
+    const float *rows = ws->rows, *us = g->u, *weight = g->weight;
+    float *dts = g->dt, *dtus = g->dtu, *slopes = g->slope;
     for (int v = 0; v < GROUP; v += LANES) {
-        for (int64_t t = 0; t < ws->count; t++) {
+        vf bias = vload(g->bias + v);
+        for (int64_t t = 0; t < count; t++) {
+            int64_t at = t * GROUP + v;
             vf z = vset(0.0f), slope;
             if (v == 0) fetch(ws, p, g, t);
             if (known) {
-                vstore(g->dtu + t * GROUP + v, vload(g->dt + t * GROUP + v) * vload(g->u + t * GROUP + v));
+                vstore(dtus + at, vload(dts + at) * vload(us + at));
                 continue;
             }
-            for (int64_t r = 0; r < p->rank; r++) z = z + vload(g->weight + r * GROUP + v) * ws->rows[t * row + r];
+            for (int64_t r = 0; r < rank; r++) z = z + vload(weight + r * GROUP + v) * rows[t * row + r];
             /* The bias last: it is the largest term, and would round every sum after it. */
-            vf dt = softplus(z + vload(g->bias + v), want_slope ? &slope : 0);
-            vstore(g->dt + t * GROUP + v, dt);
-            vstore(g->dtu + t * GROUP + v, dt * vload(g->u + t * GROUP + v));
-            if (want_slope) vstore(g->slope + t * GROUP + v, slope);
+            vf dt = softplus(z + bias, want_slope ? &slope : 0);
+            vstore(dts + at, dt);
+            vstore(dtus + at, dt * vload(us + at));
+            if (want_slope) vstore(slopes + at, slope);
         }
     }
     if (g->width == GROUP) return;
