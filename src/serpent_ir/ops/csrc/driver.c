@@ -18,7 +18,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 3, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 4, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
@@ -288,5 +288,29 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
     if (split) run_merge(&c, threads, openmp);
     gather_parameters(p, grads);
     give_back(memory);
+    return OK;
+}
+
+typedef struct {
+    gate_problem problem;
+    const scan_kernels *kernels;
+} gate_call;
+
+enum { GATED = 256 }; /* pixels of a task */
+
+static void gate_task(void *context, int64_t task, int thread) {
+    const gate_call *c = context;
+    int64_t begin = task * GATED, left = c->problem.pixels - begin;
+    (void)thread;
+    c->kernels->gate(&c->problem, begin, begin + (left < GATED ? left : GATED));
+}
+
+/* z = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16. */
+EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
+                             const float *y, const float *weight, const float *bias, float eps, float *z) {
+    gate_call c = {{pixels, channels, y, weight, bias, eps, z}, kernels_at(level)};
+    int64_t tasks = (pixels + GATED - 1) / GATED;
+    if (!c.kernels) return NO_LEVEL;
+    run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
     return OK;
 }

@@ -69,12 +69,21 @@ typedef struct {
     int add;
 } scan_task;
 
+/* LayerNorm(y) SiLU(z) over z; maps are (pixels, channels), channels a multiple of GROUP. */
+typedef struct {
+    int64_t pixels, channels;
+    const float *y, *weight, *bias;
+    float eps;
+    float *z;
+} gate_problem;
+
 /* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
     const char *name;
     int64_t (*scratch_floats)(const scan_problem *p, int backward);
     void (*forward)(const scan_problem *p, const scan_task *task, float *scratch);
     void (*backward)(const scan_problem *p, const scan_task *task, float *scratch);
+    void (*gate)(const gate_problem *p, int64_t begin, int64_t end);
 } scan_kernels;
 
 #endif

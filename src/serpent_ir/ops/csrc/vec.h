@@ -109,6 +109,13 @@ ALWAYS_INLINE vf exp_minus_abs(vf z) {
     return exp2_fraction(r * 1.44269504f) * power_of_two(rounded);
 }
 
+/* 1 / (1 + e^-z), with e = e^-|z|. */
+ALWAYS_INLINE vf sigmoid(vf z, vf e) {
+    vi negative = bits_of(z) >> 31;
+    vi numerator = (bits_of(e) & negative) | (bits_of(vset(1.0f)) & ~negative);
+    return from_bits(numerator) / (e + 1.0f);
+}
+
 /* log(1 + e^z) = max(z, 0) + log(1 + e) with e = e^-|z|. log(1 + e) = 2 atanh(e / (2 + e)) keeps its precision for
  * small e, that is for small time steps. `slope`, where wanted, takes the derivative 1 / (1 + e^-z). */
 ALWAYS_INLINE vf softplus(vf z, vf *slope) {
@@ -120,11 +127,7 @@ ALWAYS_INLINE vf softplus(vf z, vf *slope) {
     p = p * w + 4.00203320e-1f;
     p = p * w + 6.66664418e-1f;
     p = p * w + 2.0f;
-    if (slope) {
-        vi negative = bits_of(z) >> 31;
-        vi numerator = (bits_of(e) & negative) | (bits_of(vset(1.0f)) & ~negative);
-        *slope = from_bits(numerator) / (e + 1.0f);
-    }
+    if (slope) *slope = sigmoid(z, e);
     return at_least(z, 0.0f) + s * p;
 }
 
