@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ABI = 4
@@ -181,13 +182,28 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
     """LayerNorm(y) * SiLU(z) over the last dimension, without a tape. z, which nobody else may need any more, is
     overwritten where the library does it in one pass, for contiguous float32 maps of a multiple of 16 channels."""
-    library, _ = _load()
-    maps = (y, z)
-    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (*maps, weight, bias))
-    if library is None or not fits or y.shape[-1] % 16 or not y.numel():
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (y, weight, bias, z))
+    if unavailable() or not fits or y.shape[-1] % 16 or not y.numel():
         weight, bias = weight.to(y.dtype), bias.to(y.dtype)
-        return torch.nn.functional.layer_norm(y, weight.shape, weight, bias, eps).mul_(torch.nn.functional.silu(z))
+        return F.layer_norm(y, weight.shape, weight, bias, eps).mul_(F.silu(z))
+    NORM_GATE(y, weight, bias, eps, z)
+    return z
+
+
+# An operator, so that norms are counted and fake tensors pass.
+_SCHEMA = "(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) z) -> ()"
+torch.library.define("serpent_ir::norm_gate", _SCHEMA)
+NORM_GATE = torch.ops.serpent_ir.norm_gate
+
+
+@torch.library.impl("serpent_ir::norm_gate", "CPU")
+def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> None:
+    library = _library()
     pointers = [x.data_ptr() for x in (y, weight, bias)]
     sizes = (y.numel() // y.shape[-1], y.shape[-1])
     _check(library.gate(*_how(library), *sizes, *pointers, eps, z.data_ptr()))
-    return z
+
+
+@torch.library.register_fake("serpent_ir::norm_gate")
+def _(y, weight, bias, eps, z):
+    return None
