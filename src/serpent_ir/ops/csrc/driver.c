@@ -71,6 +71,7 @@ typedef struct {
     int64_t scratch_floats;
     float *out;   /* y or du */
     float *parts; /* those of directions 1 to 3 where directions are tasks of their own, else NULL */
+    float *const *grads;
 } call;
 
 static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
@@ -168,7 +169,7 @@ static void forward_task(void *context, int64_t task, int thread) {
  * openmp: see threads.h. Writes y. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                 const float *const inputs[6], float *y) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL};
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL, NULL};
     if (!c.kernels) return NO_LEVEL;
     scan_problem *p = &c.problem;
     p->k_end = DIRECTIONS;
@@ -214,32 +215,36 @@ static void gather_task(void *context, int64_t task, int thread) {
         float sums[CHUNK] = {0};
         if (p->pair_begin > 0)
             for (int64_t t = 0; t < count; t++) sums[t] = to[t][i];
-        for (int64_t pair = 0; pair < pairs; pair++)
-            for (int t = 0; t < CHUNK; t++) sums[t] += first[(pair * chunks * row + i) * CHUNK + t];
+        const float *of_pair = first + i * CHUNK;
+        for (int64_t pair = 0; pair < pairs; pair++, of_pair += chunks * row * CHUNK)
+            for (int t = 0; t < CHUNK; t++) sums[t] += of_pair[t];
         for (int64_t t = 0; t < count; t++) to[t][i] = sums[t];
     }
 }
 
-/* Parameter gradients: the images' added up in order, and laid out as the parameters are. */
-static void gather_parameters(const scan_problem *p, float *const grads[6]) {
-    int64_t rows = scan_params(p), groups = scan_groups(p), rank = p->rank;
-    for (int64_t k = 0; k < DIRECTIONS; k++)
-        for (int64_t channel = 0; channel < p->channels; channel++)
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t at = k * p->channels + channel;
-                double sum = 0;
-                for (int64_t image = 0; image < p->batch; image++)
-                    sum += p->dparams[(((image * DIRECTIONS + k) * groups + channel / GROUP) * rows + i) * GROUP +
-                                      channel % GROUP];
-                if (i < rank)
-                    grads[2][at * rank + i] = (float)sum;
-                else if (i == rank)
-                    grads[3][at] = (float)sum;
-                else if (i == rank + 1)
-                    grads[5][at] = (float)sum;
-                else
-                    grads[4][at * p->state + i - rank - 2] = (float)sum;
-            }
+/* Parameter gradients of a direction and group: the images' added up in order, and laid out as the parameters are. */
+static void gather_parameters(void *context, int64_t task, int thread) {
+    const call *c = context;
+    const scan_problem *p = &c->problem;
+    int64_t rows = scan_params(p), groups = scan_groups(p), rank = p->rank, state = p->state;
+    int64_t k = task / groups, group = task % groups, left = p->channels - group * GROUP;
+    const double *from = p->dparams + task * rows * GROUP;
+    (void)thread;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t lane = 0; lane < (left < GROUP ? left : GROUP); lane++) {
+            int64_t at = k * p->channels + group * GROUP + lane;
+            double sum = 0;
+            for (int64_t image = 0; image < p->batch; image++)
+                sum += from[(image * DIRECTIONS * groups * rows + i) * GROUP + lane];
+            if (i < rank)
+                c->grads[2][at * rank + i] = (float)sum;
+            else if (i == rank)
+                c->grads[3][at] = (float)sum;
+            else if (i == rank + 1)
+                c->grads[5][at] = (float)sum;
+            else
+                c->grads[4][at * state + i - rank - 2] = (float)sum;
+        }
 }
 
 /* As serpent_scan_forward; writes the gradients of the six inputs, in their order. The gradients of proj before their
@@ -247,7 +252,7 @@ static void gather_parameters(const scan_problem *p, float *const grads[6]) {
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                  const float *const inputs[6], const float *grad_y, float *const grads[6],
                                  int64_t partial_floats) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL};
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL, grads};
     scan_problem *p = &c.problem;
     if (!c.kernels) return NO_LEVEL;
     int64_t pairs = scan_pairs(p), chunks = scan_chunks(p);
@@ -286,7 +291,8 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
             run_tasks(gather_task, &c, tasks, clamp_threads(threads, tasks), openmp);
         }
     if (split) run_merge(&c, threads, openmp);
-    gather_parameters(p, grads);
+    int64_t tasks = DIRECTIONS * scan_groups(p);
+    run_tasks(gather_parameters, &c, tasks, clamp_threads(threads, tasks), openmp);
     give_back(memory);
     return OK;
 }

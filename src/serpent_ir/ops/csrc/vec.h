@@ -99,15 +99,19 @@ ALWAYS_INLINE vf exp2_decay(vf x) {
     return exp2_fraction(f) * power_of_two(rounded);
 }
 
-/* e^-|z|, in two-part reduction since an error in z log2(e) would grow with |z|. */
-ALWAYS_INLINE vf exp_minus_abs(vf z) {
-    z = at_least(from_bits(bits_of(z) | INT32_MIN), -87.0f);
+/* e^z for z from -87 to 88, in two-part reduction since an error in z log2(e) would grow with |z|. */
+ALWAYS_INLINE vf exp_in_range(vf z) {
     vf rounded = z * 1.44269504f + ROUND;
     vf n = rounded - ROUND;
     vf r = z - n * 0.693359375f; /* exact: few bits */
     r = r + n * 2.12194440e-4f;
     return exp2_fraction(r * 1.44269504f) * power_of_two(rounded);
 }
+
+ALWAYS_INLINE vf exp_minus_abs(vf z) { return exp_in_range(at_least(from_bits(bits_of(z) | INT32_MIN), -87.0f)); }
+
+/* e^z; past the range's ends, its values there. */
+ALWAYS_INLINE vf exp_clamped(vf z) { return exp_in_range(-at_least(-at_least(z, -87.0f), -88.0f)); }
 
 /* 1 / (1 + e^-z), with e = e^-|z|. */
 ALWAYS_INLINE vf sigmoid(vf z, vf e) {

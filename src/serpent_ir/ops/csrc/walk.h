@@ -11,8 +11,6 @@
 #ifndef SERPENT_WALK_H
 #define SERPENT_WALK_H
 
-#include <math.h>
-
 #include "scan.h"
 #include "vec.h"
 
@@ -134,15 +132,17 @@ static void load_parameters(lane_group *g, const scan_problem *p, int64_t k, int
     for (int64_t lane = 0; lane < GROUP; lane++) {
         int inside = lane < g->width;
         int64_t channel = k * p->channels + (inside ? first + lane : 0);
-        for (int64_t n = 0; n < p->state; n++) {
-            float A = inside ? -expf(p->A_log[channel * p->state + n]) : 0.0f;
-            g->A[n * GROUP + lane] = A;
-            g->A_log2e[n * GROUP + lane] = (float)(A * 1.4426950408889634);
-        }
+        for (int64_t n = 0; n < p->state; n++)
+            g->A[n * GROUP + lane] = inside ? p->A_log[channel * p->state + n] : 0.0f;
         for (int64_t r = 0; r < p->rank; r++)
             g->weight[r * GROUP + lane] = inside ? p->dt_weight[channel * p->rank + r] : 0.0f;
         g->bias[lane] = inside ? p->dt_bias[channel] : 0.0f;
         g->D[lane] = inside ? p->D[channel] : 0.0f;
+    }
+    for (int64_t i = 0; i < p->state * GROUP; i += LANES) {
+        vf A = -exp_clamped(vload(g->A + i));
+        vstore(g->A + i, A);
+        vstore(g->A_log2e + i, A * 1.44269504f);
     }
 }
 
