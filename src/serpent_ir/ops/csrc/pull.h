@@ -113,8 +113,8 @@ ALWAYS_INLINE void pull_some(const workspace *ws, const scan_problem *p, float *
 
 ALWAYS_INLINE vf total(const float *sums) { return vload(sums) + vload(sums + CHUNK * GROUP); }
 
-/* The gradients of dt and dt u, and grad_y, to those of u (left in grad_dtu), dt_weight, dt_bias and D; that of z, which
- * softplus makes dt of, is left in grad_dt. */
+/* The gradients of dt and dt u, and grad_y, to those of u (left in grad_dtu), dt_bias and D; that of z, which softplus
+ * makes dt of, is left in grad_dt. */
 static void pull_inputs(const workspace *ws, const scan_problem *p, const lane_group *g) {
     const int64_t count = ws->count;
     const float *us = g->u, *dts = g->dt, *slopes = g->slope, *grad_ys = g->grad_y;

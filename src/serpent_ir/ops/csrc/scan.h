@@ -61,8 +61,8 @@ static inline void scan_pixels(const scan_problem *p, int64_t k, int64_t first, 
     }
 }
 
-/* One channel group of one image, backward the pair that begins with it, in the directions from k_begin to k_end, whose y
- * (forward) or du (backward) goes to the map `out`: added to it, but by the first direction only if `add`. */
+/* One channel group of one image, backward the pair that begins with it, in the directions from k_begin to k_end, whose
+ * y (forward) or du (backward) goes to the map `out`: added to it, but by the first direction only if `add`. */
 typedef struct {
     int64_t image, group, k_begin, k_end;
     float *out;

@@ -111,8 +111,8 @@ ALWAYS_INLINE void look_ahead(workspace *ws, const scan_problem *p, int64_t chun
 
 /* Makes ready for a walk of direction k, over groups from `group` on, that begins with the given chunk; `touched` are
  * maps of all channels. */
-ALWAYS_INLINE void begin_walk(workspace *ws, const scan_problem *p, int64_t image, int64_t group, int64_t k, int64_t chunk,
-                              const float *touched, const float *touched_too) {
+ALWAYS_INLINE void begin_walk(workspace *ws, const scan_problem *p, int64_t image, int64_t group, int64_t k,
+                              int64_t chunk, const float *touched, const float *touched_too) {
     int64_t first = image * scan_length(p);
     ws->k = k;
     ws->from_rows = p->proj + (first * DIRECTIONS + k) * scan_row(p);
