@@ -200,7 +200,8 @@ def _check_scale(x: Tensor) -> None:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after, each module has its own flag again."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # else spared: it takes as long as a small image
+        model.eval()
     try:
         yield
     finally:

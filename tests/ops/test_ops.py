@@ -116,7 +116,7 @@ def test_bad_arguments_are_named():
         ss2d(u, proj[..., :-1], *params)
     with pytest.raises(ValueError, match="same dtype"):
         ss2d(u.half(), proj, *params)
-    with pytest.raises(ValueError, match="valid: reference, cpu, triton, torch"):
+    with pytest.raises(ValueError, match="valid: reference, cpu, cuda, triton, torch"):
         ss2d(u, proj, *params, backend="cuda9")
     with pytest.raises(ValueError, match="ss2d wants u"):
         ss2d(u[0], proj, *params)

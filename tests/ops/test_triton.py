@@ -1,11 +1,8 @@
-"""The Triton scan against the plain loop in float64; where there is no GPU, through Triton's interpreter.
-
-A tolerance is twice the error that plain PyTorch makes in the same dtype, plus a few roundings of the largest value.
-"""
+"""The Triton scan against the plain loop in float64; where there is no GPU, through Triton's interpreter."""
 
 import pytest
 import torch
-from scan_inputs import make_inputs
+from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, needs_gpu, poison, shared_gpu
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -13,18 +10,7 @@ pytest.importorskip("triton")
 from serpent_ir.ops import chunked, reference, ss2d
 from serpent_ir.ops import triton_scan as scan
 
-GPU = torch.cuda.is_available()  # where not, tests/conftest.py asks for the interpreter
-DEVICE = "cuda" if GPU else "cpu"
-NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
-needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: real sizes are checked where there is one")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every new buffer holds NaN, so an element that no kernel writes shows."""
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+__all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 
 
 @pytest.fixture
@@ -35,40 +21,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "SHORTEST", 8)
 
 
-@pytest.fixture(autouse=True)
-def shared_gpu():
-    """Several workers share a GPU: what a test has held does not stay in its process's cache."""
-    yield
-    if GPU:
-        torch.cuda.empty_cache()
-
-
-def make(shape: tuple[int, int, int, int], N: int, R: int, dtype: torch.dtype, spread: float = 1.0) -> list[Tensor]:
-    return make_inputs(*shape, N, R, dtype, device=DEVICE, dt_shift=-2.0, spread=spread)
-
-
-def draw_like(x: Tensor) -> Tensor:
-    return torch.randn(x.shape, generator=torch.Generator(DEVICE).manual_seed(1), dtype=x.dtype, device=DEVICE)
-
-
 def check(inputs: list[Tensor], *, truth=reference) -> None:
-    grad_y = draw_like(inputs[0])
-    double = [x.double() for x in inputs]
-    if truth is reference:
-        leaves = [x.requires_grad_() for x in double]
-        y = reference.forward(*leaves)
-        expected = (y.detach(), *torch.autograd.grad(y, leaves, grad_y.double()))
-    else:
-        expected = (truth.forward(*double), *truth.backward(grad_y.double(), *double))
-    plain = (chunked.forward(*inputs), *chunked.backward(grad_y, *inputs))
-    ours = (scan.forward(*inputs), *scan.backward(grad_y, *inputs))
-    for name, a, b, want in zip(NAMES, ours, plain, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == want.shape and a.is_contiguous(), name
-        tolerance = 2 * (b.double() - want).abs().max() + 32 * torch.finfo(torch.float32).eps * want.abs().max()
-        if a.dtype == torch.bfloat16 and not GPU:  # the interpreter truncates where a GPU rounds to nearest
-            tolerance += torch.finfo(a.dtype).eps * want.abs().max()
-        error = (a.double() - want).abs().max()
-        assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+    # The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+    check_against_float64(scan, inputs, truth=truth, roundings=0 if GPU else 1)
 
 
 @pytest.mark.parametrize(

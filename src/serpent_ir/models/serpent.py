@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import strips
+from serpent_ir.models import fused, strips
 from serpent_ir.ops import ss2d
 
 K = 4
@@ -91,6 +91,8 @@ class VSSBlock(nn.Module):
         self.ss2d = SS2D(c)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(self, x):
+            return fused.vss_block(self, x)
         if strips.serves(x):
             return strips.vss_block(self, x)
         return x + self.ss2d(self.norm(x))
@@ -132,6 +134,8 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         self.head = nn.Linear(dim, 3 * P * P)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and fused.serves(self, x):
+            return fused.serpent(self, x)
         height, width = x.shape[-2:]
         image = pad_to_multiple(x, self.size_multiple)
         x = rearrange(self.patch_embed(image), "b c h w -> b h w c").contiguous()

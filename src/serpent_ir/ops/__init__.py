@@ -18,10 +18,12 @@ from serpent_ir.ops import reference
 
 _MODULES = {
     "cpu": "serpent_ir.ops.cpu",
+    "cuda": "serpent_ir.ops.cuda",
     "triton": "serpent_ir.ops.triton_scan",
     "torch": "serpent_ir.ops.chunked",
 }
 BACKENDS = ("reference", *_MODULES)
+_LABELS = {"triton": "Triton", "torch": "PyTorch"}
 
 
 def ss2d(
@@ -84,25 +86,27 @@ def ss2d(
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves tensors of this device and dtype: `triton`, `cpu`, or `torch` where neither fits.
+    """The backend that serves tensors of this device and dtype: `cuda`, `cpu`, or where these do not run `triton`
+    (CUDA devices, AMD's too) or `torch`.
 
-    Falling back to `torch` gives one RuntimeWarning a process that says why.
+    Falling back to one of the latter gives one RuntimeWarning a process that says why.
     """
     if dtype == torch.float64:
         return "torch"  # the kernels hold float32 states; double is asked for by tests alone
     name, missing = _fast_backend(device.type)
     if missing:
-        _warn_once(f"serpent_ir: {missing}; the slower PyTorch scan serves {device.type} tensors")
+        _warn_once(f"serpent_ir: {missing}; the slower {_LABELS[name]} scan serves {device.type} tensors")
     return name
 
 
 @functools.cache
 def _fast_backend(device_type: str) -> tuple[str, str]:
-    """The backend of a kind of device, and what is missing where that is only `torch`."""
+    """The backend of a kind of device, and what is missing where that is not the fastest for it."""
     if device_type == "cuda":
-        if importlib.util.find_spec("triton") is not None:
-            return "triton", ""
-        return "torch", "no Triton here (pip install triton)"
+        reason = _module("cuda").unavailable()
+        if not reason:
+            return "cuda", ""
+        return ("triton" if importlib.util.find_spec("triton") is not None else "torch"), reason
     if device_type == "cpu":
         reason = _module("cpu").unavailable()
         return ("torch", reason) if reason else ("cpu", "")

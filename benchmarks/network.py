@@ -1,0 +1,274 @@
+"""Milliseconds and memory of whole networks on a GPU, inference and training, beside the best public software.
+
+    python benchmarks/network.py [--networks serpent_h] [--sizes 256 2048] --out benchmarks/results/network.h100.json
+    python benchmarks/network.py --render      # benchmarks/RESULTS.md from benchmarks/results/network.*.json
+
+Inference: bfloat16 autocast, batch 1, a plain call `model(x)` and the same replayed from a CUDA graph. Training:
+forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it and without.
+Figures are medians over CUDA events; memory is the peak of what PyTorch allocated, 1 GB = 1e9 bytes. What does not fit
+in the memory, or in the time given, is null beside an `error`.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serpent_ir.models import create_model
+from serpent_ir.models.serpent import Serpent
+from serpent_ir.train import GraphedStep, own_stream
+
+NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
+SIZES = [256, 512, 1024, 2048]
+STEPS = [(1, 256), (1, 512), (1, 1024), (16, 128)]  # batch, side
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+SOURCE = "issue 3"  # of the figures below: one H100, the best public software, measured before this project began
+PUBLIC_GRAPH = {
+    ("serpent_b", 256): 1.58, ("serpent_l", 256): 2.48, ("serpent_h", 256): 6.91,
+    ("serpent_b", 512): 2.49, ("serpent_l", 512): 6.91, ("serpent_h", 512): 26.2,
+    ("serpent_b", 1024): 6.96, ("serpent_l", 1024): 26.3, ("serpent_h", 1024): 111.0,
+    ("serpent_b", 2048): 26.4, ("serpent_l", 2048): 112.0, ("serpent_h", 2048): 463.0,
+    ("unet_32", 256): 1.10, ("unet_32", 512): 2.80, ("unet_32", 2048): 58.1,
+}  # fmt: skip
+PUBLIC_GB = {("serpent_h", 2048): 14.3}
+PUBLIC_STEP = {  # (network, batch, side): ms, GB
+    ("serpent_b", 1, 256): (50, 0.47), ("serpent_l", 1, 256): (60, 0.78), ("serpent_h", 1, 256): (60, 1.96),
+    ("serpent_b", 1, 512): (39, 0.96), ("serpent_l", 1, 512): (38, 2.13), ("serpent_h", 1, 512): (103, 6.71),
+    ("serpent_b", 1, 1024): (56, 2.35), ("serpent_l", 1, 1024): (104, 6.96), ("serpent_h", 1, 1024): (401, 25.2),
+    ("serpent_b", 16, 128): (52, 1.28), ("serpent_l", 16, 128): (59, 2.62), ("serpent_h", 16, 128): (124, 7.94),
+}  # fmt: skip
+EXPONENTIALS = 4171e9  # a second, measured on an H100 (16 per clock and multiprocessor)
+BANDWIDTH = 2.99e12  # bytes a second, of a copy
+
+
+def floors(name: str, batch: int, side: int) -> dict[str, float]:
+    """Milliseconds of one forward pass that the chip needs for its exponentials, and for bytes that no fusion spares.
+
+    Exponentials: 4 directions * positions * d_inner * (N states + 1 step size) of every block. Bytes, 2 a
+    number: a block reads its input and writes u and proj; the scan reads those and writes y; the rest reads the input
+    and y and writes the output (a scan has to see its whole input before it gives anything out). Between levels each
+    map is written once and read once.
+    """
+    model = create_model(name)
+    if not isinstance(model, Serpent):
+        return {}
+    exponentials = numbers = 0.0
+    stacks = [*model.encoder, model.bottleneck, *model.decoder]
+    positions, levels = batch * (side // model.config.patch_size) ** 2, len(model.down)
+    for i, stack in enumerate(stacks):
+        level = i if i <= levels else i - levels - 1
+        for block in stack.children():
+            inner: Any = block.ss2d
+            _, d, N = inner.A_log.shape
+            J = inner.dt_weight.shape[-1] + 2 * N
+            here = positions / 4**level
+            exponentials += 4 * here * d * (N + 1)
+            numbers += here * (3 * d // 2 + 4 * d + 8 * J)
+    dim = model.config.dim
+    numbers += positions * 2 * dim + 2 * 3 * batch * side**2 * 2  # patch embedding and head; the images are float32
+    numbers += sum(positions / 4**i * (dim << i) * (1.5 + 2.5) for i in range(levels))  # merging; expanding and skip
+    return {"exponentials_ms": 1e3 * exponentials / EXPONENTIALS, "bytes_ms": 1e3 * 2 * numbers / BANDWIDTH}
+
+
+def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
+    """Median of a call between two CUDA events, with the time that the host takes to launch it."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def infer(name: str, side: int) -> dict[str, float]:
+    model = create_model(name).cuda()
+    x = torch.rand(1, 3, side, side, device="cuda")
+    repeats = 20 if side <= 512 else 7
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        model(x)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        model(x)  # captured, where it is small
+        gb = torch.cuda.max_memory_allocated() / 1e9
+        call_ms = median_ms(lambda: model(x), repeats, warmup=2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(x)
+        graph_ms = median_ms(graph.replay, repeats)
+    return {"graph_ms": graph_ms, "call_ms": call_ms, "gb": gb}
+
+
+def step(name: str, batch: int, side: int) -> dict[str, float]:
+    repeats = 10 if side <= 512 else 5
+    with own_stream(torch.device("cuda")):
+        model = create_model(name).cuda().train()
+        lr = torch.tensor(1e-4, device="cuda")
+        adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
+        x, clean = torch.rand(2, batch, 3, side, side, device="cuda")
+
+        def update(degraded: Tensor, clean: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                restored = model(degraded)
+            loss = F.l1_loss(restored.float(), clean)
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            return loss.detach()
+
+        torch.cuda.reset_peak_memory_stats()
+        call_ms = median_ms(lambda: update(x, clean), repeats, warmup=2)
+        gb = torch.cuda.max_memory_allocated() / 1e9
+        graphed = GraphedStep(update)
+        graph_ms = median_ms(lambda: graphed(x, clean), repeats, warmup=GraphedStep.WARMUP + 1)
+        if not torch.isfinite(graphed(x, clean)):
+            raise RuntimeError("the loss is not finite")
+    return {"graph_ms": graph_ms, "call_ms": call_ms, "gb": gb}
+
+
+def attempt(what: Callable[..., dict[str, float]], *args: Any, until: float) -> dict[str, Any]:
+    """The figures, or nulls and why there are none."""
+    nothing: dict[str, Any] = {"graph_ms": None, "call_ms": None, "gb": None}
+    result: dict[str, Any]
+    if time.monotonic() > until:
+        return {**nothing, "error": "no time left"}
+    try:
+        result = what(*args)
+    except torch.OutOfMemoryError:
+        result = {**nothing, "error": "out of memory"}
+    except RuntimeError as error:
+        result = {**nothing, "error": str(error).splitlines()[0]}
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def measure(networks: Iterable[str], sizes: Iterable[int], budget: float) -> dict[str, Any]:
+    until = time.monotonic() + budget
+    inference, training = [], []
+    networks = list(networks)
+    # The largest last: if time runs out, it takes least with it.
+    for side in sorted(sizes):
+        for name in networks:
+            row = {"name": name, "size": side, **attempt(infer, name, side, until=until)}
+            inference.append(row | {"floors": floors(name, 1, side)})
+            print(json.dumps(inference[-1]), flush=True)
+    for batch, side in STEPS:
+        for name in networks:
+            if name.startswith("serpent"):
+                training.append({"name": name, "batch": batch, "size": side})
+                training[-1] |= attempt(step, name, batch, side, until=until)
+                print(json.dumps(training[-1]), flush=True)
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "public_source": SOURCE,
+        "inference": inference,
+        "training": training,
+    }
+
+
+def render(records: Iterable[dict[str, Any]]) -> str:
+    """RESULTS.md."""
+    lines = [
+        "# Whole networks on a GPU",
+        "",
+        "Written by `python benchmarks/network.py --render` from `benchmarks/results/network.*.json`; do not edit.",
+        "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
+        f"on an H100, measured before this project began ({SOURCE}), not in the same run; *x* is how many times faster",
+        "(or smaller) ours is. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
+        "what an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares",
+        "(2.99 TB/s), as `floors` in `benchmarks/network.py` counts them.",
+    ]
+    for record in records:
+        lines += [
+            "",
+            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}",
+            "",
+            "Inference, batch 1:",
+            "",
+            "| network, size | graph | public | x | call | call / graph | GB | exponentials | bytes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record["inference"]:
+            public = PUBLIC_GRAPH.get((row["name"], row["size"]))
+            floor = row.get("floors") or {}
+            cells = [f"{row['name']} {row['size']}", _told(row, "graph_ms"), _number(public)]
+            cells += [_ratio(public, row["graph_ms"]), _number(row["call_ms"]), _ratio(row["call_ms"], row["graph_ms"])]
+            cells += [_number(row["gb"]), _number(floor.get("exponentials_ms")), _number(floor.get("bytes_ms"))]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += [
+            "",
+            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called:",
+            "",
+            "| network, batch x size | graph | public | x | call | GB | public | x |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record["training"]:
+            ms, gb = PUBLIC_STEP.get((row["name"], row["batch"], row["size"]), (None, None))
+            cells = [f"{row['name']} {row['batch']} x {row['size']}", _told(row, "graph_ms"), _number(ms)]
+            cells += [_ratio(ms, row["graph_ms"]), _number(row["call_ms"])]
+            cells += [_number(row["gb"]), _number(gb), _ratio(gb, row["gb"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:#.3g}".rstrip(".")
+
+
+def _told(row: dict[str, Any], key: str) -> str:
+    return row.get("error") or _number(row[key])
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a and b else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="sides of the images of inference")
+    parser.add_argument("--budget", type=float, default=150, help="seconds after which nothing new is begun")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--render", action="store_true", help="write RESULTS.md from the JSON files instead")
+    args = parser.parse_args()
+    if args.render:
+        files = sorted((RESULTS.parent / "results").glob("network.*.json"))
+        RESULTS.write_text(render(json.loads(file.read_text()) for file in files))
+        return
+    if args.out is None:
+        parser.error("--out or --render is needed")
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/network.py times GPU kernels: no CUDA device here")
+    record = measure(args.networks, args.sizes, args.budget)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(render([record]))
+
+
+if __name__ == "__main__":
+    main()

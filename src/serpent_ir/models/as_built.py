@@ -1,0 +1,122 @@
+"""Whether the fused kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
+
+Hooks, exchanged or wrapped layers, parametrised weights, tracing and counting all get the plain definition. The check
+of a network is repeated at every call, so its lists are kept and compared; they hold no reference to the network.
+"""
+
+import functools
+import importlib.util
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+DEVICES = {"cuda"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether a Triton kernel may take this tensor here and now: not while tracing, counting or transforming."""
+    return (
+        not torch.compiler.is_compiling()  # first: what is traced should see no more than this
+        and x.device.type in DEVICES
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and _has_triton(x.device)
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Triton, and a device that it multiplies bfloat16 on."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product_dtype(module: Any, x: Tensor) -> torch.dtype | None:
+    """The dtype of the module's products with x, as autocast says; None where the plain path has to serve."""
+    weight = next(module.parameters(), x)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    else:
+        dtype = x.dtype if x.dtype == weight.dtype else None
+    fits = dtype in DTYPES and x.dtype in (dtype, torch.float32) and weight.dtype in DTYPES
+    return dtype if fits and weight.device == x.device else None
+
+
+class _Parts:
+    """What a module is made of, in flat lists that are quick to compare."""
+
+    def __init__(self, root: nn.Module):
+        below = list(root.modules())[1:]
+        self.children = [(m._modules, tuple(m._modules.values())) for m in (root, *below)]
+        self.kinds = [(m, type(m)) for m in below]
+        self.own = [m.__dict__ for m in below]
+        self.hooks = [
+            h for m in below for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self.parameters = [m._parameters for m in (root, *below) if m._parameters]
+        self.count = len(self.pointers())
+        biased = [m for m in below if type(m) is nn.Linear and m.bias is not None]
+        self.plain = all(self._plain(m) for m in (root, *below)) and biased == (
+            [root.head] if "head" in root._modules else []
+        )
+
+    @staticmethod
+    def _plain(m: nn.Module) -> bool:
+        weights = {k for k, v in m._parameters.items() if v is not None}
+        return type(m) in _kinds() and getattr(m, "padding_mode", "zeros") == "zeros" and weights in _kinds()[type(m)]
+
+    def unchanged(self) -> bool:
+        return (
+            all(tuple(now.values()) == then for now, then in self.children)
+            and all(type(m) is kind for m, kind in self.kinds)
+            and not any(self.hooks)
+            and not any("forward" in own for own in self.own)
+            and [type(p) for group in self.parameters for p in group.values() if p is not None]
+            == [nn.Parameter] * self.count
+        )
+
+    def pointers(self) -> list[int]:
+        return [p.data_ptr() for group in self.parameters for p in group.values() if p is not None]
+
+
+_parts: "weakref.WeakKeyDictionary[nn.Module, _Parts]" = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _kinds() -> dict[type[nn.Module], list[set[str]]]:
+    """The kinds of modules that the kernels know, and the parameters that each may have."""
+    from serpent_ir.models import serpent
+
+    scan = {"dt_weight", "dt_bias", "A_log", "D"}
+    both: set[str] = {"weight", "bias"}
+    none: set[str] = set()
+    return {
+        serpent.Serpent: [none], serpent.VSSBlock: [none], serpent.SS2D: [scan], serpent.LayerNorm: [both],
+        nn.Linear: [both, {"weight"}], nn.Conv2d: [both], nn.Sequential: [none], nn.ModuleList: [none],
+        serpent.Rearrange: [none],
+    }  # fmt: skip
+
+
+def check(root: nn.Module) -> bool:
+    """Whether no part of a module was exchanged, wrapped, hooked or given another `forward`."""
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return False
+    parts = _parts.get(root)
+    if parts is None or not parts.unchanged():
+        parts = _parts[root] = _Parts(root)
+        return parts.plain and parts.unchanged()
+    return parts.plain
+
+
+def pointers(root: nn.Module) -> list[int]:
+    """Where the parameters of a checked module lie."""
+    return _parts[root].pointers()

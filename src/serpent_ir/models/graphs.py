@@ -1,0 +1,136 @@
+"""Inference from CUDA graphs: the host takes longer to launch hundreds of small kernels than the GPU to run them.
+
+A call at a shape seen for the first time runs as it is (which compiles what there is to compile); the second is
+captured, and it and all later ones are replayed. So a folder of images of different sizes never pays for captures.
+"""
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Graphs, and shapes remembered, of a model; the one used longest ago goes first.
+GRAPHS = 4
+SHAPES = 64
+
+Run = Callable[[Tensor], Tensor]
+
+_capturing = threading.Lock()  # of all models: PyTorch's generator of random numbers knows one capture at a time
+
+
+class _Graph:
+    """One captured pass. Its input lies outside of the pool, which its model's other graphs share."""
+
+    def __init__(self, run: Run, x: Tensor, pool: Any):
+        # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
+        with _capturing, torch.inference_mode(False), torch.no_grad():
+            self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
+            torch.cuda.current_blas_handle()  # made now: this thread may not have one yet, and a capture cannot make it
+            torch.cuda.synchronize()
+            try:
+                self.graph, self.output = _capture(run, self.input, pool)
+            except RuntimeError:
+                # What fails leaves the generator waiting for the end of the capture; one that succeeds puts it right.
+                _capture(torch.zeros_like, self.input, None)
+                raise
+
+
+def _capture(run: Run, x: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(x.device)):
+        # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = run(x)
+        finally:
+            graph.capture_end()
+    return graph, output
+
+
+class Graphs:
+    """The graphs of one model. Calls from several threads and streams take turns, on the device too."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, or cannot be captured
+        self.uncapturable: set[Hashable] = set()
+        self.weights: list[int] = []
+        self.done: torch.cuda.Event | None = None
+        self.pool: Any = None
+
+    def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[int]) -> Tensor:
+        """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` the addresses it reads."""
+        key = (x.shape, x.dtype, x.device, torch.backends.cuda.matmul.fp32_precision, key)
+        with self.lock, torch.cuda.device_of(x):
+            if weights != self.weights:
+                self._clear()
+                self.weights = weights
+            if key not in self.graphs:
+                self.graphs[key] = None
+                if len(self.graphs) > SHAPES:
+                    self._drop(next(iter(self.graphs)))
+                return run(x)  # inside the lock: no other thread captures what is being compiled here
+            graph = self._find(run, x, key)
+            if graph is not None:
+                return self._replay(graph, x)
+        return run(x)
+
+    def _clear(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()  # a graph's memory goes once it has run
+        self.graphs.clear()
+        self.uncapturable.clear()
+        self.pool = None
+
+    def _find(self, run: Run, x: Tensor, key: Hashable) -> _Graph | None:
+        """The graph of a shape that was seen before; captures it where there is none yet."""
+        self.graphs.move_to_end(key)
+        if self.graphs[key] is None and key not in self.uncapturable:
+            captured = [k for k, graph in self.graphs.items() if graph is not None]
+            if len(captured) >= GRAPHS:
+                self._drop(captured[0])
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            try:
+                self.graphs[key] = _Graph(run, x, self.pool)
+            except RuntimeError as error:  # too little memory, say, or an operation that cannot be captured
+                self.uncapturable.add(key)
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"serpent_ir: no CUDA graph of this pass, calls are slower ({reason})", stacklevel=2)
+        return self.graphs[key]
+
+    def _drop(self, key: Hashable) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+        del self.graphs[key]
+        self.uncapturable.discard(key)
+
+    def _replay(self, graph: _Graph, x: Tensor) -> Tensor:
+        stream = torch.cuda.current_stream()
+        if self.done is None:
+            self.done = torch.cuda.Event()
+        stream.wait_event(self.done)  # of the replay before, on whatever stream: graphs share memory
+        graph.input.record_stream(stream)
+        graph.input.copy_(x)
+        graph.graph.replay()
+        output = graph.output.clone()
+        self.done.record(stream)
+        return output
+
+
+_of: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def of(model: nn.Module) -> Graphs:
+    """The graphs of a model: kept beside it, so that it is copied, pickled and saved without them; they go with it."""
+    graphs = _of.get(model)
+    if graphs is None:
+        with _making:
+            graphs = _of.setdefault(model, Graphs())
+    return graphs

@@ -1,0 +1,245 @@
+"""The scan in CUDA C++ (`cuda_src/`), compiled at run time by NVRTC: the default on NVIDIA GPUs.
+
+A walk of L positions is cut into chunks. One kernel finds what each chunk does to the state (`scan_ends`; `summary`,
+which also sees to the adjoint), `combine` turns that into the state that each chunk starts with, another scans
+(`scan_output`, `gradient`). Small maps do rows and columns in one launch, each pair of opposite directions into an
+array of its own; large ones one pair after the other, so that scratch stays small.
+"""
+
+import functools
+import importlib
+import importlib.util
+import struct
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serpent_ir.ops import nvrtc
+
+# Up to this many elements of u, rows and columns run side by side.
+SIDE_BY_SIDE = 1 << 23
+# Chunks are made until a multiprocessor has so many warps, but not shorter than so many positions.
+FORWARD_WARPS = 16
+BACKWARD_WARPS = 24
+SHORTEST = 32
+# Bytes of shared memory in which the two directions of a block of `scan_output` meet, which bounds a chunk.
+EXCHANGE = 16 << 10
+# Blocks that a multiprocessor should hold, which bounds the registers of a thread.
+FORWARD_BLOCKS = 8
+SUMMARY_BLOCKS = 8
+# Positions of a part (see cuda_src/backward.cu).
+PART = 16
+# Beyond so many states the gradients of proj from many blocks of channels cost more than Triton's way of looping over
+# the states in memory: 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43, 16 crops of 128, H100.
+BACKWARD_STATES = 16
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Layout(NamedTuple):
+    """How a warp is laid out over channels and states; see cuda_src/common.cuh."""
+
+    d: int
+    N: int
+    R: int
+    dtype: torch.dtype
+    lanes: int  # that share a channel's states
+    tile: int  # steps taken together
+
+    @property
+    def constants(self) -> dict[str, int]:
+        names = ("D_INNER", "D_STATE", "DT_RANK", "DTYPE", "LANES", "TILE")
+        return dict(zip(names, (*self[:3], _DTYPES[self.dtype], *self[4:]), strict=True))
+
+    @property
+    def channels(self) -> int:
+        """Channels of a warp."""
+        return 64 // self.lanes
+
+    @property
+    def groups(self) -> int:
+        return -(-self.d // self.channels)
+
+    @property
+    def states(self) -> int:
+        """States of a channel in a lane."""
+        return -(-self.N // self.lanes)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row of proj in shared memory."""
+        return self.lanes * -(-(-(-self.R // self.lanes) + 2 * self.states) // 4) * 16
+
+
+@functools.cache
+def _forward_layout(d: int, N: int, R: int, dtype: torch.dtype) -> Layout:
+    """About 11 states of a channel in a lane."""
+    lanes = min(8, _power_of_2(-(-N // 11)))
+    return Layout(d, N, R, dtype, lanes, max(4, lanes))
+
+
+@functools.cache
+def _backward_layout(d: int, N: int, R: int, dtype: torch.dtype) -> Layout:
+    """About 6 states of a channel in a lane, which keeps them before every step of a tile."""
+    return Layout(d, N, R, dtype, min(8, _power_of_2(-(-N // 6))), 2)
+
+
+def _power_of_2(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def _load(file: str, layout: Layout, device: torch.device, **more: int) -> nvrtc.Kernels:
+    return nvrtc.load(file, tuple((layout.constants | more).items()), device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _chunks(length: int, wanted: int, multiple: int, longest: int) -> tuple[int, int]:
+    """Positions of a chunk, and how many chunks, where a walk of `length` is to have about `wanted` of them."""
+    size = min(max(-(-length // max(1, wanted)), SHORTEST), longest)
+    size = -(-size // multiple) * multiple
+    return size, -(-length // size)
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("serpent_ir.ops.triton_scan")
+
+
+def unavailable() -> str:
+    """Why this backend cannot run here; empty where it can."""
+    return nvrtc.unavailable()
+
+
+def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+    """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, parameters in float32."""
+    y = torch.empty_like(u)
+    if not u.numel():
+        return y
+    batch, H, W, d = u.shape
+    N, R = A_log.shape[-1], dt_weight.shape[-1]
+    layout = _forward_layout(d, N, R, u.dtype)
+    scan = _load("forward.cu", layout, u.device, BLOCKS=FORWARD_BLOCKS)
+    combine = _load("combine.cu", layout, u.device)
+    pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
+    wanted = FORWARD_WARPS * _processors(u.device) // (batch * layout.groups * 2 * pairs)
+    length, chunks = _chunks(H * W, wanted, 2 * layout.tile, EXCHANGE // (4 * layout.channels))
+    state = A_log.new_empty(batch, 4, chunks if chunks > 1 else 0, N, d)
+    dt_sum = A_log.new_empty(batch, 4, chunks if chunks > 1 else 0, d)
+    total = A_log.new_empty(pairs, *u.shape)
+    pointers = _pointers(u, proj, dt_weight, dt_bias, A_log, D, state, dt_sum, total, y)
+    grid, shared = (layout.groups * chunks, batch * pairs, 1), 2 * layout.tile * layout.row
+    exchange = length * layout.channels * 4
+    for first in range(0, 2, pairs):
+        sizes = (u.numel(), H, W, length, chunks, first, pairs, first > 0, pairs == 1 and first == 1)
+        args = pointers + struct.pack("q8i", *sizes)
+        if chunks > 1:
+            scan.launch("scan_ends", grid, 64, shared, args)
+            _combine(combine, state, None, dt_sum, A_log, first, pairs)
+        scan.launch("scan_output", grid, 64, shared + exchange, args)
+    if pairs == 2:
+        _sum_parts(combine, total, y)
+    return y
+
+
+def backward(
+    grad_y: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients with respect to u, proj, dt_weight, dt_bias, A_log, D; bit-identical from run to run."""
+    inputs = (u, proj, dt_weight, dt_bias, A_log, D)
+    if not u.numel():
+        return tuple(torch.zeros_like(x) for x in inputs)
+    batch, H, W, d = u.shape
+    N, R = A_log.shape[-1], dt_weight.shape[-1]
+    if N > BACKWARD_STATES and (triton := _triton()) is not None:
+        return triton.backward(grad_y, *inputs)
+    layout = _backward_layout(d, N, R, u.dtype)
+    warps, blocks = _gradient_blocks(layout)
+    pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
+    parts = -(-H * W // PART)
+    # Blocks share a chunk's channels only where there are too few parts: each writes a gradient of proj of its own.
+    splits = _splits(layout.groups // warps, 2 * _processors(u.device) // (parts * batch * pairs))
+    wanted = BACKWARD_WARPS * _processors(u.device) // (batch * pairs * splits * 2 * warps)
+    length, chunks = _chunks(H * W, wanted, PART, H * W)
+    constants = {"PART": PART, "WARPS": warps, "SUMMARY_BLOCKS": SUMMARY_BLOCKS, "GRADIENT_BLOCKS": blocks}
+    scan = _load("backward.cu", layout, u.device, **constants)
+    combine = _load("combine.cu", layout, u.device)
+
+    several = chunks > 1
+    part_h = A_log.new_empty(batch, 4, parts if parts > 1 else 0, N, d)
+    part_dt = A_log.new_empty(batch, 4, parts if several else 0, d)
+    chunk_h, chunk_e = (A_log.new_empty(batch, 4, chunks if several else 0, N, d) for _ in range(2))
+    dt_sum = A_log.new_empty(batch, 4, chunks if several else 0, d)
+    total = A_log.new_empty(pairs, *u.shape)
+    sets = layout.groups // warps // splits
+    shares = A_log.new_empty(splits if splits * sets > 1 else 0, *proj.shape)
+    dparam = A_log.new_empty(batch, 4, chunks, N + R + 2, d)
+    grads = tuple(torch.empty_like(x) for x in inputs)
+    pointers = _pointers(
+        grad_y, u, proj, dt_weight, dt_bias, A_log, D, part_h, part_dt, chunk_h, chunk_e, dt_sum,
+        total, grads[0], shares, grads[1], dparam,
+    )  # fmt: skip
+    for first in range(0, 2, pairs):
+        flags = (first, pairs, first > 0, pairs == 1 and first == 1, splits, sets)
+        args = pointers + struct.pack("2q10i", u.numel(), proj.numel(), H, W, length, chunks, *flags)
+        if parts > 1:
+            scan.launch("summary", (layout.groups * chunks, batch * pairs, 1), 64, 2 * layout.tile * layout.row, args)
+        if several:
+            _combine(combine, chunk_h, chunk_e, dt_sum, A_log, first, pairs)
+        scan.launch("gradient", (splits * chunks, batch * pairs, 1), 64 * warps, _gradient_shared(layout, warps), args)
+    if pairs == 2:
+        _sum_parts(combine, total, grads[0])
+    if splits > 1:
+        _sum_parts(combine, shares, grads[1])
+    args = _pointers(dparam, grads[4], grads[2], grads[3], grads[5]) + struct.pack("2i", batch, chunks)
+    combine.launch("sum_parameters", (-(-(N + R + 2) * d // 32), 4, 1), 1024, 0, args)
+    return grads
+
+
+@functools.cache
+def _gradient_blocks(layout: Layout) -> tuple[int, int]:
+    """Warps of each direction in a block of `gradient`, and blocks that a multiprocessor should hold."""
+    return (2, 3) if layout.groups % 2 == 0 else (1, 5)
+
+
+def _splits(sets: int, wanted: int) -> int:
+    """The smallest divisor of `sets` from `wanted` on."""
+    return next(s for s in range(1, sets + 1) if sets % s == 0 and s >= min(wanted, sets))
+
+
+def _gradient_shared(layout: Layout, warps: int) -> int:
+    """Bytes of shared memory of a block: rows of proj, and the slots of its warps (SLOT in backward.cu)."""
+    state = -(-2 * layout.states // 4) * 128
+    proj = -(-layout.tile * (layout.R + 2 * layout.N) // 4) * 4
+    slot = max(state, proj) + 2 * layout.tile * layout.channels
+    return 2 * PART * layout.row + 2 * warps * (PART // layout.tile) * slot * 4
+
+
+def _pointers(*tensors: Tensor) -> bytes:
+    return struct.pack(f"{len(tensors)}P", *(x.data_ptr() for x in tensors))
+
+
+def _combine(
+    kernels: nvrtc.Kernels, h: Tensor, e: Tensor | None, dt_sum: Tensor, A_log: Tensor, first: int, pairs: int
+) -> None:
+    """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
+    batch, _, chunks, N, d = h.shape
+    # Parts of about 8 chunks, each thread one number of the state of one part.
+    walk_parts = min(32, _power_of_2(-(-chunks // 8)))
+    columns = max(32, 128 // walk_parts)
+    args = _pointers(h, h if e is None else e, dt_sum, A_log)
+    args += struct.pack("5i", chunks, first, pairs, columns, walk_parts)
+    grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)
+    kernels.launch("combine", grid, columns * walk_parts, 0, args)
+
+
+def _sum_parts(kernels: nvrtc.Kernels, parts: Tensor, out: Tensor) -> None:
+    """out = the sum over the leading dimension of `parts`."""
+    args = _pointers(parts, out) + struct.pack("qi", out.numel(), len(parts))
+    kernels.launch("sum_parts", (-(-out.numel() // 1024), 1, 1), 256, 0, args)

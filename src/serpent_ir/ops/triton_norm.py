@@ -1,0 +1,229 @@
+"""LayerNorm over channels, alone and with the gate, forward and backward, in Triton.
+
+Maps are seen as rows: (rows, channels), channels innermost. Statistics are float32, found in two passes over a row that
+is held in registers. Every program walks over tiles of rows and keeps its share of the parameters' gradients, which are
+added in a fixed order afterwards: the same inputs give the same bits.
+"""
+
+# Triton's compile-time values have no types that a checker follows.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile and warps; in the backward pass also programs for a multiprocessor, each with shares of gradients.
+FORWARD_TILE = (2048, 4)
+BACKWARD_TILE = (2048, 4, 4)
+
+
+@triton.jit
+def row_tile(x, left, stride, c, BM: tl.constexpr, BC: tl.constexpr):
+    """(BM, BC) of rows `stride` apart, float32, 0 past the `left`-th row and the c-th channel."""
+    rows, k = tl.arange(0, BM)[:, None], tl.arange(0, BC)[None, :]
+    return tl.load(x + rows * stride + k, mask=(rows < left) & (k < c), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_rows(out, tile, left, stride, c, BM: tl.constexpr, BC: tl.constexpr):
+    rows, k = tl.arange(0, BM)[:, None], tl.arange(0, BC)[None, :]
+    tl.store(out + rows * stride + k, tile.to(out.dtype.element_ty), mask=(rows < left) & (k < c))
+
+
+@triton.jit
+def standardise(tile, eps, c: tl.constexpr, BC: tl.constexpr):
+    """Rows less their mean, over their standard deviation, 0 past the c-th channel; and 1 over that deviation."""
+    centred = tile - tl.sum(tile, axis=1)[:, None] / c
+    if c < BC:
+        centred = tl.where(tl.arange(0, BC)[None, :] < c, centred, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / c + eps)
+    return centred * scale[:, None], scale
+
+
+@triton.jit
+def channel_row(x, c, BC: tl.constexpr):
+    """(1, BC) of a parameter, float32, 0 past the c-th channel."""
+    k = tl.arange(0, BC)
+    return tl.load(x + k, mask=k < c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def normalise_backward(grad, hat, scale, c: tl.constexpr):
+    """The gradient of rows before `standardise`, from that of its result `hat`; zeros past the c-th channel stay."""
+    mean = tl.sum(grad, axis=1) / c
+    along = tl.sum(grad * hat, axis=1) / c
+    return (grad - mean[:, None] - hat * along[:, None]) * scale[:, None]
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit(do_not_specialize=("rows",))
+def norm_kernel(x, weight, bias, out, rows, eps, c: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BM
+    left = tl.minimum(rows - first, BM).to(tl.int32)
+    hat, _ = standardise(row_tile(x + first * c, left, c, c, BM, BC), eps, c, BC)
+    normed = hat * channel_row(weight, c, BC) + channel_row(bias, c, BC)
+    put_rows(out + first * c, normed, left, c, c, BM, BC)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def norm_backward_kernel(
+    grad_normed, grad_out, x, weight, bias, grad_x, normed, shares, rows, eps,
+    c: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """grad_x = grad_out + what comes back through LayerNorm(x), whose value is computed again into `normed`.
+
+    `normed` may be `grad_normed`. shares (programs, 2, c): of the gradients of weight and bias.
+    """
+    gamma, beta = channel_row(weight, c, BC), channel_row(bias, c, BC)
+    d_gamma = tl.zeros((BM, BC), tl.float32)
+    d_beta = tl.zeros((BM, BC), tl.float32)
+    zero = tl.program_id(0).to(tl.int64) * 0  # makes offsets 64-bit
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
+        first = zero + tile * BM
+        left = tl.minimum(rows - first, BM).to(tl.int32)
+        hat, scale = standardise(row_tile(x + first * c, left, c, c, BM, BC), eps, c, BC)
+        grad = row_tile(grad_normed + first * c, left, c, c, BM, BC)
+        d_gamma += grad * hat
+        d_beta += grad
+        back = normalise_backward(grad * gamma, hat, scale, c)
+        put_rows(grad_x + first * c, back + row_tile(grad_out + first * c, left, c, c, BM, BC), left, c, c, BM, BC)
+        put_rows(normed + first * c, hat * gamma + beta, left, c, c, BM, BC)
+    k = tl.arange(0, BC)
+    shares += tl.program_id(0) * 2 * c + k
+    tl.store(shares, tl.sum(d_gamma, axis=0), mask=k < c)
+    tl.store(shares + c, tl.sum(d_beta, axis=0), mask=k < c)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def gate_kernel(
+    y, z, weight, bias, out, rows, eps,
+    z_stride: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out (rows, d) = LayerNorm(y) * SiLU(z); rows of z lie `z_stride` apart."""
+    first = tl.program_id(0).to(tl.int64) * BM
+    left = tl.minimum(rows - first, BM).to(tl.int32)
+    hat, _ = standardise(row_tile(y + first * d, left, d, d, BM, BD), eps, d, BD)
+    gate = row_tile(z + first * z_stride, left, z_stride, d, BM, BD)
+    normed = hat * channel_row(weight, d, BD) + channel_row(bias, d, BD)
+    put_rows(out + first * d, normed * gate * sigmoid(gate), left, d, d, BM, BD)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def gate_backward_kernel(
+    grad, y, z, weight, bias, gated, grad_y, grad_z, shares, rows, eps,
+    z_stride: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `gate_kernel`, and its value again into `gated`, which may be `grad`. grad_z has z's stride."""
+    gamma, beta = channel_row(weight, d, BD), channel_row(bias, d, BD)
+    d_gamma = tl.zeros((BM, BD), tl.float32)
+    d_beta = tl.zeros((BM, BD), tl.float32)
+    zero = tl.program_id(0).to(tl.int64) * 0  # makes offsets 64-bit
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
+        first = zero + tile * BM
+        left = tl.minimum(rows - first, BM).to(tl.int32)
+        hat, scale = standardise(row_tile(y + first * d, left, d, d, BM, BD), eps, d, BD)
+        gate = row_tile(z + first * z_stride, left, z_stride, d, BM, BD)
+        g = row_tile(grad + first * d, left, d, d, BM, BD)
+        normed = hat * gamma + beta
+        s = sigmoid(gate)
+        silu = gate * s
+        put_rows(grad_z + first * z_stride, g * normed * (s + silu * (1.0 - s)), left, z_stride, d, BM, BD)
+        put_rows(gated + first * d, normed * silu, left, d, d, BM, BD)
+        g = g * silu
+        d_gamma += g * hat
+        d_beta += g
+        put_rows(grad_y + first * d, normalise_backward(g * gamma, hat, scale, d), left, d, d, BM, BD)
+    k = tl.arange(0, BD)
+    shares += tl.program_id(0) * 2 * d + k
+    tl.store(shares, tl.sum(d_gamma, axis=0), mask=k < d)
+    tl.store(shares + d, tl.sum(d_beta, axis=0), mask=k < d)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def pick(tiles: dict[int, tuple[Any, ...]], channels: int) -> tuple[Any, ...]:
+    """The entry for a number of channels, or for the next larger one that has an entry."""
+    return tiles[min((c for c in tiles if c >= channels), default=max(tiles))]
+
+
+def _forward_tile(channels: int) -> dict[str, int]:
+    size, warps = FORWARD_TILE
+    return {"BM": max(1, size // triton.next_power_of_2(channels)), "num_warps": warps}
+
+
+def _backward_tile(x: Tensor, rows: int, channels: int) -> tuple[dict[str, int], Tensor]:
+    """Compile-time arguments, and an array for every program's share of the parameters' gradients."""
+    size, warps, programs = BACKWARD_TILE
+    BM = max(1, size // triton.next_power_of_2(channels))
+    count = min(triton.cdiv(rows, BM), programs * processors(x.device))
+    return {"BM": BM, "num_warps": warps}, x.new_empty(count, 2, channels, dtype=torch.float32)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm of x (..., c), contiguous, in `dtype`."""
+    c = x.shape[-1]
+    rows = x.numel() // c
+    out = x.new_empty(x.shape, dtype=dtype)
+    meta = _forward_tile(c)
+    with torch.cuda.device_of(x):
+        norm_kernel[(triton.cdiv(rows, meta["BM"]),)](
+            x, weight, bias, out, rows, eps, c=c, BC=triton.next_power_of_2(c), **meta
+        )
+    return out
+
+
+def layer_norm_backward(
+    grad_normed: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x + f(LayerNorm(x)): gradient of x; LayerNorm(x), written over grad_normed; gradients of weight and bias."""
+    c = x.shape[-1]
+    rows = x.numel() // c
+    grad_x = torch.empty_like(x)
+    meta, shares = _backward_tile(x, rows, c)
+    with torch.cuda.device_of(x):
+        norm_backward_kernel[(len(shares),)](
+            grad_normed, grad_out, x, weight, bias, grad_x, grad_normed, shares, rows, eps,
+            c=c, BC=triton.next_power_of_2(c), **meta,
+        )  # fmt: skip
+    d_weight, d_bias = shares.sum(0)
+    return grad_x, grad_normed, d_weight, d_bias
+
+
+def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(y) * SiLU(z) for y (..., d), contiguous; z may be a slice of channels of a contiguous map."""
+    d = y.shape[-1]
+    rows = y.numel() // d
+    out, meta = torch.empty_like(y), _forward_tile(d)
+    with torch.cuda.device_of(y):
+        gate_kernel[(triton.cdiv(rows, meta["BM"]),)](
+            y, z, weight, bias, out, rows, eps, z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **meta
+        )
+    return out
+
+
+def gate_backward(
+    grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, grad_z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of y; `gate` again (written over grad); gradients of weight and bias. That of z goes into `grad_z`."""
+    d = y.shape[-1]
+    rows = y.numel() // d
+    grad_y = torch.empty_like(y)
+    meta, shares = _backward_tile(y, rows, d)
+    with torch.cuda.device_of(y):
+        gate_backward_kernel[(len(shares),)](
+            grad, y, z, weight, bias, grad, grad_y, grad_z, shares, rows, eps,
+            z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **meta,
+        )  # fmt: skip
+    d_weight, d_bias = shares.sum(0)
+    return grad_y, grad, d_weight, d_bias

@@ -1,0 +1,61 @@
+"""Compile every kernel of the fused path for a GPU that need not be there; test_fused.py runs it in its own process.
+
+    python compile_fused.py 90
+
+The networks run on the CPU as they would on the GPU, with launches that end after compiling; what they compute is
+meaningless. Prints a line a kernel: its name and the bytes of shared memory that it takes.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from serpent_ir.models import as_built, create_model, fused
+from serpent_ir.models.serpent import VSSBlock
+from serpent_ir.ops import triton_block
+
+
+class Driver:
+    """As much of a GPU as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+run: Any = JITFunction.run
+
+
+def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+    kernel = run(self, *args, **{**kwargs, "warmup": True})
+    print(self.fn.__name__, kernel.metadata.shared)
+    return kernel
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())  # pyright: ignore
+    JITFunction.run = compile_only
+    as_built.DEVICES = {"cpu"}
+    with torch.autocast("cpu", torch.bfloat16):
+        for small, name, side in ((0, "serpent_h", 8), (4096, "serpent_b", 32)):
+            triton_block.SMALL_ROWS = small
+            model, image = create_model(name, blocks=(1, 1, 1, 1)), torch.rand(1, 3, side, side)
+            assert fused.serves(model, image)
+            with torch.no_grad():
+                model(image)
+            for c in (32, 64, 128, 256):
+                x = torch.rand(1, 4, 4, c, requires_grad=True)
+                F.mse_loss(VSSBlock(c)(x.bfloat16()).float(), x.detach()).backward()
+
+
+main()

@@ -1,0 +1,222 @@
+"""The CUDA scan against the plain loop in float64; where there is no GPU, its sources compiled for the CPU.
+
+And without a GPU too: NVRTC compiles every kernel for the GPUs that we say it serves.
+"""
+
+import shutil
+
+import cuda_on_cpu
+import pytest
+import torch
+from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, needs_gpu, poison, shared_gpu
+
+from serpent_ir.ops import chunked, cuda, nvrtc, reference, ss2d
+
+__all__ = ["poison", "shared_gpu"]  # fixtures of every test here
+
+runs_here = pytest.mark.skipif(not GPU and not cuda_on_cpu.COMPILER, reason="neither a CUDA device nor a C++ compiler")
+LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(nvrtc, "load", cuda_on_cpu.load)
+
+
+@pytest.fixture(autouse=True)
+def own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward kernels serve every number of states."""
+    monkeypatch.setattr(cuda, "BACKWARD_STATES", 1 << 30)
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, of several parts and tiles each, already on maps that a test can walk."""
+    monkeypatch.setattr(cuda, "SHORTEST", 24)
+    monkeypatch.setattr(cuda, "PART", 8)
+
+
+@runs_here
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 17, 2), (1, 9, 7, 5), (1, 1, 1, 1), (1, 1, 40, 3), (1, 40, 1, 2), (1, 8, 8, 130)],
+    ids=str,
+)
+def test_ragged_maps(shape: tuple[int, int, int, int], many_chunks: None) -> None:
+    check_against_float64(cuda, make(shape, 2, 1, torch.float32))
+
+
+@runs_here
+@pytest.mark.parametrize(("N", "R"), [(6, 2), (11, 4), (22, 8), (43, 16), (100, 3)])
+def test_states_and_ranks(N: int, R: int, many_chunks: None) -> None:
+    check_against_float64(cuda, make((1, 5, 9, 33), N, R, torch.float32))
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, many_chunks: None) -> None:
+    check_against_float64(cuda, make((1, 5, 9, 64), 6, 2, dtype))
+
+
+@runs_here
+def test_one_chunk_and_several_sets_of_channels() -> None:
+    check_against_float64(cuda, make((1, 9, 11, 64), 22, 8, torch.bfloat16))
+
+
+@runs_here
+def test_blocks_that_share_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are few parts, several blocks give to one gradient of proj."""
+    monkeypatch.setattr(cuda, "_splits", lambda sets, wanted: sets)
+    check_against_float64(cuda, make((1, 5, 7, 64), 22, 8, torch.float32))
+
+
+@runs_here
+def test_rows_and_columns_one_after_the_other(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "SIDE_BY_SIDE", 0)
+    check_against_float64(cuda, make((2, 5, 9, 64), 6, 2, torch.bfloat16))
+    check_against_float64(cuda, make((1, 5, 9, 6), 2, 1, torch.float32))
+
+
+@runs_here
+def test_far_step_sizes(many_chunks: None) -> None:
+    """Softplus far from zero on either side."""
+    check_against_float64(cuda, make((1, 3, 14, 3), 2, 1, torch.float32, spread=30.0))
+
+
+@runs_here
+def test_softplus_is_accurate_for_tiny_steps() -> None:
+    """With B = C = 1 and one position, y = 4 dt u: relative error where dt is as small as exp(-40)."""
+    bias = torch.linspace(-40, 40, 32, device=DEVICE).repeat(4, 1)
+    u = torch.ones(1, 1, 1, 32, device=DEVICE)
+    proj = torch.ones(1, 1, 1, 4, 3, device=DEVICE)
+    proj[..., 0] = 0
+    y = cuda.forward(u, proj, torch.zeros(4, 32, 1, device=DEVICE), bias, torch.zeros_like(bias)[..., None], bias * 0)
+    expected = 4 * torch.nn.functional.softplus(bias[0].double(), threshold=100)
+    torch.testing.assert_close(y[0, 0, 0].double(), expected, rtol=4e-6, atol=0)
+
+
+@runs_here
+def test_gradients_repeat_bit_for_bit(many_chunks: None) -> None:
+    inputs = make((1, 9, 7, 5), 2, 1, torch.float32)
+    grad_y = draw_like(inputs[0])
+    for a, b in zip(cuda.backward(grad_y, *inputs), cuda.backward(grad_y, *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@runs_here
+@pytest.mark.parametrize("which", [0, 1], ids=["u", "proj"])
+def test_nan_reaches_every_later_position(which: int, many_chunks: None) -> None:
+    inputs = make((1, 9, 7, 2), 2, 1, torch.float32)
+    inputs[which][0, 1, 2] = torch.nan
+    y = cuda.forward(*inputs)
+    assert y.isnan().all()  # what a walk has not passed yet, the same walk backwards has
+    grad_y = torch.ones_like(y)
+    leaves = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(reference.forward(*leaves), leaves, grad_y)
+    for name, a, b in zip(NAMES[1:], cuda.backward(grad_y, *inputs), expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+
+
+@runs_here
+def test_empty_batch() -> None:
+    inputs = make((0, 3, 5, 2), 2, 1, torch.float32)
+    assert cuda.forward(*inputs).shape == inputs[0].shape
+    assert [g.shape for g in cuda.backward(inputs[0], *inputs)] == [x.shape for x in inputs]
+
+
+@runs_here
+def test_through_the_operator(many_chunks: None) -> None:
+    leaves = [x.requires_grad_() for x in make((1, 5, 7, 2), 2, 1, torch.float32)]
+    results = []
+    for backend in ("cuda", "reference"):
+        y = ss2d(*leaves, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for name, ours, expected in zip(NAMES, *results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _compiler_is_here() -> bool:
+    try:
+        return bool(nvrtc.nvrtc_version())
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not _compiler_is_here(), reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
+def test_every_kernel_compiles(d: int, N: int, R: int, side: int, capability: tuple[int, int]) -> None:
+    """What `forward` and `backward` ask for, in every dtype, through NVRTC; no GPU is needed for that."""
+    asked = set()
+
+    def note(file: str, constants: tuple[tuple[str, int], ...], device: torch.device) -> cuda_on_cpu.Silent:
+        asked.add((file, constants))
+        return cuda_on_cpu.Silent()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvrtc, "load", note)
+        for dtype in (torch.bfloat16, torch.float32) if side == 64 else (torch.float16,):
+            inputs = make((1, 4, 4, d), N, R, dtype)
+            cuda.forward(*inputs)
+            cuda.backward(inputs[0], *inputs)
+    assert len(asked) >= 3
+    for file, constants in asked:
+        assert nvrtc.compile_source(file, constants, capability)[:4] == b"\x7fELF"
+
+
+def test_a_compiled_kernel_is_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_source(file: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+        compiled.append((file, constants, capability))
+        return b"code"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
+    for capability in ((9, 0), (9, 0), (8, 0)):
+        assert nvrtc.cubin("combine.cu", (("TILE", 4),), capability) == b"code"
+    assert len(compiled) == 2
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("not a folder")  # a home that cannot be written
+    assert nvrtc.cubin("combine.cu", (("TILE", 4),), (9, 0)) == b"code"
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_network_levels_on_gpu(d: int, N: int, R: int, side: int, batch: int, dtype: torch.dtype) -> None:
+    check_against_float64(cuda, make((batch, side, side, d), N, R, dtype), truth=chunked)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_larger_and_ragged_maps_on_gpu(dtype: torch.dtype) -> None:
+    check_against_float64(cuda, make((1, 256, 256, 64), 6, 2, dtype), truth=chunked)
+    check_against_float64(cuda, make((2, 97, 61, 100), 7, 3, dtype), truth=chunked)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("height", "width"), [(2048, 2048), (8192, 4096)])
+def test_long_walks_on_gpu(height: int, width: int) -> None:
+    """Up to 2^31 elements of u; three of the 64 channels are compared. The larger needs about 28 GB at the most."""
+    some = [0, 31, 63]
+    u, proj, *params = make((1, height, width, 64), 6, 2, torch.bfloat16)
+    y = cuda.forward(u, proj, *params)[..., some].float()
+    u = u[..., some]
+    expected = chunked.forward(u, proj, *(p[:, some] for p in params)).float()
+    assert ((y - expected).abs() <= 2**-7 * expected.abs() + 1e-3).all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_gradients_repeat_bit_for_bit_on_gpu() -> None:
+    inputs = make((4, 64, 64, 64), 6, 2, torch.bfloat16)
+    grad_y = draw_like(inputs[0])
+    for a, b in zip(cuda.backward(grad_y, *inputs), cuda.backward(grad_y, *inputs), strict=True):
+        assert torch.equal(a, b)
