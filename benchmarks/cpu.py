@@ -10,7 +10,9 @@ against them. For a processor with AVX2 alone on one that has more, hold all lib
     SERPENT_CPU_LEVEL=x86_64_v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/cpu.py ...
 
 Parts:
-    scan_b, scan_h  the scans of one network's 17 blocks, image of 256x256, against U-Net(32)'s forward pass beside them
+    scan_b, scan_h  the scans of one network's 17 blocks, image of 256x256, against U-Net(32)'s forward pass beside
+                    them; `maps_ms` are the C library's by level. Slow ways get fewer turns
+    loop            one scan of a small map, with the plain loop over positions beside the other ways
     networks        whole networks at 256x256, batch 1: inference, and a training step (forward, backward, Adam)
     pixels          inference of serpent_b at growing sizes, nanoseconds per pixel
     first_call      first and second call in fresh processes, with imports and construction done
@@ -20,10 +22,13 @@ Parts:
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -34,21 +39,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu_scan import LEVELS, PATCH, make_inputs, milliseconds, processor
 from serpent_ir.models import create_model
 from serpent_ir.ops import cpu, ss2d
 from serpent_ir.ops.reference import DIRECTIONS, scan_order
 
 SIZE = 256
+PATCH = {"B": 4, "L": 2, "H": 1}
+LEVELS = [(32, 4), (64, 4), (128, 6), (256, 3)]  # channels and VSS blocks, encoder and decoder together
+SMALL = 16  # side of the map for the loop over positions
 NETWORKS = ("serpent_b", "serpent_l", "serpent_h", "unet_32")
 GROWING = (256, 512, 1024, 2048)
 LARGE = 4096
-PATIENCE = 20e3  # milliseconds after which a way is not repeated any more
+PATIENCE = 10e3  # milliseconds after which a way is not repeated any more
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", cpu.LEVEL_VARIABLE, "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 GRADIENTS = ("u", "proj", "dt_weight", "dt_bias", "A_log", "D")
 
 Scan = Callable[..., Tensor]
 Maps = list[tuple[list[Tensor], int]]  # inputs of a scan, and how many blocks of the network have that size
+
+
+def make_inputs(side: int, channels: int) -> list[Tensor]:
+    """Inputs of `ss2d` with the step sizes of a fresh network, of which gradients are wanted."""
+    d, state, rank = 2 * channels, math.ceil(channels / 6), math.ceil(channels / 16)
+    dt = torch.exp(torch.empty(4, d).uniform_(math.log(1e-3), math.log(1e-1)))
+    inputs = [
+        torch.randn(1, side, side, d),
+        torch.randn(1, side, side, 4, rank + 2 * state),
+        torch.empty(4, d, rank).uniform_(-(rank**-0.5), rank**-0.5),
+        dt + torch.log(-torch.expm1(-dt)),
+        torch.arange(1.0, state + 1).log().expand(4, d, state).contiguous(),
+        torch.ones(4, d),
+    ]
+    return [x.requires_grad_() for x in inputs]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def sweep(a: Tensor, x: Tensor) -> Tensor:
@@ -159,16 +195,38 @@ def training_step(model: torch.nn.Module) -> Callable[[], float]:
 
 def measure_scan(network: str, repeats: int) -> dict[str, Any]:
     maps = scan_maps(network)
-    ways = {"unet_32": partial(infer, create_model("unet_32"), torch.rand(1, 3, SIZE, SIZE))}
-    for name, scan in SCANS.items():
+    unet_32 = partial(infer, create_model("unet_32"), torch.rand(1, 3, SIZE, SIZE))
+    times, ratios = {}, {}
+    # The library takes turns with U-Net alone: the other ways' gigabytes would leave whoever comes next without caches.
+    for names in (["cpu"], [name for name in SCANS if name != "cpu"]):
+        ways = {"unet_32": unet_32}
+        for name in names:
+            ways[f"{name} forward"] = partial(scan_forward, SCANS[name], maps)
+            ways[f"{name} backward"] = partial(scan_backward, SCANS[name], maps)
+        turns = take_turns(ways, repeats)
+        ratios |= {name: ratio(turns, name, "unet_32") for name in ways}
+        times = turns | times
+    one_each = {str(list(inputs[0].shape[1:])): [(inputs, 1)] for inputs, _ in maps}
+    by_map = {
+        f"{shape} {way}": partial(scan, SCANS["cpu"], one)
+        for shape, one in one_each.items()
+        for way, scan in (("forward", scan_forward), ("backward", scan_backward))
+    }
+    return {
+        "ms": (ms := medians(times)),
+        "maps_ms": medians(take_turns(by_map, repeats)),
+        "ratio_to_unet_32": ratios,
+        "ratio_to_blelloch": {way: ms[f"cpu {way}"] / ms[f"blelloch {way}"] for way in ("forward", "backward")},
+    }
+
+
+def measure_loop(repeats: int) -> dict[str, Any]:
+    maps: Maps = [(make_inputs(SMALL, LEVELS[0][0]), 1)]
+    ways = {}
+    for name, scan in (SCANS | {"reference": partial(ss2d, backend="reference")}).items():
         ways[f"{name} forward"] = partial(scan_forward, scan, maps)
         ways[f"{name} backward"] = partial(scan_backward, scan, maps)
-    times = take_turns(ways, repeats)
-    return {
-        "ms": medians(times),
-        "ratio_to_unet_32": {name: ratio(times, name, "unet_32") for name in ways},
-        "ratio_to_blelloch": {w: ratio(times, f"cpu {w}", f"blelloch {w}") for w in ("forward", "backward")},
-    }
+    return {"size": SMALL, "d_inner": 2 * LEVELS[0][0], "ms": medians(take_turns(ways, repeats))}
 
 
 def measure_networks(repeats: int) -> dict[str, Any]:
@@ -267,6 +325,7 @@ def measure_error() -> dict[str, Any]:
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "scan_b": partial(measure_scan, "B"),
     "scan_h": partial(measure_scan, "H"),
+    "loop": measure_loop,
     "networks": measure_networks,
     "pixels": measure_pixels,
     "first_call": measure_first_call,

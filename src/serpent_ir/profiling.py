@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from serpent_ir.ops.cpu import NORM_GATE
+
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
 LAYER_NORM_MACS = 5
@@ -40,7 +42,7 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
-    mapping = {torch.ops.aten.native_layer_norm: layer_norm_flops}
+    mapping = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
     # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
     norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
     hooks = [module.register_forward_hook(add_instance_norm) for module in norms]

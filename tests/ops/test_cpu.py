@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_inputs import make_inputs
@@ -177,7 +178,7 @@ def test_half_precision_maps(dtype):
 
 @needs_library
 def test_bits_do_not_depend_on_threads_or_memory(monkeypatch):
-    given_inputs = make_case(2, 9, 11, 90, 5, 2)
+    given_inputs = make_case(2, 9, 11, 140, 5, 2)
     torch.set_num_threads(1)
     expected = run("cpu", *given_inputs)
     for threads in (1, 2, 3, 20):  # 20: more than images and channel groups, so that directions are split
@@ -185,10 +186,31 @@ def test_bits_do_not_depend_on_threads_or_memory(monkeypatch):
         assert same_bits(run("cpu", *given_inputs), expected)
     monkeypatch.setattr(cpu._library(), "openmp", None)
     assert same_bits(run("cpu", *given_inputs), expected), "threads of our own"
-    monkeypatch.setattr(cpu, "PARTIAL_FLOATS", 0)  # six channel groups, so four and then two at once
+    monkeypatch.setattr(cpu, "PARTIAL_FLOATS", 0)  # five pairs of channel groups, so four and then one at once
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert same_bits(run("cpu", *given_inputs), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 7, 48), (2, 300, 64), (5, 3, 20)], ids=str)
+def test_norm_and_gate(shape, level):
+    cpu.use_level(level)
+    generator = torch.Generator().manual_seed(0)
+    y, z, weight, bias = (torch.randn(*s, generator=generator) for s in (shape, shape, shape[-1:], shape[-1:]))
+    y, z = 3 * y + 1, 4 * z
+    y.view(-1)[-1], z.view(-1)[0] = 1e4, -1e4  # a pixel far from the mean, a gate that is shut
+    normed = F.layer_norm(y.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
+    expected = normed * F.silu(z.double())
+    kept = y.clone()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        value = cpu.norm_gate(y, weight, bias, 1e-5, z.clone())
+        assert error(value, expected) <= 3e-7 * float(expected.norm())
+        assert torch.equal(y, kept)
+    y[0, 0, 3] = float("nan")
+    assert torch.equal(cpu.norm_gate(y, weight, bias, 1e-5, z).isnan().any(-1), y.isnan().any(-1))
 
 
 @needs_library

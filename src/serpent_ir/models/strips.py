@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import ss2d
-from serpent_ir.ops.cpu import large_pages
+from serpent_ir.ops.cpu import large_pages, norm_gate
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
@@ -52,8 +52,10 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     for first in range(0, len(x), images):
         for row in range(0, x.shape[1], rows):
             here = slice(first, first + images), slice(row, row + rows)
-            gate = F.silu(_linear(normed[here], weight_z), inplace=True)
-            torch.add(x[here], _linear(inner.norm(y[here]).mul_(gate), inner.out_proj.weight), out=out[here])
+            gated = norm_gate(
+                y[here], inner.norm.weight, inner.norm.bias, inner.norm.eps, _linear(normed[here], weight_z)
+            )
+            torch.add(x[here], _linear(gated, inner.out_proj.weight), out=out[here])
     return out
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
 _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
@@ -27,6 +28,7 @@ _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
 class _Library:
     forward: Callable[..., int]
     backward: Callable[..., int]
+    gate: Callable[..., int]
     large_pages: Callable[[int, int], None]
     levels: list[str]
     openmp: int | None  # address of PyTorch's GOMP_parallel
@@ -50,21 +52,22 @@ def _load() -> tuple[_Library | None, str]:
         handle.serpent_scan_abi.restype = ctypes.c_int
         if (abi := handle.serpent_scan_abi()) != ABI:
             return None, f"{found[0]} has interface {abi} where {ABI} is expected; reinstall serpent-ir"
-        forward, backward, large, level = (
-            getattr(handle, f"serpent_scan_{name}") for name in ("forward", "backward", "large_pages", "level")
+        forward, backward, gate, large, level = (
+            getattr(handle, f"serpent_scan_{name}") for name in ("forward", "backward", "gate", "large_pages", "level")
         )
     except (OSError, AttributeError) as error:
         return None, f"the CPU library does not load ({' '.join(str(error).split())}); reinstall serpent-ir"
     level.restype, level.argtypes = ctypes.c_char_p, [ctypes.c_int]
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    forward.restype = backward.restype = number
+    forward.restype = backward.restype = gate.restype = number
     forward.argtypes = [number, number, *[pointer] * 4]
     backward.argtypes = [number, number, *[pointer] * 5, ctypes.c_int64]
+    gate.argtypes = [number, number, pointer, *[ctypes.c_int64] * 2, *[pointer] * 3, ctypes.c_float, pointer]
     large.restype, large.argtypes = None, [pointer, ctypes.c_int64]
     levels = []
     while (name := level(len(levels))) is not None:
         levels.append(name.decode())
-    library = _Library(forward, backward, large, levels, _find_openmp())
+    library = _Library(forward, backward, gate, large, levels, _find_openmp())
     if wanted := os.environ.get(LEVEL_VARIABLE):
         if wanted not in levels:
             return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
@@ -174,3 +177,33 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     )
     _check(status)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
+    """LayerNorm(y) * SiLU(z) over the last dimension, without a tape. z, which nobody else may need any more, is
+    overwritten where the library does it in one pass, for contiguous float32 maps of a multiple of 16 channels."""
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (y, weight, bias, z))
+    if unavailable() or not fits or y.shape[-1] % 16 or not y.numel():
+        weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+        return F.layer_norm(y, weight.shape, weight, bias, eps).mul_(F.silu(z))
+    NORM_GATE(y, weight, bias, eps, z)
+    return z
+
+
+# An operator, so that norms are counted and fake tensors pass.
+_SCHEMA = "(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) z) -> ()"
+torch.library.define("serpent_ir::norm_gate", _SCHEMA)
+NORM_GATE = torch.ops.serpent_ir.norm_gate
+
+
+@torch.library.impl("serpent_ir::norm_gate", "CPU")
+def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> None:
+    library = _library()
+    pointers = [x.data_ptr() for x in (y, weight, bias)]
+    sizes = (y.numel() // y.shape[-1], y.shape[-1])
+    _check(library.gate(*_how(library), *sizes, *pointers, eps, z.data_ptr()))
+
+
+@torch.library.register_fake("serpent_ir::norm_gate")
+def _(y, weight, bias, eps, z):
+    return None

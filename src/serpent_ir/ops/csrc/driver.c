@@ -18,7 +18,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 3, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 4, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
@@ -71,33 +71,60 @@ typedef struct {
     int64_t scratch_floats;
     float *out;   /* y or du */
     float *parts; /* those of directions 1 to 3 where directions are tasks of their own, else NULL */
+    float *const *grads;
 } call;
 
 static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
 
-/* Cache line aligned; the pointer that free() takes goes to *block. */
-static float *allocate(int64_t floats, void **block) {
-    *block = NULL;
-    if (floats < 0 || (uint64_t)floats > (SIZE_MAX - 64) / sizeof(float)) return NULL;
-    *block = malloc((size_t)floats * sizeof(float) + 64);
-    if (*block) use_large_pages(*block, floats * (int64_t)sizeof(float));
-    return *block ? (float *)(((uintptr_t)*block + 63) & ~(uintptr_t)63) : NULL;
+/* The memory of a call, `floats` numbers from `from` on, cache line aligned. */
+typedef struct {
+    int64_t floats;
+    float *from;
+} block;
+
+enum { LINE = 64, SPARE_FLOATS = 1 << 23 };
+
+#if defined(__GNUC__)
+static block *spare;
+static block *swap_spare(block *with) { return __atomic_exchange_n(&spare, with, __ATOMIC_ACQ_REL); }
+#else
+static block *swap_spare(block *with) {
+    free(with);
+    return NULL;
+}
+#endif
+
+/* The memory of one call, up to 32 MB, is left for the next: fresh memory costs a fault every 4 KB, in all a fifth of a
+ * small map's backward pass. Of calls side by side one gets it; after a fork each process has its own. */
+static block *borrow(int64_t floats) {
+    block *found = swap_spare(NULL);
+    if (found && found->floats >= floats) return found;
+    free(found);
+    if (floats < 0 || (uint64_t)floats > (SIZE_MAX - LINE - sizeof(block)) / sizeof(float)) return NULL;
+    found = malloc(sizeof(block) + LINE + (size_t)floats * sizeof(float));
+    if (!found) return NULL;
+    found->floats = floats;
+    found->from = (float *)(((uintptr_t)(found + 1) + LINE - 1) & ~(uintptr_t)(LINE - 1));
+    use_large_pages(found->from, floats * (int64_t)sizeof(float));
+    return found;
 }
 
-/* Room for directions 1 to 3 side by side in c->parts, where (image, group) tasks alone would leave threads idle for a
- * fifth of the time or more, and there is memory for it. Sums stay in the same order, so the bits do too. */
-static void split_directions(call *c, int64_t tasks, int threads, void **block) {
+static void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
+
+/* Whether directions should be tasks of their own: where those of (image, group or pair) alone would leave threads idle
+ * for a fifth of the time or more. Sums stay in the same order, so the bits do too. */
+static int split_directions(int64_t tasks, int threads) {
     int64_t whole = (tasks + threads - 1) / threads, split = (DIRECTIONS * tasks + threads - 1) / threads;
-    *block = NULL;
-    c->parts = 5 * split <= 4 * DIRECTIONS * whole ? allocate((DIRECTIONS - 1) * map_floats(&c->problem), block) : NULL;
+    return 5 * split <= 4 * DIRECTIONS * whole;
 }
 
-/* The task of that number; `groups` from group_begin on and the phase's directions are to be done. */
-static scan_task find_task(const call *c, int64_t number) {
+/* The task of that number; the phase's directions are to be done, forward of all groups, backward of some pairs. */
+static scan_task find_task(const call *c, int64_t number, int backward) {
     const scan_problem *p = &c->problem;
-    int64_t groups = p->group_end - p->group_begin, k = c->parts ? number % DIRECTIONS : 0;
+    int64_t k = c->parts ? number % DIRECTIONS : 0, first = backward ? p->pair_begin : 0;
+    int64_t cells = backward ? p->pair_end - first : scan_groups(p), groups = backward ? PULLED : 1;
     if (c->parts) number /= DIRECTIONS;
-    scan_task task = {number / groups, p->group_begin + number % groups, p->k_begin, p->k_end, c->out, p->k_begin > 0};
+    scan_task task = {number / cells, (first + number % cells) * groups, p->k_begin, p->k_end, c->out, p->k_begin > 0};
     if (c->parts) task.k_begin = k, task.k_end = k + 1;
     if (k > 0) task.out = c->parts + (k - 1) * map_floats(p);
     return task;
@@ -134,7 +161,7 @@ static void run_merge(call *c, int threads, gomp_parallel *openmp) {
 
 static void forward_task(void *context, int64_t task, int thread) {
     call *c = context;
-    scan_task t = find_task(c, task);
+    scan_task t = find_task(c, task, 0);
     c->kernels->forward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
@@ -142,40 +169,39 @@ static void forward_task(void *context, int64_t task, int thread) {
  * openmp: see threads.h. Writes y. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                 const float *const inputs[6], float *y) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL};
-    void *scratch_block, *parts_block;
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL, NULL};
     if (!c.kernels) return NO_LEVEL;
     scan_problem *p = &c.problem;
-    p->group_end = scan_groups(p), p->k_end = DIRECTIONS;
-    int64_t tasks = p->batch * scan_groups(p);
+    p->k_end = DIRECTIONS;
     threads = threads < 1 ? 1 : threads;
-    split_directions(&c, tasks, threads, &parts_block);
-    if (c.parts) tasks *= DIRECTIONS;
+    int64_t cells = p->batch * scan_groups(p);
+    int split = split_directions(cells, threads);
+    int64_t tasks = split ? DIRECTIONS * cells : cells, parts = split ? (DIRECTIONS - 1) * map_floats(p) : 0;
     int workers = clamp_threads(threads, tasks);
     c.scratch_floats = c.kernels->scratch_floats(p, 0);
-    c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
-    if (c.scratch) {
-        use_large_pages(y, map_floats(p) * (int64_t)sizeof(float));
-        run_tasks(forward_task, &c, tasks, workers, openmp);
-        if (c.parts) run_merge(&c, threads, openmp);
-    }
-    free(scratch_block);
-    free(parts_block);
-    return c.scratch ? OK : NO_MEMORY;
+    block *memory = borrow(workers * c.scratch_floats + parts);
+    if (!memory) return NO_MEMORY;
+    c.scratch = memory->from;
+    c.parts = split ? c.scratch + workers * c.scratch_floats : NULL;
+    use_large_pages(y, map_floats(p) * (int64_t)sizeof(float));
+    run_tasks(forward_task, &c, tasks, workers, openmp);
+    if (split) run_merge(&c, threads, openmp);
+    give_back(memory);
+    return OK;
 }
 
 static void backward_task(void *context, int64_t task, int thread) {
     call *c = context;
-    scan_task t = find_task(c, task);
+    scan_task t = find_task(c, task, 1);
     c->kernels->backward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
-/* Adds up the groups' gradients of one chunk of proj and writes them to its pixels. */
+/* Adds up the pairs' gradients of one chunk of proj and writes them to its pixels. */
 static void gather_task(void *context, int64_t task, int thread) {
     const scan_problem *p = &((call *)context)->problem;
-    int64_t chunks = scan_chunks(p), row = scan_row(p), groups = p->group_end - p->group_begin;
+    int64_t chunks = scan_chunks(p), row = scan_row(p), pairs = p->pair_end - p->pair_begin;
     int64_t chunk = task % chunks, image = task / chunks % p->batch, k = task / chunks / p->batch + p->k_begin;
-    const float *first = p->partial + ((task / chunks * groups) * chunks + chunk) * row * CHUNK;
+    const float *first = p->partial + ((task / chunks * pairs) * chunks + chunk) * row * CHUNK;
     float *to[CHUNK];
     int64_t pixel[CHUNK], left = scan_length(p) - chunk * CHUNK, count = left < CHUNK ? left : CHUNK;
     (void)thread;
@@ -187,83 +213,110 @@ static void gather_task(void *context, int64_t task, int thread) {
     }
     for (int64_t i = 0; i < row; i++) {
         float sums[CHUNK] = {0};
-        if (p->group_begin > 0)
+        if (p->pair_begin > 0)
             for (int64_t t = 0; t < count; t++) sums[t] = to[t][i];
-        for (int64_t group = 0; group < groups; group++)
-            for (int t = 0; t < CHUNK; t++) sums[t] += first[(group * chunks * row + i) * CHUNK + t];
+        const float *of_pair = first + i * CHUNK;
+        for (int64_t pair = 0; pair < pairs; pair++, of_pair += chunks * row * CHUNK)
+            for (int t = 0; t < CHUNK; t++) sums[t] += of_pair[t];
         for (int64_t t = 0; t < count; t++) to[t][i] = sums[t];
     }
 }
 
-/* Parameter gradients: the images' added up in order, and laid out as the parameters are. */
-static void gather_parameters(const scan_problem *p, float *const grads[6]) {
-    int64_t rows = scan_params(p), groups = scan_groups(p), rank = p->rank;
-    for (int64_t k = 0; k < DIRECTIONS; k++)
-        for (int64_t channel = 0; channel < p->channels; channel++)
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t at = k * p->channels + channel;
-                double sum = 0;
-                for (int64_t image = 0; image < p->batch; image++)
-                    sum += p->dparams[(((image * DIRECTIONS + k) * groups + channel / GROUP) * rows + i) * GROUP +
-                                      channel % GROUP];
-                if (i < rank)
-                    grads[2][at * rank + i] = (float)sum;
-                else if (i == rank)
-                    grads[3][at] = (float)sum;
-                else if (i == rank + 1)
-                    grads[5][at] = (float)sum;
-                else
-                    grads[4][at * p->state + i - rank - 2] = (float)sum;
-            }
+/* Parameter gradients of a direction and group: the images' added up in order, and laid out as the parameters are. */
+static void gather_parameters(void *context, int64_t task, int thread) {
+    const call *c = context;
+    const scan_problem *p = &c->problem;
+    int64_t rows = scan_params(p), groups = scan_groups(p), rank = p->rank, state = p->state;
+    int64_t k = task / groups, group = task % groups, left = p->channels - group * GROUP;
+    const double *from = p->dparams + task * rows * GROUP;
+    (void)thread;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t lane = 0; lane < (left < GROUP ? left : GROUP); lane++) {
+            int64_t at = k * p->channels + group * GROUP + lane;
+            double sum = 0;
+            for (int64_t image = 0; image < p->batch; image++)
+                sum += from[(image * DIRECTIONS * groups * rows + i) * GROUP + lane];
+            if (i < rank)
+                c->grads[2][at * rank + i] = (float)sum;
+            else if (i == rank)
+                c->grads[3][at] = (float)sum;
+            else if (i == rank + 1)
+                c->grads[5][at] = (float)sum;
+            else
+                c->grads[4][at * state + i - rank - 2] = (float)sum;
+        }
 }
 
 /* As serpent_scan_forward; writes the gradients of the six inputs, in their order. The gradients of proj before their
- * sum over channel groups take at most partial_floats floats, or as many as that sum where this is more. */
+ * sum over channels take at most partial_floats floats, or as many as that sum where this is more. */
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                  const float *const inputs[6], const float *grad_y, float *const grads[6],
                                  int64_t partial_floats) {
-    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL};
+    call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL, grads};
     scan_problem *p = &c.problem;
     if (!c.kernels) return NO_LEVEL;
-    int64_t groups = scan_groups(p), chunks = scan_chunks(p);
-    int64_t per_group = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_group;
+    int64_t pairs = scan_pairs(p), chunks = scan_chunks(p);
+    int64_t per_pair = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_pair;
     int64_t limit = whole > partial_floats ? whole : partial_floats;
     threads = threads < 1 ? 1 : threads;
-    /* As much side by side as the limit allows: all directions of all groups, or some groups of one direction. */
-    int64_t directions = whole * groups <= limit ? DIRECTIONS : 1;
-    int64_t groups_at_once = directions == DIRECTIONS ? groups : limit / per_group;
-    if (groups_at_once > groups) groups_at_once = groups;
-    if (groups_at_once < groups && groups_at_once > threads) groups_at_once -= groups_at_once % threads;
+    /* As much side by side as the limit allows: all directions of all pairs, or some pairs of one direction. */
+    int64_t directions = whole * pairs <= limit ? DIRECTIONS : 1;
+    int64_t pairs_at_once = directions == DIRECTIONS ? pairs : limit / per_pair;
+    if (pairs_at_once > pairs) pairs_at_once = pairs;
+    if (pairs_at_once < pairs && pairs_at_once > threads) pairs_at_once -= pairs_at_once % threads;
 
-    void *scratch_block, *partial_block, *parts_block = NULL;
-    if (directions == DIRECTIONS) split_directions(&c, p->batch * groups, threads, &parts_block);
-    int64_t per_cell = c.parts ? DIRECTIONS : 1; /* tasks of an image and group */
-    int workers = clamp_threads(threads, p->batch * groups_at_once * per_cell);
+    int split = directions == DIRECTIONS && split_directions(p->batch * pairs, threads);
+    int64_t per_cell = split ? DIRECTIONS : 1; /* tasks of an image and pair */
+    int workers = clamp_threads(threads, p->batch * pairs_at_once * per_cell);
     c.scratch_floats = c.kernels->scratch_floats(p, 1);
-    c.scratch = allocate(c.scratch_floats * workers, &scratch_block);
-    p->partial = allocate(directions * groups_at_once * per_group, &partial_block);
-    p->dparams = calloc((size_t)(p->batch * DIRECTIONS * groups * scan_params(p) * GROUP), sizeof(double));
-    int status = c.scratch && p->partial && p->dparams ? OK : NO_MEMORY;
+    int64_t scratch = workers * c.scratch_floats, partial = directions * pairs_at_once * per_pair;
+    int64_t params = 2 * p->batch * DIRECTIONS * scan_groups(p) * scan_params(p) * GROUP; /* doubles */
+    block *memory = borrow(scratch + partial + params + (split ? (DIRECTIONS - 1) * map_floats(p) : 0));
+    if (!memory) return NO_MEMORY;
+    c.scratch = memory->from;
+    p->partial = c.scratch + scratch;
+    p->dparams = (double *)(p->partial + partial);
+    c.parts = split ? p->partial + partial + params : NULL;
     p->grad_y = grad_y, p->dproj = grads[1];
-    if (status == OK) {
-        int64_t pixels = p->batch * scan_length(p), number = sizeof(float);
-        use_large_pages(c.out, pixels * p->channels * number);
-        use_large_pages(p->dproj, pixels * DIRECTIONS * scan_row(p) * number);
-    }
-    for (int64_t k = 0; status == OK && k < DIRECTIONS; k += directions)
-        for (int64_t group = 0; group < groups; group += groups_at_once) {
+    int64_t pixels = p->batch * scan_length(p), number = sizeof(float);
+    use_large_pages(c.out, pixels * p->channels * number);
+    use_large_pages(p->dproj, pixels * DIRECTIONS * scan_row(p) * number);
+    for (int64_t k = 0; k < DIRECTIONS; k += directions)
+        for (int64_t pair = 0; pair < pairs; pair += pairs_at_once) {
             p->k_begin = k, p->k_end = k + directions;
-            p->group_begin = group, p->group_end = groups - group < groups_at_once ? groups : group + groups_at_once;
-            int64_t tasks = p->batch * (p->group_end - p->group_begin) * per_cell;
+            p->pair_begin = pair, p->pair_end = pairs - pair < pairs_at_once ? pairs : pair + pairs_at_once;
+            int64_t tasks = p->batch * (p->pair_end - p->pair_begin) * per_cell;
             run_tasks(backward_task, &c, tasks, clamp_threads(workers, tasks), openmp);
             tasks = directions * p->batch * chunks;
             run_tasks(gather_task, &c, tasks, clamp_threads(threads, tasks), openmp);
         }
-    if (status == OK && c.parts) run_merge(&c, threads, openmp);
-    if (status == OK) gather_parameters(p, grads);
-    free(scratch_block);
-    free(partial_block);
-    free(parts_block);
-    free(p->dparams);
-    return status;
+    if (split) run_merge(&c, threads, openmp);
+    int64_t tasks = DIRECTIONS * scan_groups(p);
+    run_tasks(gather_parameters, &c, tasks, clamp_threads(threads, tasks), openmp);
+    give_back(memory);
+    return OK;
+}
+
+typedef struct {
+    gate_problem problem;
+    const scan_kernels *kernels;
+} gate_call;
+
+enum { GATED = 256 }; /* pixels of a task */
+
+static void gate_task(void *context, int64_t task, int thread) {
+    const gate_call *c = context;
+    int64_t begin = task * GATED, left = c->problem.pixels - begin;
+    (void)thread;
+    c->kernels->gate(&c->problem, begin, begin + (left < GATED ? left : GATED));
+}
+
+/* z = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16. */
+EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
+                             const float *y, const float *weight, const float *bias, float eps, float *z) {
+    gate_call c = {{pixels, channels, y, weight, bias, eps, z}, kernels_at(level)};
+    int64_t tasks = (pixels + GATED - 1) / GATED;
+    if (!c.kernels) return NO_LEVEL;
+    run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
+    return OK;
 }

@@ -13,6 +13,8 @@
 enum {
     GROUP = 16, /* channels that one task walks side by side: a cache line of floats */
     CHUNK = 32, /* positions whose values are packed in the first level cache */
+    PULLED = 2, /* groups that a backward task takes side by side, a pair: their gradients of proj leave it added up */
+    KEPT_FLOATS = 1 << 18, /* what a backward task keeps rather than compute again: a second level cache */
     DIRECTIONS = 4
 };
 
@@ -23,15 +25,16 @@ typedef struct {
     const float *grad_y; /* this and what follows: the backward pass's */
     float *dproj;
     double *dparams; /* (batch, direction, group, rank + 2 + state, GROUP): rows of dt_weight, dt_bias, D, A_log */
-    /* dproj before its sum over channel groups, for the directions and groups of the current phase:
-     * (direction, batch, group, chunk of the direction's walk, rank + 2 state, CHUNK) */
+    /* dproj before its sum over channels, for the directions and pairs of channel groups of the current phase:
+     * (direction, batch, pair, chunk of the direction's walk, rank + 2 state, CHUNK) */
     float *partial;
-    int64_t k_begin, k_end, group_begin, group_end;
+    int64_t k_begin, k_end, pair_begin, pair_end;
 } scan_problem;
 
 static inline int64_t scan_length(const scan_problem *p) { return p->height * p->width; }
 static inline int64_t scan_chunks(const scan_problem *p) { return (scan_length(p) + CHUNK - 1) / CHUNK; }
 static inline int64_t scan_groups(const scan_problem *p) { return (p->channels + GROUP - 1) / GROUP; }
+static inline int64_t scan_pairs(const scan_problem *p) { return (scan_groups(p) + PULLED - 1) / PULLED; }
 static inline int64_t scan_row(const scan_problem *p) { return p->rank + 2 * p->state; }
 static inline int64_t scan_params(const scan_problem *p) { return p->rank + 2 + p->state; }
 
@@ -58,13 +61,21 @@ static inline void scan_pixels(const scan_problem *p, int64_t k, int64_t first, 
     }
 }
 
-/* One channel group of one image, in the directions from k_begin to k_end, whose y (forward) or du (backward) goes to
- * the map `out`: added to it, but by the first direction only if `add`. */
+/* One channel group of one image, backward the pair that begins with it, in the directions from k_begin to k_end, whose
+ * y (forward) or du (backward) goes to the map `out`: added to it, but by the first direction only if `add`. */
 typedef struct {
     int64_t image, group, k_begin, k_end;
     float *out;
     int add;
 } scan_task;
+
+/* LayerNorm(y) SiLU(z) over z; maps are (pixels, channels), channels a multiple of GROUP. */
+typedef struct {
+    int64_t pixels, channels;
+    const float *y, *weight, *bias;
+    float eps;
+    float *z;
+} gate_problem;
 
 /* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
@@ -72,6 +83,7 @@ typedef struct {
     int64_t (*scratch_floats)(const scan_problem *p, int backward);
     void (*forward)(const scan_problem *p, const scan_task *task, float *scratch);
     void (*backward)(const scan_problem *p, const scan_task *task, float *scratch);
+    void (*gate)(const gate_problem *p, int64_t begin, int64_t end);
 } scan_kernels;
 
 #endif

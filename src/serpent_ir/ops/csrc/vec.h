@@ -99,14 +99,25 @@ ALWAYS_INLINE vf exp2_decay(vf x) {
     return exp2_fraction(f) * power_of_two(rounded);
 }
 
-/* e^-|z|, in two-part reduction since an error in z log2(e) would grow with |z|. */
-ALWAYS_INLINE vf exp_minus_abs(vf z) {
-    z = at_least(from_bits(bits_of(z) | INT32_MIN), -87.0f);
+/* e^z for z from -87 to 88, in two-part reduction since an error in z log2(e) would grow with |z|. */
+ALWAYS_INLINE vf exp_in_range(vf z) {
     vf rounded = z * 1.44269504f + ROUND;
     vf n = rounded - ROUND;
     vf r = z - n * 0.693359375f; /* exact: few bits */
     r = r + n * 2.12194440e-4f;
     return exp2_fraction(r * 1.44269504f) * power_of_two(rounded);
+}
+
+ALWAYS_INLINE vf exp_minus_abs(vf z) { return exp_in_range(at_least(from_bits(bits_of(z) | INT32_MIN), -87.0f)); }
+
+/* e^z; past the range's ends, its values there. */
+ALWAYS_INLINE vf exp_clamped(vf z) { return exp_in_range(-at_least(-at_least(z, -87.0f), -88.0f)); }
+
+/* 1 / (1 + e^-z), with e = e^-|z|. */
+ALWAYS_INLINE vf sigmoid(vf z, vf e) {
+    vi negative = bits_of(z) >> 31;
+    vi numerator = (bits_of(e) & negative) | (bits_of(vset(1.0f)) & ~negative);
+    return from_bits(numerator) / (e + 1.0f);
 }
 
 /* log(1 + e^z) = max(z, 0) + log(1 + e) with e = e^-|z|. log(1 + e) = 2 atanh(e / (2 + e)) keeps its precision for
@@ -120,11 +131,7 @@ ALWAYS_INLINE vf softplus(vf z, vf *slope) {
     p = p * w + 4.00203320e-1f;
     p = p * w + 6.66664418e-1f;
     p = p * w + 2.0f;
-    if (slope) {
-        vi negative = bits_of(z) >> 31;
-        vi numerator = (bits_of(e) & negative) | (bits_of(vset(1.0f)) & ~negative);
-        *slope = from_bits(numerator) / (e + 1.0f);
-    }
+    if (slope) *slope = sigmoid(z, e);
     return at_least(z, 0.0f) + s * p;
 }
 
@@ -158,22 +165,28 @@ ALWAYS_INLINE vf add_blocks(vf a, vf b) { return SHUFFLE(a, b, BLOCKS(0)) + SHUF
 #endif
 #endif
 
-/* sums[i] = the sum of the 16 floats of row i, for LANES rows: a transposition that adds on the way. */
-ALWAYS_INLINE void sum_rows(const float *rows, float *sums) {
-    vf x[LANES];
-    for (int i = 0; i < LANES; i++) {
-        x[i] = vload(rows + 16 * i);
-        for (int v = LANES; v < 16; v += LANES) x[i] = x[i] + vload(rows + 16 * i + v);
-    }
+/* Rows of LANES floats to their sums, by a transposition that adds on the way. */
 #if LANES > 1
-    for (int step = 1; step < 4; step *= 2)
-        for (int i = 0; i < LANES; i += 2 * step) x[i] = add_pairs(x[i], x[i + step]);
+ALWAYS_INLINE vf sums_of_2(const float *rows) { return add_pairs(vload(rows), vload(rows + LANES)); }
+ALWAYS_INLINE vf sums_of_4(const float *rows) { return add_pairs(sums_of_2(rows), sums_of_2(rows + 2 * LANES)); }
 #endif
 #if LANES > 4
-    for (int step = 4; step < LANES; step *= 2)
-        for (int i = 0; i < LANES; i += 2 * step) x[i] = add_blocks(x[i], x[i + step]);
+ALWAYS_INLINE vf sums_of_8(const float *rows) { return add_blocks(sums_of_4(rows), sums_of_4(rows + 4 * LANES)); }
 #endif
-    vstore(sums, x[0]);
+#if LANES > 8
+ALWAYS_INLINE vf sums_of_16(const float *rows) { return add_blocks(sums_of_8(rows), sums_of_8(rows + 8 * LANES)); }
+#define SUMS_OF_ROWS sums_of_16
+#elif LANES > 4
+#define SUMS_OF_ROWS sums_of_8
+#elif LANES > 1
+#define SUMS_OF_ROWS sums_of_4
+#else
+#define SUMS_OF_ROWS vload
+#endif
+
+/* sums[t] = the sum of the LANES floats of row t, for t < count and up to LANES - 1 more. */
+ALWAYS_INLINE void sum_lanes(const float *rows, float *sums, int64_t count) {
+    for (int64_t t = 0; t < count; t += LANES) vstore(sums + t, SUMS_OF_ROWS(rows + t * LANES));
 }
 
 #endif
