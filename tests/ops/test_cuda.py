@@ -72,6 +72,12 @@ def test_blocks_that_share_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs_here
+def test_many_chunks_are_combined_by_more_threads(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MANY_CHUNKS", 0)
+    check_against_float64(cuda, make((1, 9, 30, 6), 3, 1, torch.float32))
+
+
+@runs_here
 def test_rows_and_columns_one_after_the_other(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SIDE_BY_SIDE", 0)
     check_against_float64(cuda, make((2, 5, 9, 64), 6, 2, torch.bfloat16))
