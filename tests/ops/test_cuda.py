@@ -85,6 +85,17 @@ def test_rows_and_columns_one_after_the_other(many_chunks: None, monkeypatch: py
 
 
 @runs_here
+def test_slices_of_other_tensors(many_chunks: None) -> None:
+    """Contiguous, but their first element is not where vectors begin."""
+    inputs = make((1, 5, 9, 4), 2, 1, torch.bfloat16)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs]
+    assert shifted[0].data_ptr() % 4
+    assert torch.equal(cuda.forward(*shifted), cuda.forward(*inputs))
+    for a, b in zip(cuda.backward(shifted[0], *shifted), cuda.backward(inputs[0], *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@runs_here
 def test_far_step_sizes(many_chunks: None) -> None:
     """Softplus far from zero on either side."""
     check_against_float64(cuda, make((1, 3, 14, 3), 2, 1, torch.float32, spread=30.0))

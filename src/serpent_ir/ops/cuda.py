@@ -123,6 +123,11 @@ def unavailable() -> str:
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, parameters in float32."""
+    with torch.cuda.device_of(u):
+        return _forward(*map(_aligned, (u, proj, dt_weight, dt_bias, A_log, D)))
+
+
+def _forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     y = torch.empty_like(u)
     if not u.numel():
         return y
@@ -160,10 +165,18 @@ def backward(
     inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     if not u.numel():
         return tuple(torch.zeros_like(x) for x in inputs)
+    if A_log.shape[-1] > BACKWARD_STATES and (triton := _triton()) is not None:
+        return triton.backward(grad_y, *inputs)
+    with torch.cuda.device_of(u):
+        return _backward(*map(_aligned, (grad_y, *inputs)))
+
+
+def _backward(
+    grad_y: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     batch, H, W, d = u.shape
     N, R = A_log.shape[-1], dt_weight.shape[-1]
-    if N > BACKWARD_STATES and (triton := _triton()) is not None:
-        return triton.backward(grad_y, *inputs)
     layout = _backward_layout(d, N, R, u.dtype)
     warps, blocks = _gradient_blocks(layout)
     pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
@@ -215,6 +228,11 @@ def backward(
 def _gradient_blocks(layout: Layout) -> tuple[int, int]:
     """Warps of each direction in a block of `gradient`, and blocks that a multiprocessor should hold."""
     return (2, 3) if layout.groups % 2 == 0 else (1, 5)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where it begins amid a vector, as a slice of another tensor may."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _splits(sets: int, wanted: int) -> int:

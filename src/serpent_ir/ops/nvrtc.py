@@ -145,13 +145,21 @@ def unavailable() -> str:
     """Why kernels cannot be compiled here; empty where they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for NVIDIA GPUs"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     try:
-        _nvrtc()
+        nvrtc = _nvrtc()
         _driver()
     except OSError as error:
         return f"NVRTC or the CUDA driver is missing ({error})"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        count = ctypes.c_int()
+        nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+        known = (ctypes.c_int * count.value)()
+        nvrtc.nvrtcGetSupportedArchs(known)
+        if (major, minor) < (8, 0):
+            return "the GPU is older than compute capability 8.0"
+        if 10 * major + minor not in known:
+            return f"NVRTC {'.'.join(map(str, nvrtc_version()))} is older than the GPU"
     return ""
 
 
