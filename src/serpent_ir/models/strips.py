@@ -5,13 +5,12 @@ first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is 
 and output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import ss2d
@@ -40,10 +39,7 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     u, proj = _Whole(x.shape), _Whole(x.shape)
     for first in range(0, len(x), images):
         for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
-            conv = F.conv2d(
-                piece.movedim(-1, 1), inner.conv.weight, inner.conv.bias, padding=(padding, 1), groups=len(weight_u)
-            )
-            piece = F.silu(conv.movedim(1, -1).contiguous(), inplace=True)
+            piece = _conv_silu(piece.movedim(-1, 1), inner.conv, padding).movedim(1, -1).contiguous()
             u.put(first, row, piece)
             proj.put(first, row, _linear(piece, inner.x_proj.weight).unflatten(-1, (4, -1)))
     y = ss2d(u.map, proj.map, inner.dt_weight, inner.dt_bias, inner.A_log, inner.D)
@@ -59,26 +55,46 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
-def _onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's product, where it is the faster one: MKL keeps to AVX2 on processors that are not Intel's."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+def _onednn(name: str, flops: Callable[..., int]) -> Callable[..., Tensor] | None:
+    """An operator of oneDNN that PyTorch holds without a public name, counted by `flops`; None where it has none."""
+    if not torch.backends.mkldnn.is_available():
         return None
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if product is not None:
-        register_flop_formula(product)(_linear_flops)
-    return product
+    operator = getattr(torch.ops.mkldnn, name, None)
+    if operator is not None:
+        register_flop_formula(operator)(flops)
+    return operator
 
 
 def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
     return 2 * torch.Size(x_shape).numel() * weight_shape[0]
 
 
+def _conv_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
+    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
+
+
+# oneDNN's product is the faster one with AVX-512: MKL keeps to AVX2 on processors that are not Intel's. Its convolution
+# applies SiLU while the numbers are in registers.
+_PRODUCT = _onednn("_linear_pointwise", _linear_flops) if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+_CONVOLUTION = _onednn("_convolution_pointwise", _conv_flops)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and x.numel() > 0
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    product = _onednn()
-    if product is None or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
+    if _PRODUCT is None or not _plain(x):
         return F.linear(x, weight)
-    return product(x, weight, None, "none", [], "")
+    return _PRODUCT(x, weight, None, "none", [], "")
+
+
+def _conv_silu(x: Tensor, conv: nn.Conv2d, padding: int) -> Tensor:
+    """SiLU of the depthwise convolution of x (B, d, H, W) with `padding` rows of zeros above and below."""
+    if _CONVOLUTION is None or not _plain(x):
+        return F.silu(F.conv2d(x, conv.weight, conv.bias, padding=(padding, 1), groups=conv.groups))
+    ones = (1, 1)
+    return _CONVOLUTION(x, conv.weight, conv.bias, (padding, 1), ones, ones, conv.groups, "swish", [], "")
 
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
