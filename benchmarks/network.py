@@ -209,6 +209,7 @@ def render(records: Iterable[dict[str, Any]]) -> str:
             "",
             f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}",
             "",
+            *((record["note"], "") if "note" in record else ()),
             "Inference, batch 1:",
             "",
             "| network, size | graph | public | x | call | call / graph | GB | exponentials | bytes |",

@@ -1,6 +1,6 @@
 """Milliseconds of the scan on a GPU, forward and backward, beside what public CUDA software takes.
 
-    python benchmarks/scan.py [--backends cuda triton torch] [--maps 256 512] [--train] [--dtype bfloat16] --out scan.json
+    python benchmarks/scan.py [--backends cuda triton torch] [--maps 256 512] [--train] --out scan.json
 
 A row is one map of the network: level l of a map of side s has side s / 2^l and 64 * 2^l channels. Each backend is
 checked against float64 on small maps first, and a wrong one is not timed. `events` times calls as a program makes

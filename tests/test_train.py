@@ -259,5 +259,5 @@ def test_a_run_may_start_from_other_weights(folders):
     for name, tensor in load_file(first).items():
         assert torch.equal(on.network.state_dict()[name], tensor), name
     assert Trainer(load_recipe(recipe_file(folders, "l", model="serpent_l", start="serpent_l.sr8"))).step == 0
-    with pytest.raises(UsageError, match="start: serpent_l.sr8 holds no weights of serpent_b"):
+    with pytest.raises(UsageError, match=r"start: serpent_l\.sr8 holds no weights of serpent_b"):
         Trainer(load_recipe(recipe_file(folders, "bad", start="serpent_l.sr8")))

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -22,10 +23,10 @@ Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}
 
 - **Licence**: CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use.
 - **Data**: {data}. What they are, and whose: see "Training images" below.
-- **Crops**: {stages}.
-- **Recipe**: Adam, learning rate {lr:g}, {warmup} steps of warm-up, then a cosine to zero; L1; gradients clipped at
-  {clip:g}; bfloat16 autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
-- **Cost**: {minutes:.1f} minutes on one {trained_on} ({steps} steps, validation not counted).
+- **Recipe**: Adam, {warmup} steps of warm-up, then a cosine to zero; L1; gradients clipped at {clip:g}; bfloat16
+  autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
+{runs}
+- **Cost**: {minutes:.1f} minutes, validation not counted.
 - **Size**: float16, {megabytes:.1f} MB; computed in float32 (bfloat16 autocast on a GPU).
 
 ## Quality
@@ -57,6 +58,12 @@ TASK_TEXT = {
 }
 
 
+def _told(run: dict[str, Any]) -> str:
+    """A line of the card on one run."""
+    stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
+    return f"- **Run**: {stages}; learning rate {run['lr']:g}; {run['minutes']:.1f} minutes on one {run['device']}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -81,20 +88,22 @@ def main() -> None:
     training = {key: value for key, value in recipe.items() if key not in of_the_machine}
     training["train"] = ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
     training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
+    runs = [training]
+    if recipe.get("start"):  # the run went on from weights whose card stands here
+        training["before"] = json.loads((WEIGHTS_DIR / f"{recipe['start']}.json").read_text())["training"]
+        runs.insert(0, training["before"])
     card = {"name": name, "training": training, "evaluations": evaluations}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
     rows = [row.format(**evaluation) for evaluation in evaluations]
     text = CARD.format(
-        **{key: recipe[key] for key in ("model", "task", "lr", "warmup", "clip", "ema", "seed")},
+        **{key: recipe[key] for key in ("model", "task", "warmup", "clip", "ema", "seed")},
         name=name,
         params=sum(p.numel() for p in create_model(recipe["model"]).parameters()) / 1e6,
         task_text=TASK_TEXT[recipe["task"]],
         data=" and ".join(training["train"]),
-        stages=", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in recipe["stages"]),
-        steps=sum(s["steps"] for s in recipe["stages"]),
-        minutes=training["minutes"],
-        trained_on=args.trained_on,
+        runs="\n".join(_told(run) for run in runs),
+        minutes=sum(run["minutes"] for run in runs),
         megabytes=file.stat().st_size / 1e6,
         device=evaluations[0]["device"],
         rows="\n".join(rows),

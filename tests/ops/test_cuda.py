@@ -72,10 +72,27 @@ def test_blocks_that_share_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs_here
+def test_many_chunks_are_combined_by_more_threads(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MANY_CHUNKS", 0)
+    check_against_float64(cuda, make((1, 9, 30, 6), 3, 1, torch.float32))
+
+
+@runs_here
 def test_rows_and_columns_one_after_the_other(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SIDE_BY_SIDE", 0)
     check_against_float64(cuda, make((2, 5, 9, 64), 6, 2, torch.bfloat16))
     check_against_float64(cuda, make((1, 5, 9, 6), 2, 1, torch.float32))
+
+
+@runs_here
+def test_slices_of_other_tensors(many_chunks: None) -> None:
+    """Contiguous, but their first element is not where vectors begin."""
+    inputs = make((1, 5, 9, 4), 2, 1, torch.bfloat16)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs]
+    assert shifted[0].data_ptr() % 4
+    assert torch.equal(cuda.forward(*shifted), cuda.forward(*inputs))
+    for a, b in zip(cuda.backward(shifted[0], *shifted), cuda.backward(inputs[0], *inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 @runs_here

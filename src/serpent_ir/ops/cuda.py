@@ -28,10 +28,12 @@ SHORTEST = 16
 # the map is large, and its many chunks would take long to combine.
 EXCHANGE = 16 << 10
 LARGE_EXCHANGE = 32 << 10
+# From so many chunks on, they are combined by more threads, of fewer neighbours each.
+MANY_CHUNKS = 2048
 # Blocks that a multiprocessor should hold, which bounds the registers of a thread.
 FORWARD_BLOCKS = 8
 SUMMARY_BLOCKS = 8
-# Positions of a part (see cuda_src/backward.cu).
+# Positions of a part (see cuda_src/backward.cuh).
 PART = 16
 # Beyond so many states the gradients of proj from many blocks of channels cost more than Triton's way of looping over
 # the states in memory: 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43, 16 crops of 128, H100.
@@ -121,6 +123,11 @@ def unavailable() -> str:
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, parameters in float32."""
+    with torch.cuda.device_of(u):
+        return _forward(*map(_aligned, (u, proj, dt_weight, dt_bias, A_log, D)))
+
+
+def _forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     y = torch.empty_like(u)
     if not u.numel():
         return y
@@ -158,10 +165,18 @@ def backward(
     inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     if not u.numel():
         return tuple(torch.zeros_like(x) for x in inputs)
+    if A_log.shape[-1] > BACKWARD_STATES and (triton := _triton()) is not None:
+        return triton.backward(grad_y, *inputs)
+    with torch.cuda.device_of(u):
+        return _backward(*map(_aligned, (grad_y, *inputs)))
+
+
+def _backward(
+    grad_y: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     batch, H, W, d = u.shape
     N, R = A_log.shape[-1], dt_weight.shape[-1]
-    if N > BACKWARD_STATES and (triton := _triton()) is not None:
-        return triton.backward(grad_y, *inputs)
     layout = _backward_layout(d, N, R, u.dtype)
     warps, blocks = _gradient_blocks(layout)
     pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
@@ -170,8 +185,8 @@ def backward(
     splits = _splits(layout.groups // warps, 2 * _processors(u.device) // (parts * batch * pairs))
     wanted = BACKWARD_WARPS * _processors(u.device) // (batch * pairs * splits * 2 * warps)
     length, chunks = _chunks(H * W, wanted, PART, H * W)
-    constants = {"PART": PART, "WARPS": warps, "SUMMARY_BLOCKS": SUMMARY_BLOCKS, "GRADIENT_BLOCKS": blocks}
-    scan = _load("backward.cu", layout, u.device, **constants)
+    summary = _load("summary.cu", layout, u.device, PART=PART, BLOCKS=SUMMARY_BLOCKS)
+    gradient = _load("gradient.cu", layout, u.device, PART=PART, WARPS=warps, BLOCKS=blocks)
     combine = _load("combine.cu", layout, u.device)
 
     several = chunks > 1
@@ -192,10 +207,14 @@ def backward(
         flags = (first, pairs, first > 0, pairs == 1 and first == 1, splits, sets)
         args = pointers + struct.pack("2q10i", u.numel(), proj.numel(), H, W, length, chunks, *flags)
         if parts > 1:
-            scan.launch("summary", (layout.groups * chunks, batch * pairs, 1), 64, 2 * layout.tile * layout.row, args)
+            summary.launch(
+                "summary", (layout.groups * chunks, batch * pairs, 1), 64, 2 * layout.tile * layout.row, args
+            )
         if several:
             _combine(combine, chunk_h, chunk_e, dt_sum, A_log, first, pairs)
-        scan.launch("gradient", (splits * chunks, batch * pairs, 1), 64 * warps, _gradient_shared(layout, warps), args)
+        gradient.launch(
+            "gradient", (splits * chunks, batch * pairs, 1), 64 * warps, _gradient_shared(layout, warps), args
+        )
     if pairs == 2:
         _sum_parts(combine, total, grads[0])
     if splits > 1:
@@ -211,13 +230,18 @@ def _gradient_blocks(layout: Layout) -> tuple[int, int]:
     return (2, 3) if layout.groups % 2 == 0 else (1, 5)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where it begins amid a vector, as a slice of another tensor may."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _splits(sets: int, wanted: int) -> int:
     """The smallest divisor of `sets` from `wanted` on."""
     return next(s for s in range(1, sets + 1) if sets % s == 0 and s >= min(wanted, sets))
 
 
 def _gradient_shared(layout: Layout, warps: int) -> int:
-    """Bytes of shared memory of a block: rows of proj, and the slots of its warps (SLOT in backward.cu)."""
+    """Bytes of shared memory of a block: rows of proj, and the slots of its warps (SLOT in gradient.cu)."""
     state = -(-2 * layout.states // 4) * 128
     proj = -(-layout.tile * (layout.R + 2 * layout.N) // 4) * 4
     slot = max(state, proj) + 2 * layout.tile * layout.channels
@@ -234,8 +258,9 @@ def _combine(
     """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
     batch, _, chunks, N, d = h.shape
     # Parts of 8 chunks and more, each thread one number of the state of one part.
-    walk_parts = min(32, _power_of_2(-(-chunks // 8))) if chunks <= 2048 else 128
-    columns = max(32, 128 // walk_parts) if chunks <= 2048 else 8
+    walk_parts, columns = (128, 8) if chunks > MANY_CHUNKS else (min(32, _power_of_2(-(-chunks // 8))), 32)
+    if walk_parts < 4:
+        columns = 128 // walk_parts
     args = _pointers(h, h if e is None else e, dt_sum, A_log)
     args += struct.pack("5i", chunks, first, pairs, columns, walk_parts)
     grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)

@@ -85,10 +85,11 @@ def compile_source(file: str, constants: tuple[tuple[str, int], ...], capability
     """Machine code (a cubin) of one source file. Needs NVRTC, no GPU. Raises RuntimeError with the compiler's log."""
     nvrtc = _nvrtc()
     text = (SOURCES / file).read_bytes()
-    header, name = (SOURCES / "common.cuh").read_bytes(), b"common.cuh"
+    headers = {path.name.encode(): path.read_bytes() for path in _headers()}
+    array = ctypes.c_char_p * len(headers)
     program = ctypes.c_void_p()
     status = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), text, file.encode(), 1, (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(name)
+        ctypes.byref(program), text, file.encode(), len(headers), array(*headers.values()), array(*headers)
     )
     if status:
         raise RuntimeError(f"nvrtcCreateProgram failed with status {status}")
@@ -111,11 +112,15 @@ def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
+def _headers() -> list[Path]:
+    return sorted(SOURCES.glob("*.cuh"))
+
+
 def cubin(file: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
     """`compile_source`, or what it gave an earlier process."""
     digest = hashlib.sha256(repr((file, constants, capability, nvrtc_version(), __version__)).encode())
-    for source in (file, "common.cuh"):
-        digest.update((SOURCES / source).read_bytes())
+    for source in (SOURCES / file, *_headers()):
+        digest.update(source.read_bytes())
     path = cache_folder() / f"{file.partition('.')[0]}-{digest.hexdigest()[:32]}.cubin"
     try:
         return path.read_bytes()
@@ -140,13 +145,21 @@ def unavailable() -> str:
     """Why kernels cannot be compiled here; empty where they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for NVIDIA GPUs"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     try:
-        _nvrtc()
+        nvrtc = _nvrtc()
         _driver()
     except OSError as error:
         return f"NVRTC or the CUDA driver is missing ({error})"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        count = ctypes.c_int()
+        nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+        known = (ctypes.c_int * count.value)()
+        nvrtc.nvrtcGetSupportedArchs(known)
+        if (major, minor) < (8, 0):
+            return "the GPU is older than compute capability 8.0"
+        if 10 * major + minor not in known:
+            return f"NVRTC {'.'.join(map(str, nvrtc_version()))} is older than the GPU"
     return ""
 
 

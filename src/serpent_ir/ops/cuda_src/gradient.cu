@@ -1,143 +1,12 @@
-// The backward scan. In the order of one walk, with g the adjoint of the state h and c_t = C_t dy_t:
-//
-//   h_t = a_t h_{t-1} + b_t     a_t = exp(A dt_t), b_t = dt_t u_t B_t
-//   g_t = c_t + e_{t+1}         e_t = a_t g_t, what flows on to the position before
-//   dC_t = sum over channels of dy_t h_t          dB_t = sum over channels of g_t dt_t u_t
-//   w_t = e_t h_{t-1}           dA = sum over positions of w_t dt_t
-//   d(dt)_t = sum over n of A w_t + u_t g_t B_t   du_t = dt_t (sum over n of g_t B_t) + D dy_t
-//
-// Chunks are cut into parts of S positions, parts into tiles of T. `summary` goes through a chunk once: what the chunk
-// does to h and e, and the state at the start of each part. `gradient` goes through the parts from the last to the
-// first: forwards through a part, keeping the state before each tile, then tile by tile backwards.
+// The gradients; see backward.cuh.
 
-#include "common.cuh"
-
-constexpr int S = PART;  // positions of a part
-constexpr int TILES = S / T;
-
-struct Args {
-    const io *dy, *u, *proj;
-    const float *dt_weight, *dt_bias, *A_log, *D_skip;
-    // At a part's start, from zero at the chunk's: the state, and the sum of dt since. (batch, 4, parts, [N,] D)
-    float *part_h, *part_dt;
-    float *chunk_h, *chunk_e, *dt_sum;  // (batch, 4, chunks, [N,] D)
-    float* total;  // (pairs, batch, H, W, D): sums of du so far
-    io* du;
-    float* shares;  // (shares, batch, H, W, 4, J): what blocks of channels give to the gradient of proj
-    io* dproj;
-    float* dparam;  // (batch, 4, chunks, N + R + 2, D): gradients of A_log, dt_weight, dt_bias, D
-    long long total_part, shares_part;
-    int H, W, length, chunks;  // of a chunk, a multiple of S
-    int first, pairs;
-    int add, last;
-    int splits, sets;  // blocks that share a chunk's channels; sets of channels that each goes through
-};
-
-extern "C" __global__ void LAUNCH_BOUNDS(64, SUMMARY_BLOCKS) summary(const Args a) {
-    DYNAMIC_SHARED(shared);
-    const int warp = warp_number(), lane = threadIdx.x % 32;
-    const int group = blockIdx.x % GROUPS, chunk = blockIdx.x / GROUPS;
-    const int pair = a.first + blockIdx.y % a.pairs, k = pair + 2 * warp;
-    const size_t image = blockIdx.y / a.pairs, pixels = image * a.H * a.W;
-    const int L = a.H * a.W, begin = chunk * a.length, count = min(a.length, L - begin);
-    const int parts = (L + S - 1) / S, first_part = begin / S, here = (count + S - 1) / S;
-    const bool several = a.chunks > 1;  // otherwise only the states at the starts of parts are of use
-
-    float* rows = shared + warp * T * JP;
-    for (int i = lane; i < T * JP; i += 32) rows[i] = 0.f;
-    const Channels my(group, k, a.A_log, a.dt_weight, a.dt_bias);
-    const size_t slot = (image * 4 + k) * a.chunks + chunk;
-    float h[Q][P] = {}, e[Q][P] = {}, decay[Q][P], sum[Q] = {};
-#pragma unroll
-    for (int p = 0; p < P; p++) decay[0][p] = decay[1][p] = 1.f;
-
-    // Parts are cut from the chunk's first position on, so a walk backwards meets the incomplete one first.
-    Walk walk(a.H, a.W, pair, warp ? begin + count - 1 : begin, warp ? -1 : 1);
-    const int head = warp ? count - (here - 1) * S : min(S, count);  // steps of the first part
-    const Fetch fetch(a.proj + (pixels * 4 + k) * J, lane);
-    const io* const maps[] = {keep(a.u + pixels * D + my.ch), keep(a.dy + pixels * D + my.ch)};
-    Ahead<2> ahead;
-    ahead.reach(fetch, maps, walk, 0, count, my);
-    ahead.load(fetch, maps, walk, 0, my);
-    int done = 0, end = head, part = 0;  // steps done, and until where this part goes
-    while (done < count) {
-        const int valid = end - done;
-        __syncwarp();
-        ahead.store_rows(fetch, rows);
-        __syncwarp();
-        Raw raw_u[T], raw_dy[T];
-#pragma unroll
-        for (int t = 0; t < T; t++) raw_u[t] = ahead.maps[0][t], raw_dy[t] = t < valid ? ahead.maps[1][t] : Raw{};
-        const int next = min(done + T, end), next_end = next == end ? min(end + S, count) : end;
-        if (next < count) {
-            ahead.reach(fetch, maps, walk, next, count, my);
-            ahead.load(fetch, maps, walk, next, my);
-        }
-        float dt[T][Q], slope[OWN];
-        step_sizes(my, rows, valid, dt, slope);
-#pragma unroll
-        for (int t = 0; t < T; t++) {
-            float s[SHARE];
-            load_share(rows, t, my.m, s);
-            const float2 u = unpack(raw_u[t]), dy = unpack(raw_dy[t]);
-#pragma unroll
-            for (int q = 0; q < Q; q++) {
-                const float dtu = dt[t][q] * (q ? u.y : u.x), dy_q = q ? dy.y : dy.x;
-#pragma unroll
-                for (int p = 0; p < P; p++) {
-                    const float step = ex2(dt[t][q] * my.A[q][p]);
-                    h[q][p] = fmaf(step, h[q][p], dtu * s[RL + p]);
-                    decay[q][p] *= step;
-                    e[q][p] = fmaf(decay[q][p], s[RL + P + p] * dy_q, e[q][p]);
-                }
-                sum[q] += dt[t][q];
-            }
-        }
-        done = next;
-        if (done == end && done < count) {
-            part++;
-            end = next_end;
-            const size_t at = (image * 4 + k) * parts + first_part + (warp ? here - 1 - part : part);
-            store_states(a.part_h + at * N * D, my.m, my.ch, h);
-            if (several && my.m == 0) store_pair_f(a.part_dt + at * D + my.ch, my.ch, make_float2(sum[0], sum[1]));
-            if (!several && part == here - 1) return;
-        }
-    }
-    if (!several) return;
-    store_states(a.chunk_h + slot * N * D, my.m, my.ch, h);
-    store_states(a.chunk_e + slot * N * D, my.m, my.ch, e);
-    if (my.m == 0) store_pair_f(a.dt_sum + slot * D + my.ch, my.ch, make_float2(sum[0], sum[1]));
-}
+#include "backward.cuh"
 
 // What a warp keeps of a tile in shared memory: first the state before it, dt and the slope of softplus, then what the
 // tile gives to the gradients.
 constexpr int VECTORS = (Q * P + 3) / 4;
 constexpr int KEPT = VECTORS * 128 > T * J ? VECTORS * 128 : (T * J + 3) / 4 * 4;  // state; gradient of proj (T, J)
 constexpr int SLOT = KEPT + 2 * T * CH;  // and dt, slope (T, CH); du in the place of dt
-
-// Where du goes. The two directions of a block begin at opposite ends of a chunk: the first to come to a part writes
-// `total`, the second adds to it, and where both are at one part at a time they meet in shared memory.
-struct Sums {
-    float* total;  // with du: the image's first pixel, from the channel of the lane's first own value on
-    io* du;
-    bool meet, more, last;  // more: `total` holds a share; last: the sum is complete
-
-    // What `total` holds of the lane's own values of a tile, of which `at` says the pixels' offsets, and what comes of it.
-    __device__ __forceinline__ void load(const size_t (&at)[OWN], int ch, float (&x)[OWN]) const {
-#pragma unroll
-        for (int i = 0; i < OWN; i += 2) {
-            const float2 pair = OWN > 1 ? load_pair_f(total + at[i], ch) : make_float2(ch < D ? total[at[i]] : 0.f, 0.f);
-            x[i] = pair.x;
-            if (i + 1 < OWN) x[i + 1] = pair.y;
-        }
-    }
-    __device__ __forceinline__ void store(size_t at, int ch, float2 x) const {
-        if (OWN > 1 && last) store_pair(du + at, ch, x);
-        else if (OWN > 1) store_pair_f(total + at, ch, x);
-        else if (ch < D && last) du[at] = narrow(x.x);
-        else if (ch < D) total[at] = x.x;
-    }
-};
 
 struct Gradient {
     const Args& a;
@@ -405,7 +274,7 @@ constexpr int BATCH = 4;  // loads in flight at a time
 constexpr int G = WARPS;  // warps of each direction, side by side over channels
 static_assert(GROUPS % G == 0, "whole sets of channels");
 
-extern "C" __global__ void LAUNCH_BOUNDS(64 * G, GRADIENT_BLOCKS) gradient(const Args a) {
+extern "C" __global__ void LAUNCH_BOUNDS(64 * G, BLOCKS) gradient(const Args a) {
     DYNAMIC_SHARED(shared);
     const int warp = warp_number(), thread = threadIdx.x % (32 * G);
     const bool reverse = warp >= G;
