@@ -39,8 +39,9 @@ $(VENV)/.torch-installed: | $(VENV)/.created
 	$(PIP) $(TORCH)
 	@touch $@
 
+# Not `demo`, whose web page brings a web server and half a hundred packages.
 $(VENV)/.demo-installed: $(INSTALLED) | $(VENV)/.torch-installed
-	$(PIP) -e '.[demo]'
+	$(PIP) -e '.[samples]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(INSTALLED) | $(VENV)/.torch-installed

@@ -107,6 +107,22 @@ def test_names_from_standard_input(photos, weights):
     assert files(Path("out")) == ["photos/a.png", "photos/trip/c.png"]
 
 
+def test_what_an_earlier_run_wrote_is_no_input(photos, weights):
+    for given in (["photos/**/*.png"], ["photos"]):
+        for _ in range(2):
+            result = serpent("restore", *given, "-o", "photos/new", "--weights", weights, "--skip-existing")
+            assert result.exit_code == 0, result.stderr
+    assert len(files(Path("photos/new"))) == 6
+    Path("list").write_text("\n".join(["./photos/a.png", "photos/new/a.png", "photos/new/trip"]))
+    with pytest.warns(UserWarning, match="@list: 2 of its names are inside of photos/new, the output, and left out"):
+        (job,) = plan([Path("@list")], Path("photos/new"))
+    assert str(job.target) == "photos/new/photos/a.png"
+    assert targets("photos/*.png") == ["out/a.png"]
+    Path("list").write_text("photos/a.png")
+    (job,) = plan([Path("@list")], Path("photos"))  # named alone, it was meant
+    assert str(job.target) == "photos/photos/a.png"
+
+
 # What is left out
 
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from serpent_ir.demo import Worker
+from serpent_ir.demo import Limits, Worker, restore_upload
 from serpent_ir.errors import SerpentError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,6 +43,14 @@ def breaks(path: Path) -> None:
 
 def dies(path: Path) -> None:
     os._exit(9)
+
+
+def test_the_page_has_the_word_that_the_command_has(tmp_path):
+    Image.new("CMYK", (24, 16)).save(tmp_path / "print.jpg")
+    result = restore_upload(tmp_path / "print.jpg", tmp_path, "deblur", "serpent_l", "cpu", Limits())
+    first, note = result.told.split("\n\n")
+    assert first.startswith("24x16 pixels in ")
+    assert note.startswith("Note: is CMYK without a usable colour profile; converted to RGB")
 
 
 def test_the_worker_outlives_what_its_images_do(capfd):

@@ -95,11 +95,12 @@ print(extra["{METADATA_FILE}"])
         np.testing.assert_allclose(got.numpy(), expected_of(model, image), atol=1e-5)
 
 
-def test_one_size(tmp_path):
+@pytest.mark.parametrize("size", [20, 3])  # 3: the deepest maps have one pixel
+def test_one_size(size, tmp_path):
     file = tmp_path / "network.onnx"
-    metadata, checks = export_network(small_network(), file, size=20)
-    assert metadata["size"] == "exactly 20x20 px"
-    assert [(check.height, check.width) for check in checks] == [(20, 20)]
+    metadata, checks = export_network(small_network(), file, size=size)
+    assert metadata["size"] == f"exactly {size}x{size} px"
+    assert [(check.height, check.width) for check in checks] == [(size, size)]
 
 
 def test_a_unet_too(tmp_path):
@@ -141,6 +142,10 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path):
         export_network(small_network(), tmp_path / "x.tflite", format="tflite")
     with pytest.raises(UsageError, match="size is 0 px"):
         export_network(small_network(), tmp_path / "x.onnx", size=0)
+    with pytest.raises(UsageError, match=r"x\.pt2: ends in \.pt2, and the format is onnx"):
+        export_network(small_network(), tmp_path / "x.pt2")
+    with pytest.raises(UsageError, match="is a folder"):
+        export_network(small_network(), tmp_path)
     with pytest.raises(UsageError, match="no such folder"):
         export_network(small_network(), tmp_path / "none" / "x.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -125,6 +125,16 @@ def test_masks_are_asked_for_and_must_fit(photos, inpainting, tmp_path):
         serpent_ir.restore(image, serpent_ir.create_model("serpent_b.deblur"), mask=np.zeros((8, 9), bool))
     with pytest.raises(SerpentError, match=r"0\.png: .*holds no mask of that name"):
         restore([photos / "0.png"], tmp_path / "out.png", weights=inpainting, mask=tmp_path)
+    # What would be wrong with every image is said before the first.
+    for weights, options, said in (
+        (inpainting, {}, "weights of inpaint need --mask"),
+        (save_weights(tmp_path, "deblur"), {"mask": photos / "0.png"}, "these take none"),
+        (inpainting, {"mask": tmp_path / "none"}, "none: no such file or folder"),
+        (inpainting, {"mask": photos, "compare": True, "reference": tmp_path / "no.png"}, r"no\.png: no such file"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            restore([photos], tmp_path / "wrong", weights=weights, **options)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_comparisons_are_drawn_and_measured(photos, tmp_path, capsys):

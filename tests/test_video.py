@@ -125,6 +125,20 @@ def test_frames_go_through_the_path_of_images(tmp_path):
         assert 10 * np.log10(255**2 / np.square(expected.astype(float) - after).mean()) > 30
 
 
+def test_a_bare_stream_gets_the_times_of_its_rate(tmp_path):
+    source = tmp_path / "in.h264"
+    with av.open(str(make_video(tmp_path / "in.mp4", count=5, sound=False))) as file:
+        pixels = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with av.open(str(source), "w", format="h264") as made:
+        video = made.add_stream("libx264", rate=24)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for frame in pixels:
+            made.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        made.mux(video.encode(None))
+    assert restore_video(source, tmp_path / "out.mp4", Restorer(identity_network())) == 5
+    assert frame_times(tmp_path / "out.mp4") == [Fraction(i, 24) for i in range(5)]
+
+
 def test_the_command_tells_the_time_left(tmp_path):
     source = make_video(tmp_path / "in.mp4")
     weights = tmp_path / "weights.safetensors"

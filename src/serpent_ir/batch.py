@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,8 @@ def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
             `photos/**/*.jpg`, whose part without wildcards is such a folder; `@LIST`, a file with a name a line (or
             ended by zero bytes), relative ones being mirrored; `-`, such a list from standard input.
         output: a folder; or, for one image, a file with the suffix of an image. Formats that are read but not written
-            become PNG.
+            become PNG. Where it is inside of a folder or pattern (or, for a list, of the current folder), what is in
+            it is no input, so that the same call goes on after an earlier one.
 
     Raises UsageError, before any work, for a missing path, a folder without images, or outputs that would overwrite an
     input or each other.
@@ -80,17 +82,18 @@ def _written(path: Path) -> Path:
 def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
     """The images that an input stands for, each with its path below the output folder."""
     if path.is_dir():
-        files = find_images(path)
-        inside = output.resolve() != path.resolve() and output.resolve().is_relative_to(path.resolve())
-        if inside:  # what an earlier run wrote there is no input
-            files = [file for file in files if not file.resolve().is_relative_to(output.resolve())]
-        yield from ((file, file.relative_to(path)) for file in files)
+        yield from ((file, file.relative_to(path)) for file in _not_written(find_images(path), path, output))
     elif path.exists():
         yield path, Path(path.name)
     elif _is_list(path):
-        for name in _listed(path):
+        names = _listed(path)
+        for name in names:
             if not name.exists():
                 raise UsageError(f"{name}: no such file or folder (named in {path})")
+        kept = _not_written(names, Path(), output) or names  # all of them inside: that is what was meant
+        if left := len(names) - len(kept):
+            warnings.warn(f"{path}: {left} of its names are inside of {output}, the output, and left out", stacklevel=2)
+        for name in kept:
             mirrored = not name.is_absolute() and ".." not in name.parts
             for file, below in _found(name, output):
                 yield file, (name if name.is_dir() else name.parent) / below if mirrored else below
@@ -102,9 +105,17 @@ def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
         files = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
         if not files:
             raise UsageError(f"{path}: no images match")
-        yield from ((file, file.relative_to(base)) for file in files)
+        yield from ((file, file.relative_to(base)) for file in _not_written(files, base, output))
     else:
         raise UsageError(f"{path}: no such file or folder")
+
+
+def _not_written(files: list[Path], base: Path, output: Path) -> list[Path]:
+    """Without what an earlier run wrote, where the output is a folder inside of what is searched for images."""
+    base, output = base.resolve(), output.resolve()
+    if output == base or not output.is_relative_to(base):
+        return files
+    return [file for file in files if not file.resolve().is_relative_to(output)]
 
 
 def _listed(path: Path) -> list[Path]:

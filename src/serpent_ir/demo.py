@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,15 +177,19 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
 def restore_upload(path: Path, folder: Path, task: str, network: str, device: str, limits: Limits) -> Result:
     """Restore an uploaded file into `folder`: the file is the one that `serpent restore` writes."""
     restorer = _restorer(f"{network}.{task}", device)
-    picture = _read(path, restorer.scale, limits)
-    start = time.perf_counter()
-    restored = restorer.picture(picture)
-    seconds = time.perf_counter() - start
     suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
     file = folder / f"{path.stem}-restored{suffix}"
-    write_image(file, restored)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        picture = _read(path, restorer.scale, limits)
+        start = time.perf_counter()
+        restored = restorer.picture(picture)
+        seconds = time.perf_counter() - start
+        write_image(file, restored)
     height, width = restored.pixels.shape[:2]
     told = f"{width}x{height} pixels in {seconds:.1f} s by {network}.{task}"
+    for said in {str(warning.message): None for warning in caught if warning.category is UserWarning}:  # each once
+        told += f"\n\nNote: {said.removeprefix(f'{path}: ').removeprefix(f'{file}: ')}"
     return Result(_preview(picture, restorer.scale), _preview(restored), file, told)
 
 

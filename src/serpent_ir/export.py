@@ -6,6 +6,7 @@ side from zero, their last states are combined from row to row, and a second pas
 What is written has been run, at four sizes, and compared with the network.
 """
 
+import functools
 import json
 import logging
 import os
@@ -93,8 +94,10 @@ def export_network(
         raise UsageError(f"unknown format {format!r}; valid: {', '.join(FORMATS)}")
     if not 1 <= size <= _LARGEST:
         raise UsageError(f"the size is {size} px; it must be between 1 and {_LARGEST}")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output}: no such folder")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UsageError(f"{output}: is a folder; name a file" if output.is_dir() else f"{output}: no such folder")
+    if (suffix := output.suffix.lower().removeprefix(".")) in FORMATS and suffix != format:
+        raise UsageError(f"{output}: ends in .{suffix}, and the format is {format}; choose --format {suffix}")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     task = _WholeTask(model)
@@ -238,16 +241,19 @@ def _scan_lines(
     A = -A_log.exp()[:, None, None]  # (2, 1, 1, d, N)
     decay = torch.exp(dt.sum(3)[..., None] * A)  # of a whole row
 
+    # Not `contiguous`, which leaves the strides of sides of one pixel as they are; scan wants all steps alike.
+    dense = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+
     def columns_first(x: Tensor) -> Tensor:
-        return x.movedim(3, 0).contiguous()
+        return dense(x.movedim(3, 0))
 
     # With the axes of the states there already, a step has five operators.
     steps = [columns_first(x) for x in (dt[..., None], (dt * walks)[..., None], B[..., None, :])]
     (ends,) = scan_op(_state, [walks.new_zeros(2, batch, rows, d, states)], steps, (A,))
-    by_row = [x.movedim(2, 0).contiguous() for x in (decay, ends)]
+    by_row = [dense(x.movedim(2, 0)) for x in (decay, ends)]
     _, starts = scan_op(_next_row, [walks.new_zeros(2, batch, d, states)], by_row, ())
     outputs = [*steps, columns_first(C[..., None])]
-    _, y = scan_op(_output, [starts.movedim(0, 2).contiguous()], outputs, (A,))
+    _, y = scan_op(_output, [dense(starts.movedim(0, 2))], outputs, (A,))
     y = y[..., 0].movedim(0, 3) + D[:, None, None, None] * walks
     return y[0] + y[1].flip(1, 2)
 

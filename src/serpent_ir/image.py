@@ -63,7 +63,7 @@ def read_image(path: str | Path) -> Picture:
 
 
 def write_image(path: str | Path, picture: Picture) -> None:
-    """Write a picture in the format of the suffix: PNG, JPEG (quality 95, 4:4:4), WebP (lossless), TIFF or BMP.
+    """Write a picture in the format of the suffix: PNG, JPEG (quality 95, 4:4:4), WebP (lossless), TIFF, BMP or AVIF.
 
     Grey pictures are written as grey (luma of ITU-R BT.601 where the channels differ). 16 bits stay 16 in PNG and TIFF
     and are rounded to 8 elsewhere. What a format cannot hold (alpha in JPEG and BMP, ICC and EXIF in BMP) is left out

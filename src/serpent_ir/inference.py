@@ -129,6 +129,12 @@ class Restorer:
         degradation = undone_by(self.model)
         return 1 if degradation is None else degradation.scale
 
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the weights are of `inpaint`, which need a mask with each image."""
+        degradation = undone_by(self.model)
+        return degradation is not None and degradation.channels > 3
+
     def __call__(self, image: ImageT, *, mask: Mask | None = None, progress: Progress | None = None) -> ImageT:
         """Restore an image, as `restore` does."""
         if isinstance(image, Image.Image):
@@ -203,13 +209,12 @@ class Restorer:
 
     def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
         """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
-        degradation = undone_by(self.model)
-        if degradation is None or degradation.channels == 3:
+        if not self.takes_mask:
             if mask is not None:
                 raise UsageError("restore: a mask is for weights of inpaint; these take none")
             return None
         if mask is None:
-            raise UsageError(f"restore: weights of {degradation.name} need a mask of what is missing")
+            raise UsageError("restore: weights of inpaint need a mask of what is missing")
         mask = mask.convert("L") if isinstance(mask, Image.Image) else mask
         array = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
         if array.shape != (height, width):

@@ -24,6 +24,7 @@ CONTAINERS = {
 """Suffixes that are written, with FFmpeg's names of their format and of the encoder of their frames."""
 # Close to what cannot be told from the original; restored detail must survive the encoder.
 _QUALITY = {"libx264": {"crf": "16", "preset": "medium"}, "libvpx-vp9": {"crf": "20", "b": "0", "row-mt": "1"}}
+_RATE = Fraction(25)  # frames a second, where a file does not say
 _ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of matrices from YUV to RGB
 
 
@@ -113,7 +114,7 @@ class _Frames:
         self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
 
     def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
-        """The frame restored, in the format of the encoder, at the same time."""
+        """The frame restored, in the format of the encoder; it has no time yet."""
         import av
 
         matrix = None if frame.format.is_rgb else self.matrix
@@ -123,13 +124,12 @@ class _Frames:
         made = self._reformat(
             after, format=self.yuv, dst_colorspace=self.matrix, src_color_range=2, dst_color_range=self.range
         )
-        made.pts, made.time_base = frame.pts, frame.time_base
         made.colorspace, made.color_range = self.matrix, self.range
         return made
 
 
 def _add_video(made: Any, old: Any, encoder: str, first: "av.VideoFrame", frames: _Frames) -> Any:
-    video = made.add_stream(encoder, rate=old.average_rate or Fraction(25), options=dict(_QUALITY[encoder]))
+    video = made.add_stream(encoder, rate=old.average_rate or _RATE, options=dict(_QUALITY[encoder]))
     video.width, video.height = frames.size
     video.pix_fmt = frames.yuv
     context = video.codec_context
@@ -171,10 +171,15 @@ def _transcode(
     old = file.streams.video[0]
     old.thread_type = "AUTO"
     total, count = _count(old), 0
+    length = round(1 / ((old.guessed_rate or _RATE) * old.time_base))  # of a frame
+    now = -length
     for packet in file.demux([old, *(file.streams[index] for index in copied)]):
         if packet.stream_index == old.index:
             for frame in packet.decode():
-                made.mux(video.encode(frames.restored(frame)))
+                now = now + length if frame.pts is None else frame.pts  # None: a bare stream has no timestamps
+                restored = frames.restored(frame)
+                restored.pts, restored.time_base = now, old.time_base
+                made.mux(video.encode(restored))
                 count += 1
                 if progress:
                     progress(count, max(total, count) if total else 0)

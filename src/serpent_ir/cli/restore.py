@@ -97,6 +97,7 @@ def restore(
         tile_overlap=tile_overlap,
         precision=precision,
     )
+    _check_companions(restorer, mask, reference)
     settings = {"model": name, "weights": _version(weights), "tile": tile, "overlap": tile_overlap}
     settings |= {"mask": str(mask.absolute())} if mask else {}
     with ExitStack() as stack:
@@ -164,6 +165,17 @@ def _restore(
     rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of, raises=raises)
     rows = [{**row, **facts.get(row["source"], {})} for row in rows]
     return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
+
+
+def _check_companions(restorer: "Restorer", mask: Path | None, reference: Path | None) -> None:
+    """Raise UsageError where every image would fail for one reason, after its restoration even."""
+    for path in filter(None, (mask, reference)):
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+    if mask and not restorer.takes_mask:
+        raise UsageError("--mask is for weights of inpaint; these take none")
+    if restorer.takes_mask and not mask:
+        raise UsageError("weights of inpaint need --mask, an image that is white where pixels are missing")
 
 
 def _of_this_process(device: str) -> str:
