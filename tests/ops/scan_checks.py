@@ -13,7 +13,7 @@ from serpent_ir.ops import chunked, reference
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
-needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: real sizes are checked where there is one")
+LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]  # d_inner, N, R, side of a map
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,13 @@ import shutil
 import cuda_on_cpu
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, needs_gpu, poison, shared_gpu
+from scan_checks import DEVICE, GPU, LEVELS, NAMES, check_against_float64, draw_like, make, poison, shared_gpu
 
-from serpent_ir.ops import chunked, cuda, nvrtc, reference, ss2d
+from serpent_ir.ops import cuda, nvrtc, reference, ss2d
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 
 runs_here = pytest.mark.skipif(not GPU and not cuda_on_cpu.COMPILER, reason="neither a CUDA device nor a C++ compiler")
-LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]
 
 
 @pytest.fixture(autouse=True)
@@ -198,42 +197,3 @@ def test_a_compiled_kernel_is_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyP
     shutil.rmtree(tmp_path)
     tmp_path.write_text("not a folder")  # a home that cannot be written
     assert nvrtc.cubin("combine.cu", (("TILE", 4),), (9, 0)) == b"code"
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_network_levels_on_gpu(d: int, N: int, R: int, side: int, batch: int, dtype: torch.dtype) -> None:
-    check_against_float64(cuda, make((batch, side, side, d), N, R, dtype), truth=chunked)
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_larger_and_ragged_maps_on_gpu(dtype: torch.dtype) -> None:
-    check_against_float64(cuda, make((1, 256, 256, 64), 6, 2, dtype), truth=chunked)
-    check_against_float64(cuda, make((2, 97, 61, 100), 7, 3, dtype), truth=chunked)
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize(("height", "width"), [(2048, 2048), (8192, 4096)])
-def test_long_walks_on_gpu(height: int, width: int) -> None:
-    """Up to 2^31 elements of u; three of the 64 channels are compared. The larger needs about 28 GB at the most."""
-    some = [0, 31, 63]
-    u, proj, *params = make((1, height, width, 64), 6, 2, torch.bfloat16)
-    y = cuda.forward(u, proj, *params)[..., some].float()
-    u = u[..., some]
-    expected = chunked.forward(u, proj, *(p[:, some] for p in params)).float()
-    assert ((y - expected).abs() <= 2**-7 * expected.abs() + 1e-3).all()
-
-
-@needs_gpu
-@pytest.mark.gpu
-def test_gradients_repeat_bit_for_bit_on_gpu() -> None:
-    inputs = make((4, 64, 64, 64), 6, 2, torch.bfloat16)
-    grad_y = draw_like(inputs[0])
-    for a, b in zip(cuda.backward(grad_y, *inputs), cuda.backward(grad_y, *inputs), strict=True):
-        assert torch.equal(a, b)

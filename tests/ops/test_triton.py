@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, needs_gpu, poison, shared_gpu
+from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, poison, shared_gpu
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from serpent_ir.ops import chunked, reference, ss2d
+from serpent_ir.ops import reference, ss2d
 from serpent_ir.ops import triton_scan as scan
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
@@ -117,49 +117,3 @@ def test_through_the_operator(small_tiles: None) -> None:
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for name, ours, expected in zip(NAMES, *results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-
-
-LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_network_levels_on_gpu(d: int, N: int, R: int, side: int, batch: int, dtype: torch.dtype) -> None:
-    check(make((batch, side, side, d), N, R, dtype), truth=chunked)
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_larger_and_ragged_maps_on_gpu(dtype: torch.dtype) -> None:
-    check(make((1, 256, 256, 64), 6, 2, dtype), truth=chunked)
-    check(make((2, 97, 61, 100), 7, 3, dtype), truth=chunked)
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize(("height", "width"), [(2048, 2048), (8192, 4096)])
-def test_long_walks_on_gpu(height: int, width: int) -> None:
-    """Up to 2^31 elements; three of the 64 channels are compared.
-
-    The larger needs about 28 GB at the most, in `scan.forward`: u and y of 4.3 GB each, proj of 3.8, a float32 sum of
-    8.6 and proj once more, as float32 planes of one direction, 1.9; then y is dropped but for three channels.
-    """
-    some = [0, 31, 63]
-    u, proj, *params = make((1, height, width, 64), 6, 2, torch.bfloat16)
-    y = scan.forward(u, proj, *params)[..., some].float()
-    u = u[..., some]
-    expected = chunked.forward(u, proj, *(p[:, some] for p in params)).float()
-    assert ((y - expected).abs() <= 2**-7 * expected.abs() + 1e-3).all()
-
-
-@needs_gpu
-@pytest.mark.gpu
-def test_gradients_repeat_bit_for_bit_on_gpu() -> None:
-    inputs = make((4, 64, 64, 64), 6, 2, torch.bfloat16)
-    grad_y = draw_like(inputs[0])
-    for a, b in zip(scan.backward(grad_y, *inputs), scan.backward(grad_y, *inputs), strict=True):
-        assert torch.equal(a, b)

@@ -93,8 +93,13 @@ def _power_of_2(x: int) -> int:
     return 1 << max(0, x - 1).bit_length()
 
 
+@functools.cache
+def _constants(layout: Layout, **more: int) -> tuple[tuple[str, int], ...]:
+    return tuple((layout.constants | more).items())
+
+
 def _load(file: str, layout: Layout, device: torch.device, **more: int) -> nvrtc.Kernels:
-    return nvrtc.load(file, tuple((layout.constants | more).items()), device)
+    return nvrtc.load(file, _constants(layout, **more), device)
 
 
 @functools.cache
@@ -248,6 +253,7 @@ def _gradient_shared(layout: Layout, warps: int) -> int:
     return 2 * PART * layout.row + 2 * warps * (PART // layout.tile) * slot * 4
 
 
+# Of a struct's bytes: the formats below end in 0q where padding is to follow, since the driver copies whole structs.
 def _pointers(*tensors: Tensor) -> bytes:
     return struct.pack(f"{len(tensors)}P", *(x.data_ptr() for x in tensors))
 
@@ -262,12 +268,12 @@ def _combine(
     if walk_parts < 4:
         columns = 128 // walk_parts
     args = _pointers(h, h if e is None else e, dt_sum, A_log)
-    args += struct.pack("5i", chunks, first, pairs, columns, walk_parts)
+    args += struct.pack("5i0q", chunks, first, pairs, columns, walk_parts)
     grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)
     kernels.launch("combine", grid, columns * walk_parts, 0, args)
 
 
 def _sum_parts(kernels: nvrtc.Kernels, parts: Tensor, out: Tensor) -> None:
     """out = the sum over the leading dimension of `parts`."""
-    args = _pointers(parts, out) + struct.pack("qi", out.numel(), len(parts))
+    args = _pointers(parts, out) + struct.pack("qi0q", out.numel(), len(parts))
     kernels.launch("sum_parts", (-(-out.numel() // 1024), 1, 1), 256, 0, args)
