@@ -29,7 +29,7 @@ def test_a_recipe_and_its_overrides(write):
     assert recipe.lr == 5e-4
     assert recipe.stages == [Stage(64, 2, 3), Stage(128, 1, 7)]
     assert recipe.train == ["x"]
-    assert (recipe.seed, recipe.steps, recipe.ema) == (3, 10, 0.999)
+    assert (recipe.seed, recipe.ema) == (3, 0.999)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,14 @@ def test_a_recipe_and_its_overrides(write):
         ({"train": [1]}, [], r"train\.0: expected str, got int 1"),
         ({"train": []}, [], r"train is empty"),
         ({"stages": []}, [], r"stages is empty"),
-        ({"stages": [{"crop": 8, "batch": 1}]}, [], r"stages\.0: missing key steps"),
-        ({"stages": [{"crop": 8, "batch": 0, "steps": 1}]}, [], r"stages\.0\.batch must be at least 1"),
+        ({"stages": [{"crop": 8, "steps": 1}]}, [], r"stages\.0: missing key batch"),
+        ({"stages": [{"crop": 8, "batch": 1}]}, [], r"stages\.0 must have either steps or epochs above 0"),
+        ({"stages": [{"crop": 8, "batch": 0, "steps": 1}]}, [], r"stages\.0\.batch is 0; it must be at least 1"),
         ({"stages": [3]}, [], r"stages\.0: expected keys and values, got int 3"),
         ({"lr": 0}, [], r"lr is 0.0; it must be positive"),
         ({"lr": float("nan")}, [], r"lr is nan; it must be positive"),
         ({"clip": float("inf")}, [], r"clip is inf; it must be positive"),
-        ({"val_every": 0}, [], r"val_every is 0; it must be positive"),
+        ({"val_every": 0}, [], r"val_every is 0; it must be at least 1"),
         ({"warmup": -1}, [], r"warmup is -1; it must be 0 or more"),
         ({"seed": -1}, [], r"seed is -1; it must be 0 or more"),
         ({"seed": 1 << 63}, [], r"seed is 9223372036854775808; it must be"),

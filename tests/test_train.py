@@ -246,7 +246,7 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
         steps = []
         with own_stream(torch.device("cuda")):
             trainer = Trainer(recipe, say=lambda line: None)
-            while trainer.step < recipe.steps:
+            while trainer.step < trainer.steps:
                 steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
                 trainer.step += 1
         losses[graphs] = steps
