@@ -15,6 +15,8 @@ from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
 from serpent_ir.models import create_model
 
+FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
+
 
 def evaluate(
     data: Path,
@@ -68,21 +70,32 @@ def evaluate_network(
     images = []
     for index, file in enumerate(files):
         clean = read_clean(file, degradation).to(device)
-        degraded = degradation(clean, generator=evaluation_generator(seed, index))
-        given = degradation.network_input(degraded)
-        restored = degradation.combine(run_network(network, given), given)
-        given = given[:, :3]
-        row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
-        row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
-        images.append({"file": str(file), **{key: value.item() for key, value in row.items()}})
+        row, _, _ = evaluate_image(network, clean, degradation, seed=seed, index=index)
+        images.append({"file": str(file), **row})
         if progress:
             progress(index + 1, len(files))
-    means = {key: _mean([row[key] for row in images]) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
+    means = {key: mean_figure([row[key] for row in images]) for key in FIGURES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"n": len(images), "seed": seed, **means, "device": name, "images": images}
 
 
-def _mean(figures: list[float]) -> float:
+def evaluate_image(
+    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
+
+    `clean` (1, 3, H, W) lies on the network's device.
+    """
+    degraded = degradation(clean, generator=evaluation_generator(seed, index))
+    given = degradation.network_input(degraded)
+    restored = degradation.combine(run_network(network, given), given)
+    image = given[:, :3]
+    row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
+    row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
+    return {key: value.item() for key, value in row.items()}, given, restored
+
+
+def mean_figure(figures: list[float]) -> float:
     """The mean; identical images, whose PSNR is infinite, are left out of it unless there are no others.
 
     `photo` leaves some images untouched, and one of them would make the mean of all infinite.

@@ -1,0 +1,70 @@
+"""Why a run may end early: a signal, or the time that it was given."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from serpent_ir.errors import SerpentError
+
+
+class StoppedError(SerpentError):
+    """A run that was asked to end early, and saved; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+OUT_OF_TIME = 1000
+"""What `Stop.asked` says when the time is over; numbers of signals are smaller."""
+
+
+class Stop:
+    """Notes that the run should end after the step it is at."""
+
+    def __init__(self, minutes: float | None):
+        self.signal = 0
+        self.until = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def asked(self) -> int:
+        """The number of a signal, `OUT_OF_TIME`, or 0."""
+        if self.signal or self.until is None:
+            return self.signal
+        return OUT_OF_TIME if time.monotonic() >= self.until else 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as a wish; the second one acts at once, as without this."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may
+            return
+        before: dict[int, Any] = {}
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            self.signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def told(reason: int) -> str:
+    """The reason in words."""
+    if reason == OUT_OF_TIME:
+        return "the time is over"
+    return "stopped by Ctrl-C" if reason == signal.SIGINT else f"stopped by {signal.Signals(reason).name}"
+
+
+def status(reason: int) -> int:
+    """The exit status that shells know: 128 and the signal's number."""
+    return 128 + reason
