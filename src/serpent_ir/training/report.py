@@ -33,17 +33,21 @@ class Report:
 
     Args:
         out: the run's folder.
-        say: where lines go; None for a bar on a terminal and lines elsewhere.
+        say: where lines go.
+        first: whether this process is the one that reports; the others are silent.
         tensorboard: write event files, too.
     """
 
-    def __init__(self, out: Path, say: Say, tensorboard: bool = False):
-        self.out, self.log, self._say = out, out / "log.jsonl", say
+    def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False):
+        self.out, self.log, self.first, self._say = out, out / "log.jsonl", first, say
+        tensorboard = tensorboard and first
         self._writer = _event_writer(out / "tensorboard") if tensorboard else None
         self._bar: Any = None
 
     def cut(self, step: int) -> None:
         """Leave out what was logged after a step, and a last row that was never finished."""
+        if not self.first:
+            return
         rows = read_rows(self.log)
         replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step).encode())
 
@@ -73,6 +77,8 @@ class Report:
 
     def row(self, step: int, told: str, row: dict[str, Any], *, quiet: bool = False) -> None:
         """Append a row to the log and say `told`; a quiet one is shown by the bar, where there is one."""
+        if not self.first:
+            return
         line = json.dumps({"step": step, **{key: _finite(value) for key, value in row.items()}})
         try:
             with self.log.open("a") as file:
@@ -93,7 +99,7 @@ class Report:
 
     def pictures(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
         """Write degraded | restored | clean images (1, 3, H, W), a row each, as `pictures/step-NUMBER.png`."""
-        if not rows:
+        if not rows or not self.first:
             return
         strips = [torch.cat([_middle(image) for image in row], -1) for row in rows]
         width = max(strip.shape[-1] for strip in strips)
@@ -118,6 +124,8 @@ class Report:
         upper, lower = figure.subplots(2, sharex=True)
         upper.plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=1)
         upper.set(ylabel="loss", yscale="log")
+        for formatted in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+            formatted("{x:g}")  # powers of ten would be set as formulas, which takes a second
         lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".")
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
         for before, after in itertools.pairwise(losses):
@@ -129,28 +137,6 @@ class Report:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
-
-
-class Silent(Report):
-    """That of the other processes."""
-
-    def __init__(self):
-        pass
-
-    def cut(self, step: int) -> None:
-        pass
-
-    def showing(self, total: int, bar: bool) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def row(self, step: int, told: str, row: dict[str, Any], *, quiet: bool = False) -> None:
-        pass
-
-    def pictures(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:

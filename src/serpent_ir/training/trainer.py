@@ -231,7 +231,7 @@ class Trainer:
             self._go_on(found)
         elif resume:
             self.say(f"{self.out}: holds no checkpoint to go on from; starting anew")
-        self.report = Report(self.out, self.say, tensorboard=self.tensorboard) if first else report.Silent()
+        self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard)
         if first:
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())

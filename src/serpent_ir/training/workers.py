@@ -4,6 +4,7 @@ Several are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo o
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -32,7 +33,7 @@ class Workers:
             return
         try:
             from accelerate import Accelerator
-            from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+            from accelerate.utils import InitProcessGroupKwargs
         except ModuleNotFoundError:
             raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
         if device not in ("auto", "cuda", "cpu"):
@@ -40,10 +41,7 @@ class Workers:
         self._accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision="no",  # whatever the launcher says: precision is the recipe's
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         self.rank = self._accelerator.process_index
         self.device = self._accelerator.device
@@ -68,7 +66,11 @@ class Workers:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network whose gradients are averaged over all processes, and whose weights are those of the first."""
-        return network if self.world == 1 else self._accelerator.prepare_model(network)
+        if self.world == 1:
+            return network
+        # Said of the weights of depthwise convolutions, whose one input channel may have any stride.
+        warnings.filterwarnings("ignore", "Grad strides do not match", category=UserWarning)
+        return self._accelerator.prepare_model(network)
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay here."""
@@ -113,9 +115,10 @@ class Workers:
         except RuntimeError as error:
             if self.world == 1 or not _lost(error):
                 raise
+            reason = str(error).splitlines()[0].rpartition("] ")[2][:120]
             raise SerpentError(
-                f"process {self.rank} of {self.world} lost another one ({str(error).splitlines()[0][-120:]}); "
-                "see its own message, then go on with --resume"
+                f"process {self.rank} of {self.world}: another one is gone ({reason}); see what it said, then go on "
+                "with --resume"
             ) from None
 
     def leave(self) -> None:
