@@ -100,7 +100,7 @@ class Trainer:
             parts=recipe.accumulate,
         )
         graphs = CUDA_GRAPHS and self.device.type == "cuda" and self.workers.world == 1
-        self._update = GraphedStep(self.update) if graphs else self.update
+        self.call = GraphedStep(self.update) if graphs else self.update
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         on_gpu = self.device.type == "cuda"
@@ -166,17 +166,21 @@ class Trainer:
 
     def train_step(self) -> None:
         """One step of training; the loss goes to `update.tally`."""
-        _, stage, _ = self.schedule.place(self.step)
-        samples = self.workers.share(self.schedule.samples(self.step))
         lr = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        self._update(*self.data.batch(samples.start, len(samples), stage.crop, seed=self.recipe.seed, step=self.step))
+        self.call(*self.draw())
         pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
         torch._foreach_lerp_(*pairs, 1 - self.schedule.decay(self.step))  # pyright: ignore[reportPrivateImportUsage]
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the batch of the current step: degraded, clean."""
+        _, stage, _ = self.schedule.place(self.step)
+        samples = self.workers.share(self.schedule.samples(self.step))
+        return self.data.batch(samples.start, len(samples), stage.crop, seed=self.recipe.seed, step=self.step)
 
     def save(self) -> Path | None:
         """Write a checkpoint and the averaged weights; the first process does."""
