@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from serpent_ir.data import ImageCache, find_images
+from serpent_ir.data import TrainingSet, list_images
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network, read_clean
@@ -84,10 +84,10 @@ class Trainer:
         self.device = pick_device(recipe.device)
         self.out = Path(recipe.out)
         degradation = create_degradation(recipe.task)
-        self.val_files = find_images(Path(recipe.val))
+        self.val_files = list_images(recipe.val)
         for file in self.val_files:  # a bad one is better found now than at the first validation
             read_clean(file, degradation)
-        self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
+        self.cache = TrainingSet(recipe.train, degradation, self.device)
         for stage in recipe.stages:
             self.cache.check_crop(stage.crop)
         self.stages = [replace(stage, steps=recipe.steps_of(stage, len(self.cache))) for stage in recipe.stages]
@@ -195,7 +195,7 @@ class Trainer:
         return self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
 
     def _train_step(self, stage: Stage, first: int) -> Tensor:
-        degraded, clean = self.cache.batch(first, stage.batch, stage.crop, seed=self.recipe.seed, step=self.step)
+        degraded, clean = self.cache.batch(range(first, first + stage.batch), stage.crop, seed=self.recipe.seed)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self._lr())
