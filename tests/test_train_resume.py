@@ -258,32 +258,30 @@ def test_a_run_goes_on_elsewhere(folders):
     assert "train moved: the same images are expected there" in said[0]
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_training(folders):
+def test_steps_that_are_not_finite_are_skipped_and_end_training(folders, monkeypatch):
     file = recipe_file(folders, stages=[{"crop": 16, "batch": 4, "steps": 30}])
-    trainer = quiet_trainer(file)
-    batch = trainer.data.batch
     poisoned: list[int] = []
+    step = Trainer.train_step
 
-    def poison(*args, **kwargs):
-        degraded, clean = batch(*args, **kwargs)
-        if trainer.step in poisoned:
-            degraded[0, 0, 0, 0] = float("nan")
-        return degraded, clean
+    def poison(trainer, degraded, clean):
+        degraded[0, 0, 0, 0] = float("nan") if trainer.step in poisoned else 0.0
+        step(trainer, degraded, clean)
 
-    trainer.data.batch = poison
-    trainer.train_step()
+    monkeypatch.setattr(Trainer, "train_step", poison)
+    trainer = quiet_trainer(file)
+    batches = trainer.batches()
+    trainer.train_step(*next(batches))
     weights = {name: x.clone() for name, x in trainer.network.state_dict().items()}
     adam = trainer.optimizer.state_dict()["state"]
     adam = {(i, name): x.clone() for i, state in adam.items() for name, x in state.items()}
     poisoned[:] = [0]
-    trainer.train_step()
+    trainer.train_step(*next(batches))
     assert all(torch.equal(weights[name], x) for name, x in trainer.network.state_dict().items())
     now = trainer.optimizer.state_dict()["state"]
     assert all(torch.equal(x, now[i][name]) for (i, name), x in adam.items())
     assert trainer.update.tally.take()[1] == 1
 
     trainer = quiet_trainer(file)
-    batch, trainer.data.batch = trainer.data.batch, poison
     poisoned[:] = [5, 6, 7, 8, 15, 16, 17, 18, 19, 20]
     with pytest.raises(SerpentError, match=r"not finite in 5 steps in a row, by step 20; .*step-00000020; lower lr"):
         trainer.run()

@@ -1,20 +1,22 @@
 """What a run would take: every stage measured by a few steps on this machine, nothing written."""
 
-import statistics
+import itertools
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
 
+from serpent_ir.data import Prefetcher
+from serpent_ir.recipe import Stage
 from serpent_ir.training.step import GraphedStep
 from serpent_ir.training.trainer import Trainer
 from serpent_ir.training.validation import validate
 
 WARMUP = GraphedStep.WARMUP + 3
 """Steps on a GPU before the clock starts: kernels are compiled and the graph is captured."""
-TIMED = 8
-"""Steps on a GPU that are timed; the median counts."""
+TIMED = 20
+"""Steps on a GPU that are timed together, the data of one being made while another runs."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,17 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
     recipe, device = trainer.recipe, trainer.device
     images = images or len(trainer.data)
     lengths = [recipe.steps_of(stage, images) for stage in recipe.stages]
-    stages, first = [], 0
-    for stage, length, here in zip(recipe.stages, lengths, trainer.schedule.lengths, strict=True):
-        trainer.step = first
+    stages = []
+    for stage, length in zip(recipe.stages, lengths, strict=True):
         error = ""
         try:
-            seconds, memory = _measure(trainer, first)
+            seconds, memory = _measure(trainer, stage)
         except torch.OutOfMemoryError:
             seconds, memory = float("nan"), 0
             error = f"does not fit: raise accumulate, which is {recipe.accumulate}" + (
                 "" if recipe.recompute else ", or set recompute=true"
             )
         stages.append(StagePlan(stage.crop, stage.batch, length, length * stage.batch, seconds, memory, error))
-        first += here
     total = sum(lengths)
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
     validations = len(ends | set(range(recipe.val_every, total + 1, recipe.val_every)))
@@ -85,21 +85,26 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
     )
 
 
-def _measure(trainer: Trainer, first: int) -> tuple[float, int]:
-    """Median seconds of a step, and peak memory. The steps are all those of one place in the schedule."""
+def _measure(trainer: Trainer, stage: Stage) -> tuple[float, int]:
+    """Seconds of a step with its data, and peak memory."""
+    samples = trainer.workers.share(range(stage.batch))
+    batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"
+    warmup, timed = (WARMUP, TIMED) if cuda else (1, 1)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    times = []
-    for number in range(WARMUP + TIMED if cuda else 2):
-        start = time.perf_counter()
-        trainer.train_step()
-        if cuda:
-            torch.cuda.synchronize()
-        if number >= (WARMUP if cuda else 1):
-            times.append(time.perf_counter() - start)
-    return statistics.median(times), torch.cuda.max_memory_allocated(trainer.device) if cuda else _peak()
+    start = 0.0
+    for number in range(warmup + timed):
+        if number == warmup:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+        trainer.train_step(*next(batches))
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / timed
+    return seconds, torch.cuda.max_memory_allocated(trainer.device) if cuda else _peak()
 
 
 def _peak() -> int:

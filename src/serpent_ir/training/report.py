@@ -58,13 +58,8 @@ class Report:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[now]}", markup=False))
+        progress = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False), transient=True)
         task = progress.add_task("", total=total, now="")
         self._bar = lambda **fields: progress.update(task, **fields)
         self._say = progress.console.print if self._say is say else self._say
@@ -75,8 +70,8 @@ class Report:
         if self._bar:
             self._bar(completed=step)
 
-    def row(self, step: int, told: str, row: dict[str, Any], *, quiet: bool = False) -> None:
-        """Append a row to the log and say `told`; a quiet one is shown by the bar, where there is one."""
+    def row(self, step: int, told: str, row: dict[str, Any], *, now: str = "") -> None:
+        """Append a row to the log and say `told`, or show `now` in the bar, where both are."""
         if not self.first:
             return
         line = json.dumps({"step": step, **{key: _finite(value) for key, value in row.items()}})
@@ -92,8 +87,8 @@ class Report:
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(key, value, step)
             self._writer.flush()
-        if quiet and self._bar:
-            self._bar(now=told)
+        if now and self._bar:
+            self._bar(now=now)
         else:
             self._say(told)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from serpent_ir.data import ImageCache, find_images
+from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import read_clean
@@ -73,10 +73,10 @@ class Trainer:
         self.out = Path(recipe.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep)
         self.degradation = create_degradation(recipe.task)
-        self.val_files = find_images(Path(recipe.val))
-        for file in self.val_files:  # a bad one is better found now than at the first validation
-            read_clean(file, self.degradation)
-        self.data = ImageCache([Path(folder) for folder in recipe.train], self.degradation, self.device)
+        self.val_files = list_images(recipe.val)
+        for file in self.val_files[self.workers.rank :: self.workers.world]:
+            read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
+        self.data = TrainingSet(recipe.train, self.degradation, self.device)
         for stage in recipe.stages:
             self.data.check_crop(stage.crop)
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
@@ -137,20 +137,22 @@ class Trainer:
         return self.out / "weights.safetensors"
 
     def _loop(self, stop: Stop) -> None:
+        batches = self.batches()
         since, first_step = time.perf_counter(), self.step
+        waited = batches.waited
         while self.step < self.schedule.steps:
             reason = self.workers.most(stop.asked())
             due = False
             if not reason:
-                self.train_step()
+                self.train_step(*next(batches))
                 self.step += 1
                 self.report.at(self.step)
                 due = self.schedule.validates(self.step)
             if self.step > first_step and (reason or due or self.step % LOG_EVERY == 0):
                 spent = time.perf_counter() - since
                 self.seconds += spent
-                self._log(spent / (self.step - first_step))
-                since, first_step = time.perf_counter(), self.step
+                self._log(spent / (self.step - first_step), (batches.waited - waited) / spent)
+                since, first_step, waited = time.perf_counter(), self.step, batches.waited
             self._check_finite()
             if due or reason:
                 path = self.save()
@@ -164,23 +166,25 @@ class Trainer:
                 self.say(f"{line}; go on with --resume")
                 return
 
-    def train_step(self) -> None:
-        """One step of training; the loss goes to `update.tally`."""
+    def batches(self) -> Prefetcher:
+        """This process's shares of the batches (degraded, clean) from the current step on."""
+        steps = range(self.step, self.schedule.steps)
+        requests = (
+            (self.workers.share(self.schedule.samples(step)), self.schedule.place(step)[1].crop) for step in steps
+        )
+        return Prefetcher(self.data, requests, seed=self.recipe.seed)
+
+    def train_step(self, degraded: Tensor, clean: Tensor) -> None:
+        """The current step, on its batch; the loss goes to `update.tally`."""
         lr = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        self.call(*self.draw())
+        self.call(degraded, clean)
         pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
         torch._foreach_lerp_(*pairs, 1 - self.schedule.decay(self.step))  # pyright: ignore[reportPrivateImportUsage]
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the batch of the current step: degraded, clean."""
-        _, stage, _ = self.schedule.place(self.step)
-        samples = self.workers.share(self.schedule.samples(self.step))
-        return self.data.batch(samples.start, len(samples), stage.crop, seed=self.recipe.seed, step=self.step)
 
     def save(self) -> Path | None:
         """Write a checkpoint and the averaged weights; the first process does."""
@@ -285,8 +289,8 @@ class Trainer:
             f"weights from before are in {path}; lower lr and train again, or --resume to try other samples"
         )
 
-    def _log(self, seconds: float) -> None:
-        """Log the steps since the last time, which took so long each."""
+    def _log(self, seconds: float, share: float) -> None:
+        """Log the steps since the last time, which took so long each, and this share of it waiting for data."""
         number, stage, _ = self.schedule.place(self.step - 1)
         loss, skipped = self.update.tally.take()
         rate = stage.batch / seconds
@@ -297,20 +301,18 @@ class Trainer:
             "lr": self.schedule.lr(self.step - 1),
             "ms": 1000 * seconds,
             "images_per_second": rate,
+            "waited_for_data": share,
             "skipped": skipped,
             "seconds": round(self.seconds, 1),
         }
-        left = self.schedule.seconds_left(self.step, seconds)
-        texts = [
-            f"step {self.step}/{self.schedule.steps}",
-            f"stage {number + 1}/{len(self.recipe.stages)} ({stage.batch} x {stage.crop} px)",
-            f"{rate:.4g} images/s",
-            f"loss {loss:.5g}",
-            *([f"PSNR {self.score['psnr']:.2f}"] if self.score else []),
-            *([f"{skipped} skipped"] if skipped else []),
-            f"{_duration(left)} left",
-        ]
-        self.report.row(self.step, "  ".join(texts), row, quiet=True)
+        left = f"{_duration(self.schedule.seconds_left(self.step, seconds))} left"
+        texts = [f"{rate:.4g} images/s", f"loss {loss:.4g}"]
+        texts += [f"PSNR {self.score['psnr']:.2f}"] if self.score else []
+        texts += [f"{skipped} skipped"] if skipped else []
+        stage_told = f"stage {number + 1}/{len(self.recipe.stages)}"
+        told = [f"step {self.step}/{self.schedule.steps}", f"{stage_told} ({stage.batch} x {stage.crop} px)", *texts]
+        told += [f"{share:.1%} waiting for data", left]
+        self.report.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
 
     def _validate(self, path: Path | None) -> None:
         means, pictures = validate(self.average, self.val_files, self.degradation, self.workers)

@@ -1,9 +1,11 @@
 """PSNR, SSIM and pictures of the averaged weights, the images shared out among the processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from serpent_ir.data import PackedImage
 from serpent_ir.degradations import Degradation
 from serpent_ir.evaluate import FIGURES, evaluate_image, mean_figure, read_clean
 from serpent_ir.training.workers import Workers
@@ -13,7 +15,7 @@ PICTURES = 3
 
 
 def validate(
-    network: nn.Module, files: list[Path], degradation: Degradation, workers: Workers
+    network: nn.Module, files: Sequence[Path | PackedImage], degradation: Degradation, workers: Workers
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """Means over all images, as `serpent evaluate` gives them, and (degraded, restored, clean) of a few.
 
