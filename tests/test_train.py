@@ -254,6 +254,21 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch, changes):
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_step_that_cannot_be_captured_is_called():
+    device = torch.device("cuda")
+    with own_stream(device):
+        total = torch.zeros((), device=device)
+        step = GraphedStep(lambda x: total.add_(x.sum().item()) and None)
+        for _ in range(3):
+            step(torch.ones(2, device=device))
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            step(torch.ones(2, device=device))
+        step(torch.ones(2, device=device))
+        assert total.item() == 10
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_captured_step_skips_what_is_not_finite(folders):
     stages = [{"crop": 16, "batch": 4, "steps": 8}]
     with own_stream(torch.device("cuda")):

@@ -47,7 +47,8 @@ def train(
             config, overrides or (), resume=resume, stop_after_minutes=stop_after_minutes, tensorboard=tensorboard
         )
     except StoppedError as stopped:
-        say(f"serpent: {stopped}")
+        if str(stopped):  # one of several processes speaks
+            say(f"serpent: {stopped}")
         raise typer.Exit(stopped.status) from None
     except ModuleNotFoundError as error:
         if error.name != "yaml":

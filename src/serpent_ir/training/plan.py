@@ -62,7 +62,7 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
     for stage, length in zip(recipe.stages, lengths, strict=True):
         error = ""
         try:
-            seconds, memory = _measure(trainer, stage)
+            seconds, memory = measure_stage(trainer, stage)
         except torch.OutOfMemoryError:
             seconds, memory = float("nan"), 0
             error = f"does not fit: raise accumulate, which is {recipe.accumulate}" + (
@@ -85,8 +85,8 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
     )
 
 
-def _measure(trainer: Trainer, stage: Stage) -> tuple[float, int]:
-    """Seconds of a step with its data, and peak memory."""
+def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
+    """Seconds of a step with its data, and peak memory (see `StagePlan`). The trainer's weights are of no use after."""
     samples = trainer.workers.share(range(stage.batch))
     batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"

@@ -1,8 +1,10 @@
 """A step of training: forward, backward, clipping and Adam; captured in a CUDA graph where that is possible."""
 
 import gc
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
     """
     return torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None)
+
+
+Result = TypeVar("Result", Tensor, None)
 
 
 class Tally:
@@ -93,39 +98,55 @@ class Step:
         self.tally.add(loss, bad)
 
 
-class GraphedStep:
+class GraphedStep(Generic[Result]):
     """Calls `step(*tensors)` from a CUDA graph, captured anew whenever the shapes change.
 
     The first calls at a shape run as they are: they make the kernels and the optimiser's state that the graph goes on
     with. All calls must come on one stream that is not the default one. `step` may return a tensor; the caller gets a
-    copy.
+    copy. A step that cannot be captured is called as it is, with a warning.
     """
 
     WARMUP = 3
 
-    def __init__(self, step: Callable[..., Tensor | None]):
+    def __init__(self, step: Callable[..., Result]):
         self.step = step
         self.shapes: list[torch.Size] = []
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
+        self.output: Any = None
+        self.plain = False  # it was found that the step cannot be captured
 
-    def __call__(self, *tensors: Tensor) -> Tensor | None:
+    def __call__(self, *tensors: Tensor) -> Result:
         shapes = [x.shape for x in tensors]
         if shapes != self.shapes:
             torch.cuda.synchronize()  # before the memory of the old graph goes
             self.shapes, self.calls, self.graph, self.inputs, self.output = shapes, 0, None, [], None
         self.calls += 1
-        if self.calls <= self.WARMUP:
+        if self.calls <= self.WARMUP or self.plain:
             return self.step(*tensors)
         if self.graph is None:
-            self.inputs = [x.clone() for x in tensors]
-            self.graph = torch.cuda.CUDAGraph()
-            gc.collect()  # a forgotten autograd graph would still hold nodes of its own
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.output = self.step(*self.inputs)
+            try:
+                self._capture(tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"serpent_ir: the step runs without a CUDA graph, slower: {reason}", stacklevel=2)
+                self.plain, self.graph, self.inputs, self.output = True, None, [], None
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                    torch.zeros(1, device="cuda")  # puts right what the failed capture left
+                return self.step(*tensors)
+        assert self.graph is not None
         for kept, x in zip(self.inputs, tensors, strict=True):
             kept.copy_(x)
         self.graph.replay()
-        return None if self.output is None else self.output.clone()
+        result: Any = None if self.output is None else self.output.clone()
+        return result
+
+    def _capture(self, tensors: tuple[Tensor, ...]) -> None:
+        self.inputs = [x.clone() for x in tensors]
+        self.graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a forgotten autograd graph would still hold nodes of its own
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.output = self.step(*self.inputs)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from serpent_ir.errors import SerpentError
 
@@ -23,11 +22,15 @@ OUT_OF_TIME = 1000
 """What `Stop.asked` says when the time is over; numbers of signals are smaller."""
 
 
+IMPATIENT = 2.0
+"""Seconds after which another Ctrl-C means it. Before, it is the same one: a launcher hands it on to its processes."""
+
+
 class Stop:
     """Notes that the run should end after the step it is at."""
 
     def __init__(self, minutes: float | None):
-        self.signal = 0
+        self.signal, self._since = 0, 0.0
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
 
     def asked(self) -> int:
@@ -38,24 +41,23 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as a wish; the second one acts at once, as without this."""
+        """Take SIGINT and SIGTERM as a wish; Ctrl-C after some seconds once more acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may
             return
-        before: dict[int, Any] = {}
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self.signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > IMPATIENT:
+            raise KeyboardInterrupt
 
 
 def told(reason: int) -> str:

@@ -160,9 +160,11 @@ class Trainer:
                     self._validate(path)
                 since = time.perf_counter()
             if reason:
+                self.workers.from_first(None)  # the others wait until it is written
                 line = f"{stopping.told(reason)} at step {self.step} of {self.schedule.steps}; {self.out} is saved"
                 if reason != OUT_OF_TIME:
-                    raise StoppedError(f"{line}; go on with --resume", stopping.status(reason))
+                    told = f"{line}; go on with --resume" if self.workers.first else ""
+                    raise StoppedError(told, stopping.status(reason))
                 self.say(f"{line}; go on with --resume")
                 return
 
