@@ -19,10 +19,10 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 from serpent_ir.training.checkpoints import Checkpoints
-from training_files import draw_folders, recipe_file
+from training_files import TINY, draw_folders, draw_image, recipe_file
 from training_processes import MOMENTS, finish, start
 
-LONG = {"stages": [{"crop": 8, "batch": 2, "steps": 9}, {"crop": 16, "batch": 2, "steps": 12}], "val_every": 2}
+PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpent_b.yaml"
 
 
 @pytest.fixture
@@ -50,35 +50,44 @@ def logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_killed_20_times_ends_with_the_same_bits(folders):
+def paper_recipe(root: Path, out: str) -> list[str]:
+    """What makes the paper's recipe one of seconds: few images in FFHQ's layout, small crops, a tiny network."""
+    for number in range(7):
+        (root / "ffhq" / "00000").mkdir(parents=True, exist_ok=True)
+        draw_image(32, 32, number).save(root / "ffhq" / "00000" / f"{number:05d}.png")
+    stages = [{"crop": crop, "batch": 2, "epochs": 3} for crop in (8, 16, 32)]
+    changes = {"train": [f"{root}/ffhq[:5]"], "val": f"{root}/ffhq[5:]", "out": str(root / out), "stages": stages}
+    changes |= {"val_every": 3, "warmup": 4, "device": "cpu", "model_options": TINY}
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def test_the_papers_recipe_killed_20_times_ends_with_the_same_bits(tmp_path):
     draw = random.Random(5)
-    assert finish(start(recipe_file(folders, "whole", **LONG))) == 0
-    whole = final_state(folders / "whole")
+    assert finish(start(PAPER, *paper_recipe(tmp_path, "whole"))) == 0
+    whole = final_state(tmp_path / "whole")
     assert {key.split(".")[0] for key in whole} == {"adam", "average", "network", "generators", "weights"}
     kills, runs = 0, 0
     while kills < 20:
         runs += 1
-        file = recipe_file(folders, f"killed{runs}", **LONG)
-        out, best = folders / f"killed{runs}", 0
-        while True:
-            writing = kills % 2
-            die = (draw.choice(MOMENTS), draw.randrange(12)) if writing and kills < 20 else None
-            process = start(file, resume=True, die=die)
+        overrides = paper_recipe(tmp_path, f"killed{runs}")
+        out, best, status = tmp_path / f"killed{runs}", 0, -signal.SIGKILL
+        while status:
+            # By turns at any time, and at a point of writing or removing a checkpoint.
+            die = (draw.choice(MOMENTS), draw.randrange(20)) if kills % 2 else None
+            process = start(PAPER, *overrides, resume=True, die=die if kills < 20 else None)
             if not die and kills < 20:
                 process.join(draw.uniform(0.05, 0.8))
                 process.kill()
             status = finish(process)
+            assert status in (0, -signal.SIGKILL)
+            kills += status != 0
             found = Checkpoints(out / "checkpoints", 3).newest(lambda line: None)
-            assert (found.step if found else 0) >= best, "a checkpoint was lost"
-            best = found.step if found else 0
-            if status == 0:
-                break
-            assert status == -signal.SIGKILL
-            kills += 1
+            step = found.step if found else 0
+            assert step >= best, "a checkpoint was lost"
+            best = step
         assert_same_bits(final_state(out), whole)
-        assert logged(out) == logged(folders / "whole")
-        assert not list(out.rglob("*.part"))
-    assert kills >= 20
+        assert logged(out) == logged(tmp_path / "whole") == sorted([3, 6, 8, 9, 12, 15, 16, 18, 21, 24] * 2)
+        assert not [*out.rglob("*.part"), *out.rglob("*.damaged")]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folders):

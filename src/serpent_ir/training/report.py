@@ -110,6 +110,7 @@ class Report:
         """Draw loss, learning rate and PSNR of the whole run as `run.png`."""
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator, NullLocator
         except ModuleNotFoundError:
             self._say("no plot of the run without matplotlib: pip install 'serpent-ir[train]'")
             return
@@ -119,8 +120,8 @@ class Report:
         upper, lower = figure.subplots(2, sharex=True)
         upper.plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=1)
         upper.set(ylabel="loss", yscale="log")
-        for formatted in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
-            formatted("{x:g}")  # powers of ten would be set as formulas, which takes a second
+        upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
+        upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
         lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".")
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
         for before, after in itertools.pairwise(losses):

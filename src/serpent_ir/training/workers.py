@@ -38,6 +38,7 @@ class Workers:
             raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
         if device not in ("auto", "cuda", "cpu"):
             raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
+        pick_device(device)  # raises where there is none
         self._accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision="no",  # whatever the launcher says: precision is the recipe's
