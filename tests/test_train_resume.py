@@ -19,6 +19,7 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 from serpent_ir.training.checkpoints import Checkpoints
+from serpent_ir.training.stopping import Stop
 from training_files import TINY, draw_folders, draw_image, recipe_file
 from training_processes import MOMENTS, finish, start
 
@@ -223,6 +224,22 @@ def test_signals_save_and_the_run_goes_on(folders):
     assert found.step >= logged(out)[-1] > 50
 
 
+def test_ctrl_c_counts_twice_after_some_seconds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("serpent_ir.training.stopping.time.monotonic", lambda: now[0])
+    stop = Stop(None)
+    with stop.listening():
+        assert stop.asked() == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a launcher hands on what the terminal already sent
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked() == signal.SIGINT
+        now[0] += 3
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def last_line(text: str) -> str:
     return text.splitlines()[-1]
 
@@ -237,6 +254,19 @@ def test_a_time_limit_ends_a_run_in_order(folders):
     assert logged(folders / "run")[-1] == 10
 
 
+def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
+    whole = quiet_trainer(recipe_file(folders, "whole"))
+    whole.run()
+    monkeypatch.setattr("serpent_ir.training.stopping.SAVE_SECONDS", 0.0)
+    written: list[int] = []
+    trainer = quiet_trainer(recipe_file(folders))
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda: (written.append(trainer.step), save())[1])
+    trainer.run()
+    assert written == list(range(1, 11))
+    assert_same_bits(final_state(folders / "run"), final_state(folders / "whole"))
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(folders):
     file = recipe_file(folders)
     said: list[str] = []
@@ -244,6 +274,14 @@ def test_a_folder_that_holds_a_run_is_left_alone(folders):
     assert "holds no checkpoint to go on from; starting anew" in said[0]
     with pytest.raises(UsageError, match=r"run: holds a run; go on with --resume, or choose another out="):
         train(file)
+    (folders / "run" / "checkpoints").rename(folders / "aside")
+    for options, said_of_it in [
+        ({}, "holds a run"),
+        ({"resume": True}, "holds weights, and no checkpoint to go on from"),
+    ]:
+        with pytest.raises(UsageError, match=said_of_it):
+            train(file, **options)
+    (folders / "aside").rename(folders / "run" / "checkpoints")
     for change in ({"lr": 0.5}, {"stages": [{"crop": 16, "batch": 4, "steps": 7}]}):
         with pytest.raises(SerpentError, match=rf"holds a run of another recipe \({next(iter(change))}\)"):
             train(recipe_file(folders, **change), resume=True)

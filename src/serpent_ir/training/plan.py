@@ -64,6 +64,8 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
         try:
             seconds, memory = measure_stage(trainer, stage)
         except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad()
+            torch.cuda.empty_cache()
             seconds, memory = float("nan"), 0
             error = f"does not fit: raise accumulate, which is {recipe.accumulate}" + (
                 "" if recipe.recompute else ", or set recompute=true"
@@ -91,11 +93,11 @@ def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
     batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"
     warmup, timed = (WARMUP, TIMED) if cuda else (1, 1)
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(trainer.device)
     start = 0.0
     for number in range(warmup + timed):
+        if cuda and number == 1:  # the first step frees the graph of the stage before
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats(trainer.device)
         if number == warmup:
             if cuda:
                 torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Why a run may end early: a signal, or the time that it was given."""
+"""What comes between two steps: a signal, the end of the time that a run was given, a checkpoint that is due."""
 
 import signal
 import threading
@@ -18,26 +18,32 @@ class StoppedError(SerpentError):
         self.status = status
 
 
-OUT_OF_TIME = 1000
-"""What `Stop.asked` says when the time is over; numbers of signals are smaller."""
+OUT_OF_TIME, SAVE = 1000, 1
+"""What `Stop.asked` says when the time is over, and when a checkpoint is due; numbers of other signals lie between."""
 
 
 IMPATIENT = 2.0
 """Seconds after which another Ctrl-C means it. Before, it is the same one: a launcher hands it on to its processes."""
 
 
+SAVE_SECONDS = 600.0
+"""Between checkpoints at most, however far validations are apart."""
+
+
 class Stop:
-    """Notes that the run should end after the step it is at."""
+    """Notes what the run should do after the step it is at."""
 
     def __init__(self, minutes: float | None):
         self.signal, self._since = 0, 0.0
+        self.saved = time.monotonic()  # when the last checkpoint was written
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
 
     def asked(self) -> int:
-        """The number of a signal, `OUT_OF_TIME`, or 0."""
-        if self.signal or self.until is None:
-            return self.signal
-        return OUT_OF_TIME if time.monotonic() >= self.until else 0
+        """The number of a signal, `OUT_OF_TIME`, `SAVE` or 0; of several processes the largest answer counts."""
+        now = time.monotonic()
+        if self.until is not None and now >= self.until:
+            return OUT_OF_TIME
+        return self.signal or (SAVE if now - self.saved >= SAVE_SECONDS else 0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.report import Report
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep, Step
-from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
+from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError
 from serpent_ir.training.validation import validate
 from serpent_ir.training.workers import Workers
 
@@ -141,30 +141,32 @@ class Trainer:
         since, first_step = time.perf_counter(), self.step
         waited = batches.waited
         while self.step < self.schedule.steps:
-            reason = self.workers.most(stop.asked())
-            due = False
-            if not reason:
+            asked = self.workers.most(stop.asked())
+            ends, due = asked > SAVE, False
+            if not ends:
                 self.train_step(*next(batches))
                 self.step += 1
                 self.report.at(self.step)
                 due = self.schedule.validates(self.step)
-            if self.step > first_step and (reason or due or self.step % LOG_EVERY == 0):
+            if self.step > first_step and (ends or due or self.step % LOG_EVERY == 0):
                 spent = time.perf_counter() - since
                 self.seconds += spent
                 self._log(spent / (self.step - first_step), (batches.waited - waited) / spent)
                 since, first_step, waited = time.perf_counter(), self.step, batches.waited
             self._check_finite()
-            if due or reason:
+            if asked or due:
+                begun = time.perf_counter()
                 path = self.save()
-                if due or reason == OUT_OF_TIME:
+                if due or asked == OUT_OF_TIME:
                     self._validate(path)
-                since = time.perf_counter()
-            if reason:
+                stop.saved = time.monotonic()
+                since += time.perf_counter() - begun
+            if ends:
                 self.workers.from_first(None)  # the others wait until it is written
-                line = f"{stopping.told(reason)} at step {self.step} of {self.schedule.steps}; {self.out} is saved"
-                if reason != OUT_OF_TIME:
+                line = f"{stopping.told(asked)} at step {self.step} of {self.schedule.steps}; {self.out} is saved"
+                if asked != OUT_OF_TIME:
                     told = f"{line}; go on with --resume" if self.workers.first else ""
-                    raise StoppedError(told, stopping.status(reason))
+                    raise StoppedError(told, stopping.status(asked))
                 self.say(f"{line}; go on with --resume")
                 return
 
@@ -233,9 +235,7 @@ class Trainer:
                     f"{self.out}: cannot be made a folder ({error.strerror}); choose another out="
                 ) from None
             self.checkpoints.clean()
-        log = self.out / "log.jsonl"
-        if first and not resume and (self.checkpoints.paths() or report.read_rows(log)):
-            raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
+            self._check_folder(resume)
         found = self.workers.from_first(self.checkpoints.newest(self.say) if first and resume else None)
         if found is not None:
             self._go_on(found)
@@ -248,6 +248,14 @@ class Trainer:
         self.report.cut(self.step)
         if found is not None and found.score is None and self.schedule.validates(self.step):
             self._validate(found.path)  # which a kill prevented
+
+    def _check_folder(self, resume: bool) -> None:
+        """Refuse to write over a run."""
+        checkpoints, weights = self.checkpoints.paths(), self.out / "weights.safetensors"
+        if resume and weights.exists() and not checkpoints:
+            raise UsageError(f"{self.out}: holds weights, and no checkpoint to go on from; choose another out=")
+        if not resume and (checkpoints or weights.exists() or report.read_rows(self.out / "log.jsonl")):
+            raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
 
     def _go_on(self, found: Checkpoint) -> None:
         then, now = found.facts["recipe"], dataclasses.asdict(self.recipe)
@@ -319,7 +327,7 @@ class Trainer:
     def _validate(self, path: Path | None) -> None:
         means, pictures = validate(self.average, self.val_files, self.degradation, self.workers)
         self.score = means
-        if path is not None and math.isfinite(means["psnr"]):
+        if self.workers.first and path is not None and math.isfinite(means["psnr"]):
             self.checkpoints.score(path, means)
         line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
         told = line.format(self.step, self.schedule.steps, **means)
