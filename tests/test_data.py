@@ -16,7 +16,7 @@ from skimage import data
 from commands import serpent, tree
 from serpent_ir.data import Pack, Prefetcher, TrainingSet, list_images, read_rgb8, write_pack
 from serpent_ir.data.pack import HEADER, footer_of
-from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation
+from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation, randomness
 from serpent_ir.degradations.randomness import image_keys
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 
@@ -271,6 +271,26 @@ def test_images_have_random_numbers_of_their_own():
     window = ImageGenerators(keys, places + torch.tensor([40, 100]), places + 300)
     again = ImageGenerators(keys, places, places + 300)
     assert torch.equal(window.randn(4, 50, 60), again.randn(4, 300, 300)[:, :, 40:90, 100:160])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_kernel_of_noise_counts_as_the_plain_code(channels, monkeypatch):
+    """In Triton's interpreter where there is no GPU; sums of single-precision functions may differ in last bits."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = torch.stack(
+        [image_keys(5, torch.arange(3)), *torch.tensor([[3, 0, 9], [1, 70, 2]]), *[torch.arange(99, 102)] * 2]
+    )
+    table = table.T.contiguous().to(device)  # columns, as in a batch
+    drawn = []
+    for kernels in (set(), {device.type}):
+        monkeypatch.setattr(randomness, "KERNELS", kernels)
+        generator = ImageGenerators(table[:, 0], table[:, 1:3], table[:, 3:5])
+        generator.below(7)
+        drawn.append([generator.randn(channels, *size) for size in ((5, 7), (40, 33))])
+    for plain, kernel in zip(*drawn, strict=True):
+        assert kernel.shape == plain.shape
+        torch.testing.assert_close(kernel, plain, rtol=0, atol=4e-6)
 
 
 def test_a_prefetcher_gives_the_batches_that_were_asked_for(photos, packed):
