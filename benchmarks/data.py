@@ -107,7 +107,8 @@ def main() -> None:
         start = time.perf_counter()
         write_pack(args.data, pack)
         packing = time.perf_counter() - start
-        for memory, task in itertools.product(args.memory if device.type == "cuda" else ["stream"], TASKS):
+        places: list[Memory] = args.memory if device.type == "cuda" else ["stream"]
+        for memory, task in itertools.product(places, TASKS):
             images = TrainingSet([pack], create_degradation(task), device, memory=memory)
             count = len(images)
             for crop, batch in STAGES[device.type]:

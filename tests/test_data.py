@@ -19,6 +19,7 @@ from serpent_ir.data.pack import HEADER, footer_of
 from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation, randomness
 from serpent_ir.degradations.randomness import image_keys
 from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.evaluate import evaluate_network
 
 CPU = torch.device("cpu")
 SIZES = [(48, 48), (97, 130), (130, 98), (99, 130), (120, 40), (97, 130)]  # height, width
@@ -132,6 +133,14 @@ def test_images_are_picked_by_number(photos, packed, tmp_path):
     assert len(list_images(tmp_path / "set[1:2]")) == 1  # that is its name
     with pytest.raises(UsageError, match=r"a\.png: \[A:B\] picks images whose names are numbers"):
         list_images(f"{tmp_path / 'set[1:2]'}[:3]")
+
+
+def test_a_packed_set_is_evaluated_as_its_folder(photos, packed):
+    network = torch.nn.Conv2d(3, 3, 1, bias=False)
+    torch.nn.init.dirac_(network.weight)
+    folder, pack = (evaluate_network(network, list_images(source), "denoise") for source in (photos, packed))
+    assert folder["psnr"] == pack["psnr"] == pack["input_psnr"]
+    assert pack["images"][0]["file"] == f"{packed}:00000/00000.png"
 
 
 def test_the_command(photos, tmp_path):
