@@ -31,6 +31,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         self._waited = 0.0
 
     def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
         ahead = _AHEAD if self._stream else 1
         while len(self._begun) < ahead and (request := next(self._requests, None)) is not None:
             samples, crop = request
@@ -39,7 +40,6 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
             raise StopIteration
         windows, crop = self._begun.popleft()
         if self._stream is None:
-            start = time.perf_counter()
             batch = self._images.finish(windows, crop)
             self._waited += time.perf_counter() - start
             return batch

@@ -86,6 +86,7 @@ class TrainingSet:
         own = _generators(seed, 2 * numbers)  # of places and orientations; the degradation has others
         corners = torch.stack([own.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
         turns = own.below(8).numpy()
+        keys = _keys(seed, 2 * numbers + 1)
         begins, ends = self._windows(corners, sizes, crop)
         shapes = ends - begins
         groups = []
@@ -94,9 +95,8 @@ class TrainingSet:
             for group in np.split(places, len(places)) if self.device.type in _APART else [places]:
                 begin, size = begins[group], sizes[group]
                 first, down, across = _orient(corners[group] - begin, turns[group], crop, shape[1])
-                keys = _keys(seed, 2 * numbers[group] + 1)
                 scale = self.degradation.scale
-                table = np.column_stack([keys, begin // scale, size // scale, first, down, across])
+                table = np.column_stack([keys[group], begin // scale, size // scale, first, down, across])
                 pixels = self.store.read(images[group], begin[:, 0], begin[:, 1], *shape.tolist())
                 groups.append(Windows(group, tuple(shape.tolist()), pixels, table))
         return groups

@@ -5,6 +5,8 @@ number n of an image is a hash of its key and n, so it is the same in any batch,
 that it has in the whole.
 """
 
+import functools
+import importlib.util
 import math
 from typing import TypeAlias
 
@@ -15,6 +17,8 @@ from torch import Tensor
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIXING = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
 _CALL = 1 << 44  # numbers between one call and the next; an image has fewer pixels
+
+KERNELS = {"cuda"}  # devices where a kernel of Triton makes normal numbers
 
 
 class ImageGenerators:
@@ -41,6 +45,11 @@ class ImageGenerators:
 
     def randn(self, channels: int, height: int, width: int) -> Tensor:
         """(B, channels, height, width) float32 normal numbers, those of the window's pixels in the whole image."""
+        if self.device.type in KERNELS and _has_triton():
+            from serpent_ir.ops.triton_noise import normal  # one launch instead of thirty
+
+            start = self._next()
+            return normal(self.keys, self.origins, self.sizes, start, _STEP, channels, height, width)
         pairs = -(-channels // 2)  # 64 bits make two numbers
         rows, columns = self.coordinates(height, width)
         first = (rows * self.sizes[:, 1, None, None] + columns) * pairs * _STEP + self._start()[:, :, None]
@@ -62,8 +71,11 @@ class ImageGenerators:
 
     def _start(self) -> Tensor:
         """(B, 1): what the first number of this call is mixed from."""
+        return self.keys[:, None] + self._next()
+
+    def _next(self) -> int:
         self._calls += 1
-        return self.keys[:, None] + _wrapped(self._calls * _CALL * _STEP)
+        return _wrapped(self._calls * _CALL * _STEP)
 
 
 Generator: TypeAlias = torch.Generator | ImageGenerators
@@ -102,6 +114,11 @@ def _mix(x: Tensor) -> Tensor:
         if factor != 1:
             x *= factor
     return x
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _wrapped(x: int) -> int:
