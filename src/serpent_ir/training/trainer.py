@@ -130,8 +130,9 @@ class Trainer:
             try:
                 with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
                     self._loop(stop)
-                if self.step == self.schedule.steps:
+                if self.step == self.schedule.steps and self.workers.first:
                     self._finish()
+                self.workers.leave()
             finally:
                 self.report.close()
         return self.out / "weights.safetensors"
@@ -335,12 +336,10 @@ class Trainer:
         self.report.pictures(self.step, pictures)
 
     def _finish(self) -> None:
-        if self.workers.first:
-            self._write_weights()  # once more: a kill may have come between them and the last checkpoint
-            self.report.plot()
-            best = self.checkpoints.best()
-            self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}; the best checkpoint is {best}")
-        self.workers.leave()
+        self._write_weights()  # once more: a kill may have come between them and the last checkpoint
+        self.report.plot()
+        best = self.checkpoints.best()
+        self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}; the best checkpoint is {best}")
 
 
 def _nothing(line: str) -> None:

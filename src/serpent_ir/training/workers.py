@@ -116,7 +116,7 @@ class Workers:
         except RuntimeError as error:
             if self.world == 1 or not _lost(error):
                 raise
-            reason = str(error).splitlines()[0].rpartition("] ")[2][:120]
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise SerpentError(
                 f"process {self.rank} of {self.world}: another one is gone ({reason}); see what it said, then go on "
                 "with --resume"
