@@ -285,11 +285,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(folders):
     for change in ({"lr": 0.5}, {"stages": [{"crop": 16, "batch": 4, "steps": 7}]}):
         with pytest.raises(SerpentError, match=rf"holds a run of another recipe \({next(iter(change))}\)"):
             train(recipe_file(folders, **change), resume=True)
-    epochs = [{"crop": 16, "batch": 1, "epochs": 1}]
-    quiet_trainer(recipe_file(folders, "epochs", stages=epochs)).run(stop_after_minutes=0)
     (folders / "train" / "0.png").unlink()
-    with pytest.raises(SerpentError, match="was trained on 5 images, and train now has 4"):
-        train(recipe_file(folders, "epochs", stages=epochs), resume=True)
+    with pytest.raises(SerpentError, match="was trained on 5 images, and the 4 of train now are others"):
+        train(file, resume=True)
 
 
 def test_a_run_goes_on_elsewhere(folders):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -205,13 +206,17 @@ class Trainer:
             "steps": self.schedule.lengths,
             "seconds": self.seconds,
             "samples": self.schedule.samples(self.step).start if self.step < self.schedule.steps else None,
-            "images": len(self.data),
+            "images": self._images(),
             "workers": self.workers.told(),
             "recipe": dataclasses.asdict(self.recipe),
         }
         path = self.checkpoints.save(self.step, groups, facts)
         self._write_weights()
         return path
+
+    def _images(self) -> dict[str, Any]:
+        """What tells training sets apart, wherever they lie and whether or not they are packed."""
+        return {"count": len(self.data), "sizes": hashlib.sha256(self.data.sizes.tobytes()).hexdigest()}
 
     def _write_weights(self) -> None:
         metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
@@ -263,10 +268,10 @@ class Trainer:
         differ = [key for key in now if then.get(key) != now[key]]
         if others := [key for key in differ if key not in FREE_TO_CHANGE]:
             raise SerpentError(f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=")
-        if tuple(found.facts["steps"]) != self.schedule.lengths:
+        if found.facts["images"] != self._images():
             raise SerpentError(
-                f"{self.out}: was trained on {found.facts['images']} images, and train now has {len(self.data)}; "
-                "choose another out="
+                f"{self.out}: was trained on {found.facts['images']['count']} images, and the {len(self.data)} of "
+                "train now are others; choose another out="
             )
         try:
             self.network.load_state_dict(found.groups["network"])
@@ -284,8 +289,8 @@ class Trainer:
         line = f"going on from step {self.step} of {found.path}"
         if found.facts["workers"] != self.workers.told():
             line += f", made on {found.facts['workers']}: here the same up to rounding"
-        if moved := [key for key in differ if key in ("train", "val")]:
-            line += f"; {' and '.join(moved)} moved: the same images are expected there"
+        if "train" in differ:
+            line += "; train moved: the same images are expected there"
         self.say(line)
 
     def _check_finite(self) -> None:
