@@ -287,7 +287,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(folders):
             train(recipe_file(folders, **change), resume=True)
     (folders / "train" / "0.png").unlink()
     with pytest.raises(SerpentError, match="was trained on 5 images, and the 4 of train now are others"):
-        train(file, resume=True)
+        train(recipe_file(folders), resume=True)
 
 
 def test_a_run_goes_on_elsewhere(folders):
