@@ -333,6 +333,6 @@ def test_batches_on_a_gpu(photos, packed, task, memory):
         expected, expected_clean = on_cpu.batch(samples, crop, seed=5)
         torch.testing.assert_close(clean.cpu(), expected_clean, rtol=0, atol=1e-7)  # a GPU multiplies by 1 / 255
         differs = (degraded.cpu() - expected).abs() > 4e-6  # in `photo` noise decides which level JPEG rounds to
-        assert differs.float().mean() <= (0.01 if task == "photo" else 0)
+        assert differs.float().mean() <= (0.05 if task == "photo" else 0)
         assert torch.equal(degraded, whole.batch(samples, crop, seed=5)[0])
     assert prefetcher.waited >= 0

@@ -30,8 +30,8 @@ def pack(
     start = time.perf_counter()
     with progress_of("packed") as progress, terminated_like_interrupted():
         records = write_pack(folders, output, size=size, progress=progress)
-    total = output.stat().st_size / 1e9
-    say(f"{output}: {len(records)} images, {total:.2f} GB, {time.perf_counter() - start:.1f} s")
+    megabytes = output.stat().st_size / 1e6
+    say(f"{output}: {len(records)} images, {megabytes:.1f} MB, {time.perf_counter() - start:.1f} s")
 
 
 @shell_command("Compare every pixel of packed sets with their checksums.", data)
