@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from serpent_ir import create_model
+from serpent_ir import create_model, list_models
 from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
@@ -16,6 +16,7 @@ from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.recipe import Recipe, Stage, load_recipe
 from serpent_ir.train import Trainer, own_stream, plan, train
 from serpent_ir.training.losses import create_loss
+from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep
 from training_files import TINY, draw_folders, draw_image, recipe_file
@@ -138,6 +139,14 @@ def test_recomputed_blocks_train_with_the_same_bits(folders, model, options):
     assert losses_of(trainers[0]) == losses_of(trainers[1])
     for kept, again in zip(*(trainer.network.parameters() for trainer in trainers), strict=True):
         assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_blocks_of_every_network_are_known(name):
+    with torch.device("meta"):
+        network = create_model(name)
+    recompute_blocks(network)
+    assert network.train()(torch.rand(1, 3, 64, 64, device="meta")).shape == (1, 3, 64, 64)
 
 
 def test_recomputing_keeps_less(folders):

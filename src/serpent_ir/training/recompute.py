@@ -10,7 +10,7 @@ from serpent_ir.errors import UsageError
 BLOCKS = {
     "Serpent": "VSSBlock",
     "UNet": "ConvBlock",
-    "SwinIR": "SwinTransformerBlock",
+    "SwinIR": "SwinLayer",
     "Restormer": "TransformerBlock",
 }
 """Of each kind of network, the modules that hold most of what the way back needs."""
