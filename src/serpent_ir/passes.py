@@ -75,8 +75,9 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     """One pass of a network over its input (B, C, H, W), without gradients: float32 (B, 3, H, W), not clamped.
 
     The result is `model.scale` times larger where a network has that. A network for grey images gets each of three
-    channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in float32 and under bfloat16 autocast
-    on a CUDA device. Raises SerpentError where the memory of the device does not suffice.
+    channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in
+    float32 and under bfloat16 autocast on a CUDA device. Raises SerpentError where the memory of the device does not
+    suffice.
     """
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
@@ -85,8 +86,15 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
         x = x.to(parameter)
         if x.shape[1] == 3 and getattr(getattr(model, "config", None), "in_channels", 3) == 1:
-            return model(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])[:, :, 0].float()
+            return _each_channel(model, x).float()
         return model(x).float()
+
+
+def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, H, W) through a network for grey images; a grey one goes through it once."""
+    x = x[:, :1] if bool((x == x[:, :1]).all()) else x
+    restored = model(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])[:, :, 0]
+    return restored.repeat(1, 3 // x.shape[1], 1, 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Counting a network by the paper's convention: 1 MAC = 2 FLOPs, and the norms count too."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
-    mapping = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
-    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch forgot this one
+    mapping: dict[Any, Any] = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
+    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch left it out
     # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
     norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
     hooks = [module.register_forward_hook(add_instance_norm) for module in norms]

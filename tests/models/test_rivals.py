@@ -193,7 +193,9 @@ def plain_swin_attention(x: Tensor, w: dict[str, Tensor], at: str, heads: int, w
     Rows and columns are those of the shifted map; pixels that came round its end see each other alone.
     """
     height, width, c = x.shape
-    q, k, v = (x.reshape(-1, c) @ w[f"{at}.qkv.weight"].T + w[f"{at}.qkv.bias"]).view(-1, 3, heads, c // heads).unbind(1)
+    q, k, v = (
+        (x.reshape(-1, c) @ w[f"{at}.qkv.weight"].T + w[f"{at}.qkv.bias"]).view(-1, 3, heads, c // heads).unbind(1)
+    )
     y, x_ = (t.flatten() for t in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
     row, column = (y - shift) % height, (x_ - shift) % width
     same_window = (row // window == (row // window)[:, None]) & (column // window == (column // window)[:, None])

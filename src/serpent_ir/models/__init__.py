@@ -145,9 +145,7 @@ def _check_fields(network: str, fields: dict[str, Any], config: Any) -> None:
         raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(config))}")
 
 
-def _take_task(
-    fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str
-) -> None:
+def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str) -> None:
     """Set the task that a file says it is for; UsageError where another was asked for."""
     trained_for = metadata.get("task", "")
     if trained_for and fields.setdefault("task", trained_for) != trained_for:

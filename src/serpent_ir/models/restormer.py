@@ -178,9 +178,7 @@ class Restormer(nn.Module, PyTorchModelHubMixin):
             blocks = range(counts[index] if count is None else count)
             return nn.Sequential(*(TransformerBlock(c, heads[index], bias=config.norm_bias) for _ in blocks))
 
-        self.patch_embed = nn.Sequential(
-            OrderedDict(proj=nn.Conv2d(config.in_channels, dim, 3, padding=1, bias=False))
-        )
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(config.in_channels, dim, 3, padding=1, bias=False)))
         self.encoder_level1 = level(dim, 0)
         self.down1_2 = downsample(dim)
         self.encoder_level2 = level(2 * dim, 1)

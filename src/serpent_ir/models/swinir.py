@@ -126,6 +126,9 @@ class WindowAttention(nn.Module):
     that are no neighbours there are masked.
     """
 
+    relative_position_index: Tensor
+    strangers: Tensor
+
     def __init__(self, dim: int, heads: int, window: int, *, shifted: bool):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, window // 2 if shifted else 0
@@ -181,7 +184,9 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(qkv, "b (y i) (x j) (t heads d) -> t (b y x) heads (i j) d", t=3, **grid)
         mask = bias.to(q.dtype).expand(len(q), -1, -1, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=heads_dim**-0.5)[..., :heads_dim]
-        return rearrange(out, "(b y x) heads (i j) d -> b (y i) (x j) (heads d)", b=batch, y=height // self.window, **grid)
+        return rearrange(
+            out, "(b y x) heads (i j) d -> b (y i) (x j) (heads d)", b=batch, y=height // self.window, **grid
+        )
 
 
 class SwinLayer(nn.Module):
@@ -230,6 +235,8 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
     """
+
+    mean: Tensor
 
     def __init__(self, config: SwinIRConfig):
         super().__init__()
