@@ -194,7 +194,7 @@ class SwinLayer(nn.Module):
 
     def __init__(self, config: SwinIRConfig, *, shifted: bool):
         super().__init__()
-        dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
+        dim, hidden = config.dim, round(config.dim * config.mlp_ratio)
         self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, config.heads, config.window_size, shifted=shifted)
         self.norm2 = LayerNorm(dim)
