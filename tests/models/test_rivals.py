@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serpent_ir.errors import UsageError
 from serpent_ir.models import PRESETS, create_model, preset_of, recognise, swinir
@@ -426,3 +427,44 @@ def test_gradients_are_those_of_the_formula():
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(UsageError, match=said):
         create_model("swinir_180", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_on_a_gpu_results_are_the_same_by_fused_attention_alone(name, autocast):
+    check_against_float64(name, torch.device("cuda"), autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_lower_precision_stays_near_float64(name, autocast):
+    check_against_float64(name, torch.device("cpu"), autocast)
+
+
+def check_against_float64(name: str, device: torch.device, autocast: bool) -> None:
+    exact = stirred(create_model(name, **SMALL[name]))
+    model = create_model(name, **SMALL[name])
+    model.load_state_dict(exact.state_dict())
+    model.to(device)
+    image = torch.rand(2, 3, 40, 21, dtype=torch.float64)
+    weights = torch.randn(2, 3, 40, 21, dtype=torch.float64)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with sdpa_kernel(fused if device.type == "cuda" else [*fused, SDPBackend.MATH]):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                restored = model(image.float().to(device))
+            (restored * weights.to(restored)).sum().backward()
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    expected = exact(image)
+    (expected * weights).sum().backward()
+    tolerance = 0.2 if autocast else 1e-4  # bfloat16 was seen to be 8% off in the gradient of a norm's weight
+    parameters = zip(model.parameters(), exact.parameters(), strict=True)
+    pairs = [(restored, expected), *((one.grad, other.grad) for one, other in parameters)]
+    for one, other in pairs:
+        assert one is not None and other is not None
+        assert (one.cpu().double() - other).norm() <= tolerance * other.norm()

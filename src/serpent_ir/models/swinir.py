@@ -150,6 +150,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads_dim = x.shape[-1] // self.heads
         bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m heads -> heads n m")
+        bias = bias.contiguous()  # the fused kernels of a GPU take no other
         if not self.shift:
             return self.proj(self._attend(self._qkv(x), bias, heads_dim))
         qkv = self._qkv(x.roll((-self.shift, -self.shift), (1, 2)))
