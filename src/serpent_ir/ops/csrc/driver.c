@@ -18,7 +18,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 4, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 5, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
@@ -159,6 +159,13 @@ static void run_merge(call *c, int threads, gomp_parallel *openmp) {
     run_tasks(merge_task, c, tasks, clamp_threads(threads, tasks), openmp);
 }
 
+/* How many floats the states of a call take. */
+EXPORT int64_t serpent_scan_states(const int64_t sizes[6]) {
+    const float *none[6] = {0};
+    scan_problem p = problem_of(sizes, none);
+    return p.batch * DIRECTIONS * scan_groups(&p) * scan_states(&p);
+}
+
 static void forward_task(void *context, int64_t task, int thread) {
     call *c = context;
     scan_task t = find_task(c, task, 0);
@@ -166,13 +173,14 @@ static void forward_task(void *context, int64_t task, int thread) {
 }
 
 /* sizes: batch, height, width, channels, state, rank, all at least 1; inputs: u, proj, dt_weight, dt_bias, A_log, D.
- * openmp: see threads.h. Writes y. */
+ * openmp: see threads.h. Writes y and, unless NULL, states: serpent_scan_states floats. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
-                                const float *const inputs[6], float *y) {
+                                const float *const inputs[6], float *y, float *states) {
     call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL, NULL};
     if (!c.kernels) return NO_LEVEL;
     scan_problem *p = &c.problem;
     p->k_end = DIRECTIONS;
+    p->states = states;
     threads = threads < 1 ? 1 : threads;
     int64_t cells = p->batch * scan_groups(p);
     int split = split_directions(cells, threads);
@@ -247,14 +255,15 @@ static void gather_parameters(void *context, int64_t task, int thread) {
         }
 }
 
-/* As serpent_scan_forward; writes the gradients of the six inputs, in their order. The gradients of proj before their
+/* As serpent_scan_forward, whose states it takes, or NULL to compute them again; writes the gradients of the six inputs, in their order. The gradients of proj before their
  * sum over channels take at most partial_floats floats, or as many as that sum where this is more. */
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
-                                 const float *const inputs[6], const float *grad_y, float *const grads[6],
-                                 int64_t partial_floats) {
+                                 const float *const inputs[6], float *states, const float *grad_y,
+                                 float *const grads[6], int64_t partial_floats) {
     call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL, grads};
     scan_problem *p = &c.problem;
     if (!c.kernels) return NO_LEVEL;
+    p->states = states;
     int64_t pairs = scan_pairs(p), chunks = scan_chunks(p);
     int64_t per_pair = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_pair;
     int64_t limit = whole > partial_floats ? whole : partial_floats;
@@ -300,23 +309,51 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
 typedef struct {
     gate_problem problem;
     const scan_kernels *kernels;
+    float *sums; /* backward: (task, 2, channels) */
 } gate_call;
 
 enum { GATED = 256 }; /* pixels of a task */
 
+static int64_t gate_tasks(int64_t pixels) { return (pixels + GATED - 1) / GATED; }
+
 static void gate_task(void *context, int64_t task, int thread) {
     const gate_call *c = context;
-    int64_t begin = task * GATED, left = c->problem.pixels - begin;
+    int64_t begin = task * GATED, left = c->problem.pixels - begin, end = begin + (left < GATED ? left : GATED);
     (void)thread;
-    c->kernels->gate(&c->problem, begin, begin + (left < GATED ? left : GATED));
+    if (c->sums)
+        c->kernels->pull_gate(&c->problem, begin, end, c->sums + task * 2 * c->problem.channels);
+    else
+        c->kernels->gate(&c->problem, begin, end);
 }
 
-/* z = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16. */
+/* out = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16; out may be z. */
 EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
-                             const float *y, const float *weight, const float *bias, float eps, float *z) {
-    gate_call c = {{pixels, channels, y, weight, bias, eps, z}, kernels_at(level)};
-    int64_t tasks = (pixels + GATED - 1) / GATED;
+                             const float *y, const float *weight, const float *bias, float eps, const float *z,
+                             float *out) {
+    gate_call c = {{pixels, channels, y, weight, bias, z, eps, out, NULL, NULL, NULL}, kernels_at(level), NULL};
     if (!c.kernels) return NO_LEVEL;
+    run_tasks(gate_task, &c, gate_tasks(pixels), clamp_threads(threads, gate_tasks(pixels)), openmp);
+    return OK;
+}
+
+/* The gradients for `grad`, that of out: of y and z, of weight and bias (one after the other in grad_affine); and out
+ * once more, which need not be kept. */
+EXPORT int serpent_scan_gate_backward(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
+                                      const float *y, const float *weight, const float *bias, float eps,
+                                      const float *z, const float *grad, float *out, float *grad_y, float *grad_z,
+                                      float *grad_affine) {
+    gate_call c = {{pixels, channels, y, weight, bias, z, eps, out, grad, grad_y, grad_z}, kernels_at(level), NULL};
+    if (!c.kernels) return NO_LEVEL;
+    int64_t tasks = gate_tasks(pixels);
+    block *memory = borrow(tasks * 2 * channels);
+    if (!memory) return NO_MEMORY;
+    c.sums = memory->from;
     run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
+    for (int64_t i = 0; i < 2 * channels; i++) {
+        double sum = 0;
+        for (int64_t task = 0; task < tasks; task++) sum += c.sums[task * 2 * channels + i];
+        grad_affine[i] = (float)sum;
+    }
+    give_back(memory);
     return OK;
 }
