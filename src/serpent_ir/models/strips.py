@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import ss2d
-from serpent_ir.ops.cpu import large_pages, norm_gate
+from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
@@ -39,7 +39,7 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     u, proj = _Whole(x.shape), _Whole(x.shape)
     for first in range(0, len(x), images):
         for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
-            piece = _conv_silu(piece.movedim(-1, 1), inner.conv, padding).movedim(1, -1).contiguous()
+            piece = conv_silu(piece, inner.conv.weight, inner.conv.bias, padding)
             u.put(first, row, piece)
             proj.put(first, row, _linear(piece, inner.x_proj.weight).unflatten(-1, (4, -1)))
     y = ss2d(u.map, proj.map, inner.dt_weight, inner.dt_bias, inner.A_log, inner.D)
@@ -73,15 +73,10 @@ def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out
     return 2 * torch.Size(x_shape).numel() * weight_shape[0]
 
 
-def _conv_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
-    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
-
-
 # oneDNN's product is the faster one for many positions, and with AVX-512 always: MKL keeps to AVX2 on processors that
-# are not Intel's. Its convolution applies SiLU while the numbers are in registers.
+# are not Intel's.
 _MANY = 1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4096
 _PRODUCT = _onednn("_linear_pointwise", _linear_flops)
-_CONVOLUTION = _onednn("_convolution_pointwise", _conv_flops)
 
 
 def _plain(x: Tensor) -> bool:
@@ -92,14 +87,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if _PRODUCT is None or not _plain(x) or x.shape[:-1].numel() < _MANY:
         return F.linear(x, weight)
     return _PRODUCT(x, weight, None, "none", [], "")
-
-
-def _conv_silu(x: Tensor, conv: nn.Conv2d, padding: int) -> Tensor:
-    """SiLU of the depthwise convolution of x (B, d, H, W) with `padding` rows of zeros above and below."""
-    if _CONVOLUTION is None or not _plain(x):
-        return F.silu(F.conv2d(x, conv.weight, conv.bias, padding=(padding, 1), groups=conv.groups))
-    ones = (1, 1)
-    return _CONVOLUTION(x, conv.weight, conv.bias, (padding, 1), ones, ones, conv.groups, "swish", [], "")
 
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Training a VSS block on the CPU: one autograd function around the C library's kernels.
 
 Numbers are those of `VSSBlock.forward` up to rounding. Beside what autograd would keep, the scan's states before each
-chunk are kept (they spare the way back a walk) and the gate is not: it is made again together with its gradients.
+chunk are kept (they spare the way back a walk); convolution and gate are computed again together with their gradients.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
 DEVICES = {"cpu"}
-_ONES = [1, 1]
 
 
 def serves(block: "VSSBlock", x: Tensor) -> bool:
@@ -50,21 +49,19 @@ class _Block(torch.autograd.Function):
         rows = _rows(normed)
         # u and z apart: halves of one map would be copied wherever a contiguous one is wanted.
         before_conv, z = (torch.mm(rows, half.t()).view(*x.shape[:-1], -1) for half in in_proj.chunk(2))
-        convolved = torch.conv2d(before_conv.movedim(-1, 1), conv, conv_bias, padding=1, groups=len(conv))
-        convolved = convolved.movedim(1, -1).contiguous()
-        u = torch.nn.functional.silu(convolved)
+        u = cpu.conv_silu(before_conv, conv, conv_bias, padding=1)
         proj = torch.mm(_rows(u), x_proj.t()).view(*x.shape[:-1], 4, -1)
         y, states = cpu.forward_keeping(u, proj, *(p.contiguous() for p in scan))
         gated = cpu.gate(y, y_weight, y_bias, y_eps, z)
         out = torch.addmm(_rows(x), _rows(gated), out_proj.t()).view_as(x)
         ctx.y_eps = y_eps
-        ctx.save_for_backward(x, mean, scale, normed, before_conv, z, convolved, u, proj, y, states, *parameters)
+        ctx.save_for_backward(x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean, scale, normed, before_conv, z, convolved, u, proj, y, states, *parameters = ctx.saved_tensors
+        x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters = ctx.saved_tensors
         weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
         grad = grad.contiguous()
         d_gated = torch.mm(_rows(grad), out_proj).view_as(y)
@@ -74,12 +71,7 @@ class _Block(torch.autograd.Function):
         d_proj = d_proj.flatten(0, 2).flatten(1)
         d_x_proj = torch.mm(d_proj.t(), _rows(u))
         du = _rows(du).addmm_(d_proj, x_proj).view_as(u)
-        d_convolved = torch.ops.aten.silu_backward(du, convolved)
-        d_before, d_conv, d_conv_bias = torch.ops.aten.convolution_backward(
-            d_convolved.movedim(-1, 1), before_conv.movedim(-1, 1), conv, [len(conv)], _ONES, _ONES, _ONES,
-            False, [0, 0], len(conv), [True, True, True],
-        )  # fmt: skip
-        d_before = d_before.movedim(1, -1).contiguous()
+        d_before, d_conv, d_conv_bias = cpu.conv_silu_backward(du, before_conv, conv, conv_bias)
         weight_u, weight_z = in_proj.chunk(2)
         d_normed = torch.mm(_rows(d_before), weight_u).addmm_(_rows(dz), weight_z).view_as(x)
         d_in_proj = torch.empty_like(in_proj)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 ABI = 5
 PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
@@ -31,6 +32,8 @@ class _Library:
     states: Callable[..., int]
     gate: Callable[..., int]
     gate_backward: Callable[..., int]
+    conv: Callable[..., int]
+    conv_backward: Callable[..., int]
     large_pages: Callable[[int, int], None]
     levels: list[str]
     openmp: int | None  # address of PyTorch's GOMP_parallel
@@ -54,25 +57,28 @@ def _load() -> tuple[_Library | None, str]:
         handle.serpent_scan_abi.restype = ctypes.c_int
         if (abi := handle.serpent_scan_abi()) != ABI:
             return None, f"{found[0]} has interface {abi} where {ABI} is expected; reinstall serpent-ir"
-        names = ("forward", "backward", "states", "gate", "gate_backward", "large_pages", "level")
-        forward, backward, states, gate, gate_backward, large, level = (
-            getattr(handle, f"serpent_scan_{name}") for name in names
-        )
+        names = ("forward", "backward", "states", "gate", "gate_backward", "conv", "conv_backward", "large_pages")
+        functions = [getattr(handle, f"serpent_scan_{name}") for name in names]
+        level = handle.serpent_scan_level
     except (OSError, AttributeError) as error:
         return None, f"the CPU library does not load ({' '.join(str(error).split())}); reinstall serpent-ir"
     level.restype, level.argtypes = ctypes.c_char_p, [ctypes.c_int]
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    forward.restype = backward.restype = gate.restype = gate_backward.restype = number
+    forward, backward, states, gate, gate_backward, conv, conv_backward, large = functions
+    for function in (forward, backward, gate, gate_backward, conv, conv_backward):
+        function.restype = number
     forward.argtypes = [number, number, *[pointer] * 5]
     backward.argtypes = [number, number, *[pointer] * 6, count]
     states.restype, states.argtypes = count, [pointer]
     gate.argtypes = [number, number, pointer, count, count, *[pointer] * 3, ctypes.c_float, *[pointer] * 2]
     gate_backward.argtypes = [*gate.argtypes, *[pointer] * 4]
+    conv.argtypes = [number, number, *[pointer] * 5]
+    conv_backward.argtypes = [number, number, *[pointer] * 7]
     large.restype, large.argtypes = None, [pointer, count]
     levels = []
     while (name := level(len(levels))) is not None:
         levels.append(name.decode())
-    library = _Library(forward, backward, states, gate, gate_backward, large, levels, _find_openmp())
+    library = _Library(*functions, levels, _find_openmp())
     if wanted := os.environ.get(LEVEL_VARIABLE):
         if wanted not in levels:
             return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
@@ -247,3 +253,53 @@ def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -
 @torch.library.register_fake("serpent_ir::norm_gate")
 def _(y, weight, bias, eps, z):
     return None
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """SiLU of a depthwise 3x3 convolution of a channels-last map, without a tape.
+
+    x (B, H, W, d), weight (d, 1, 3, 3), `padding` rows of zeros above and below: (B, H - 2 + 2 padding, W, d).
+    """
+    fits = all(x.dtype == torch.float32 for x in (x, weight, bias)) and x.is_contiguous()
+    if unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
+        x = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=len(weight))
+        return F.silu(x).movedim(1, -1).contiguous()
+    return CONV_SILU(x, weight, bias, padding)
+
+
+torch.library.define("serpent_ir::conv_silu", "(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor")
+CONV_SILU = torch.ops.serpent_ir.conv_silu
+
+
+@torch.library.impl("serpent_ir::conv_silu", "CPU")
+def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    library, taps = _library(), _taps(weight, bias)
+    out = _conv_silu_like(x, weight, bias, padding)
+    sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
+    if out.numel():
+        _check(library.conv(*_how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
+    return out
+
+
+@torch.library.register_fake("serpent_ir::conv_silu")
+def _conv_silu_like(x, weight, bias, padding):
+    return x.new_empty(x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
+
+
+@register_flop_formula(torch.ops.serpent_ir.conv_silu)
+def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
+
+
+def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias for that of `conv_silu` with padding 1, of maps that the library takes."""
+    library, taps = _library(), _taps(weight, bias)
+    grad_x, grad_taps = torch.empty_like(x), torch.empty_like(taps)
+    pointers = [t.data_ptr() for t in (x, taps, grad, grad_x, grad_taps)]
+    _check(library.conv_backward(*_how(library), (ctypes.c_int64 * 5)(*x.shape, 1), *pointers))
+    return grad_x, grad_taps[:-1].t().reshape(weight.shape), grad_taps[-1]
+
+
+def _taps(weight: Tensor, bias: Tensor) -> Tensor:
+    """(10, d): the taps, then the bias."""
+    return torch.cat([weight.flatten(1).t(), bias[None]])

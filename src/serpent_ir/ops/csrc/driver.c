@@ -5,28 +5,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "scan.h"
+#include "driver.h"
 #include "threads.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-enum { ABI = 5, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 5 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
 extern const scan_kernels scan_kernels_x86_64_v2, scan_kernels_x86_64_v3, scan_kernels_x86_64_v4;
 #endif
 
-/* The level of that number, from the plainest on; NULL past the last that this machine can run. */
-static const scan_kernels *kernels_at(int level) {
+const scan_kernels *kernels_at(int level) {
     const scan_kernels *found[4] = {&scan_kernels_generic};
     int count = 1;
 #if defined(SERPENT_X86_LEVELS)
@@ -76,12 +69,6 @@ typedef struct {
 
 static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
 
-/* The memory of a call, `floats` numbers from `from` on, cache line aligned. */
-typedef struct {
-    int64_t floats;
-    float *from;
-} block;
-
 enum { LINE = 64, SPARE_FLOATS = 1 << 23 };
 
 #if defined(__GNUC__)
@@ -96,7 +83,7 @@ static block *swap_spare(block *with) {
 
 /* The memory of one call, up to 32 MB, is left for the next: fresh memory costs a fault every 4 KB, in all a fifth of a
  * small map's backward pass. Of calls side by side one gets it; after a fork each process has its own. */
-static block *borrow(int64_t floats) {
+block *borrow(int64_t floats) {
     block *found = swap_spare(NULL);
     if (found && found->floats >= floats) return found;
     free(found);
@@ -109,7 +96,7 @@ static block *borrow(int64_t floats) {
     return found;
 }
 
-static void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
+void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
 
 /* Whether directions should be tasks of their own: where those of (image, group or pair) alone would leave threads idle
  * for a fifth of the time or more. Sums stay in the same order, so the bits do too. */
@@ -138,11 +125,6 @@ static void merge_task(void *context, int64_t task, int thread) {
     const float *one = c->parts, *two = one + floats, *three = two + floats;
     (void)thread;
     for (int64_t i = task * MERGED; i < end; i++) c->out[i] = ((c->out[i] + one[i]) + two[i]) + three[i];
-}
-
-static int clamp_threads(int threads, int64_t tasks) {
-    if (threads < 1) return 1;
-    return threads > tasks ? (int)tasks : threads;
 }
 
 static scan_problem problem_of(const int64_t sizes[6], const float *const inputs[6]) {
@@ -302,58 +284,6 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
     if (split) run_merge(&c, threads, openmp);
     int64_t tasks = DIRECTIONS * scan_groups(p);
     run_tasks(gather_parameters, &c, tasks, clamp_threads(threads, tasks), openmp);
-    give_back(memory);
-    return OK;
-}
-
-typedef struct {
-    gate_problem problem;
-    const scan_kernels *kernels;
-    float *sums; /* backward: (task, 2, channels) */
-} gate_call;
-
-enum { GATED = 256 }; /* pixels of a task */
-
-static int64_t gate_tasks(int64_t pixels) { return (pixels + GATED - 1) / GATED; }
-
-static void gate_task(void *context, int64_t task, int thread) {
-    const gate_call *c = context;
-    int64_t begin = task * GATED, left = c->problem.pixels - begin, end = begin + (left < GATED ? left : GATED);
-    (void)thread;
-    if (c->sums)
-        c->kernels->pull_gate(&c->problem, begin, end, c->sums + task * 2 * c->problem.channels);
-    else
-        c->kernels->gate(&c->problem, begin, end);
-}
-
-/* out = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16; out may be z. */
-EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
-                             const float *y, const float *weight, const float *bias, float eps, const float *z,
-                             float *out) {
-    gate_call c = {{pixels, channels, y, weight, bias, z, eps, out, NULL, NULL, NULL}, kernels_at(level), NULL};
-    if (!c.kernels) return NO_LEVEL;
-    run_tasks(gate_task, &c, gate_tasks(pixels), clamp_threads(threads, gate_tasks(pixels)), openmp);
-    return OK;
-}
-
-/* The gradients for `grad`, that of out: of y and z, of weight and bias (one after the other in grad_affine); and out
- * once more, which need not be kept. */
-EXPORT int serpent_scan_gate_backward(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
-                                      const float *y, const float *weight, const float *bias, float eps,
-                                      const float *z, const float *grad, float *out, float *grad_y, float *grad_z,
-                                      float *grad_affine) {
-    gate_call c = {{pixels, channels, y, weight, bias, z, eps, out, grad, grad_y, grad_z}, kernels_at(level), NULL};
-    if (!c.kernels) return NO_LEVEL;
-    int64_t tasks = gate_tasks(pixels);
-    block *memory = borrow(tasks * 2 * channels);
-    if (!memory) return NO_MEMORY;
-    c.sums = memory->from;
-    run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
-    for (int64_t i = 0; i < 2 * channels; i++) {
-        double sum = 0;
-        for (int64_t task = 0; task < tasks; task++) sum += c.sums[task * 2 * channels + i];
-        grad_affine[i] = (float)sum;
-    }
     give_back(memory);
     return OK;
 }

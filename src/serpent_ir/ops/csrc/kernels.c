@@ -1,4 +1,5 @@
 /* The scan of channel groups of one image; compiled once for each dispatch level (LEVEL names it). */
+#include "conv.h"
 #include "gate.h"
 #include "pull.h"
 #include "walk.h"
@@ -32,4 +33,5 @@ static void forward(const scan_problem *p, const scan_task *task, float *scratch
 }
 
 extern const scan_kernels NAMED(LEVEL);
-const scan_kernels NAMED(LEVEL) = {TEXT(LEVEL), scratch_floats, forward, backward, gate, pull_gate};
+const scan_kernels NAMED(LEVEL) = {TEXT(LEVEL), scratch_floats, forward, backward, gate, pull_gate,
+                                    conv, pull_conv};

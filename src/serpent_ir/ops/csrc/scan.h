@@ -83,6 +83,16 @@ typedef struct {
     float *grad_y, *grad_z;
 } gate_problem;
 
+/* A depthwise 3x3 convolution: from (images, height, width, channels) to (images, rows, width, channels), channels a
+ * multiple of GROUP, with `padding` rows of zeros above and below and a column of them at each side. */
+typedef struct {
+    int64_t images, height, width, channels, padding, rows;
+    const float *from, *taps; /* taps: (9 and the bias, channels) */
+    const float *grad;        /* backward: of the result */
+    float *out;
+    int silu;
+} conv_problem;
+
 /* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
     const char *name;
@@ -91,6 +101,8 @@ typedef struct {
     void (*backward)(const scan_problem *p, const scan_task *task, float *scratch);
     void (*gate)(const gate_problem *p, int64_t begin, int64_t end);
     void (*pull_gate)(const gate_problem *p, int64_t begin, int64_t end, float *sums);
+    void (*conv)(const conv_problem *p, int64_t number);
+    void (*pull_conv)(const conv_problem *p, int64_t number, float *sums);
 } scan_kernels;
 
 #endif
