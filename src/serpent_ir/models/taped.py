@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serpent_ir.models import as_built
+from serpent_ir.models.products import product, product_backward, product_onto
 from serpent_ir.ops import cpu
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float, y_eps: float, *parameters: Tensor) -> Tensor:
         weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
         normed, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        rows = _rows(normed)
         # u and z apart: halves of one map would be copied wherever a contiguous one is wanted.
-        before_conv, z = (torch.mm(rows, half.t()).view(*x.shape[:-1], -1) for half in in_proj.chunk(2))
+        before_conv, z = (product(normed, half) for half in in_proj.chunk(2))
         u = cpu.conv_silu(before_conv, conv, conv_bias, padding=1)
-        proj = torch.mm(_rows(u), x_proj.t()).view(*x.shape[:-1], 4, -1)
+        proj = product(u, x_proj).unflatten(-1, (4, -1))
         y, states = cpu.forward_keeping(u, proj, *(p.contiguous() for p in scan))
         gated = cpu.gate(y, y_weight, y_bias, y_eps, z)
-        out = torch.addmm(_rows(x), _rows(gated), out_proj.t()).view_as(x)
+        out = torch.empty_like(x)
+        product_onto(x, gated, out_proj, out)
         ctx.y_eps = y_eps
         ctx.save_for_backward(x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters)
         return out
@@ -64,7 +65,7 @@ class _Block(torch.autograd.Function):
         x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters = ctx.saved_tensors
         weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
         grad = grad.contiguous()
-        d_gated = torch.mm(_rows(grad), out_proj).view_as(y)
+        d_gated = product_backward(grad, out_proj)
         dy, dz, d_y_weight, d_y_bias, gated = cpu.gate_backward(d_gated, y, y_weight, y_bias, ctx.y_eps, z)
         d_out_proj = torch.mm(_rows(grad).t(), _rows(gated))
         du, d_proj, *d_scan = cpu.backward(dy, u, proj, *(p.contiguous() for p in scan), states=states)
