@@ -1,7 +1,18 @@
 /* The interface of the parts of the network beside the scan: the gate and the convolution. */
-#include "driver.h"
+#include <string.h>
 
+#include "driver.h"
 #include "threads.h"
+
+/* to[i] = the sum of rows' numbers i, `count` rows of a multiple of GROUP numbers, taken in double in their order. */
+static void add_up(const float *rows, int64_t count, int64_t width, float *to) {
+    for (int64_t first = 0; first < width; first += GROUP) {
+        double sums[GROUP] = {0};
+        for (int64_t row = 0; row < count; row++)
+            for (int i = 0; i < GROUP; i++) sums[i] += rows[row * width + first + i];
+        for (int i = 0; i < GROUP; i++) to[first + i] = (float)sums[i];
+    }
+}
 
 typedef struct {
     gate_problem problem;
@@ -46,11 +57,7 @@ EXPORT int serpent_scan_gate_backward(int level, int threads, gomp_parallel *ope
     if (!memory) return NO_MEMORY;
     c.sums = memory->from;
     run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
-    for (int64_t i = 0; i < 2 * channels; i++) {
-        double sum = 0;
-        for (int64_t task = 0; task < tasks; task++) sum += c.sums[task * 2 * channels + i];
-        grad_affine[i] = (float)sum;
-    }
+    add_up(c.sums, tasks, 2 * channels, grad_affine);
     give_back(memory);
     return OK;
 }
@@ -96,13 +103,10 @@ EXPORT int serpent_scan_conv_backward(int level, int threads, gomp_parallel *ope
     c.problem.out = memory->from;
     c.sums = turned + row;
     run_tasks(conv_task, &c, tasks, clamp_threads(threads, tasks), openmp);
-    for (int64_t i = 0; i < row; i++) {
-        double sum = 0;
-        for (int64_t task = 0; task < tasks; task++) sum += c.sums[task * row + i];
-        grad_taps[i] = (float)sum;
-        turned[i] = i < row - d ? taps[row - 2 * d - i / d * d + i % d] : 0.0f;
-    }
+    add_up(c.sums, tasks, row, grad_taps);
     /* The same convolution with its taps turned round, of the gradient of what SiLU was taken of. */
+    for (int i = 0; i < WITH_BIAS - 1; i++) memcpy(turned + i * d, taps + (WITH_BIAS - 2 - i) * d, d * sizeof(float));
+    memset(turned + (WITH_BIAS - 1) * d, 0, d * sizeof(float));
     c.problem.from = memory->from, c.problem.taps = turned, c.problem.out = grad_from;
     c.sums = NULL;
     run_tasks(conv_task, &c, tasks, clamp_threads(threads, tasks), openmp);
