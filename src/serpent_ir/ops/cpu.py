@@ -227,7 +227,12 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, z, weight and bias for that of `gate`, and its result again."""
     library = _library()
-    grad_y, grad_z, out, affine = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y), y.new_empty(2, len(weight))
+    grad_y, grad_z, out, affine = (
+        torch.empty_like(y),
+        torch.empty_like(y),
+        torch.empty_like(y),
+        y.new_empty(2, len(weight)),
+    )
     written = [x.data_ptr() for x in (grad, out, grad_y, grad_z, affine)]
     _check(library.gate_backward(*_how(library), *_gate_arguments(y, weight, bias, eps, z), *written))
     return grad_y, grad_z, affine[0], affine[1], out
