@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,13 @@ def _load() -> tuple[_Library | None, str]:
         if (abi := handle.serpent_scan_abi()) != ABI:
             return None, f"{found[0]} has interface {abi} where {ABI} is expected; reinstall serpent-ir"
         names = ("forward", "backward", "states", "gate", "gate_backward", "conv", "conv_backward", "large_pages")
-        functions = [getattr(handle, f"serpent_scan_{name}") for name in names]
+        functions = {name: getattr(handle, f"serpent_scan_{name}") for name in names}
         level = handle.serpent_scan_level
     except (OSError, AttributeError) as error:
         return None, f"the CPU library does not load ({' '.join(str(error).split())}); reinstall serpent-ir"
     level.restype, level.argtypes = ctypes.c_char_p, [ctypes.c_int]
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    forward, backward, states, gate, gate_backward, conv, conv_backward, large = functions
+    forward, backward, states, gate, gate_backward, conv, conv_backward, large = functions.values()
     for function in (forward, backward, gate, gate_backward, conv, conv_backward):
         function.restype = number
     forward.argtypes = [number, number, *[pointer] * 5]
@@ -78,7 +79,7 @@ def _load() -> tuple[_Library | None, str]:
     levels = []
     while (name := level(len(levels))) is not None:
         levels.append(name.decode())
-    library = _Library(*functions, levels, _find_openmp())
+    library = _Library(**functions, levels=levels, openmp=_find_openmp())
     if wanted := os.environ.get(LEVEL_VARIABLE):
         if wanted not in levels:
             return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
@@ -260,13 +261,13 @@ def _(y, weight, bias, eps, z):
     return None
 
 
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """SiLU of a depthwise 3x3 convolution of a channels-last map, without a tape.
 
     x (B, H, W, d), weight (d, 1, 3, 3), `padding` rows of zeros above and below: (B, H - 2 + 2 padding, W, d).
     """
-    fits = all(x.dtype == torch.float32 for x in (x, weight, bias)) and x.is_contiguous()
-    if unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
+    fits = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    if bias is None or unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
         x = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=len(weight))
         return F.silu(x).movedim(1, -1).contiguous()
     return CONV_SILU(x, weight, bias, padding)
@@ -279,7 +280,7 @@ CONV_SILU = torch.ops.serpent_ir.conv_silu
 @torch.library.impl("serpent_ir::conv_silu", "CPU")
 def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     library, taps = _library(), _taps(weight, bias)
-    out = _conv_silu_like(x, weight, bias, padding)
+    out = x.new_empty(_conv_shape(x, padding))
     sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
     if out.numel():
         _check(library.conv(*_how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
@@ -287,12 +288,16 @@ def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
 
 
 @torch.library.register_fake("serpent_ir::conv_silu")
-def _conv_silu_like(x, weight, bias, padding):
-    return x.new_empty(x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
+def _(x, weight, bias, padding):
+    return x.new_empty(_conv_shape(x, padding))
+
+
+def _conv_shape(x: Tensor, padding: int) -> tuple[int, ...]:
+    return (x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
 
 
 @register_flop_formula(torch.ops.serpent_ir.conv_silu)
-def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _(x_shape, weight_shape, *args, out_shape: Any = None, **kwargs) -> int:
     return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
 
 
