@@ -330,7 +330,7 @@ def test_empty_maps_and_too_large_ones():
     sizes = cpu._sizes(inputs[0], inputs[2], inputs[4])
     sizes[1] = 1 << 50
     with pytest.raises(MemoryError):
-        cpu._check(library.backward(*cpu._how(library), sizes, pointers, grad_y.data_ptr(), pointers, 0))
+        cpu._check(library.backward(*cpu._how(library), sizes, pointers, None, grad_y.data_ptr(), pointers, 0))
 
 
 FORK = """
