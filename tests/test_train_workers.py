@@ -48,6 +48,9 @@ def test_two_processes_reach_the_weights_of_one(folders):
             assert together[key] == pytest.approx(alone[key], rel=1e-4), key
     assert "on 2 x cpu" in (folders / "said0").read_text()
     assert (folders / "said1").read_text() == ""
+    alone = start(two, said=folders / "said", resume=True)
+    assert finish(alone) == 0
+    assert "step-00000010, made on 2 x cpu: here the same up to rounding" in (folders / "said").read_text()
 
 
 @pytest.mark.parametrize("killed", [0, 1])

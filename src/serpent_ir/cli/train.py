@@ -41,7 +41,9 @@ def train(
         raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
     try:
         if dry_run:
-            _show(serpent_ir.train.plan(config, overrides or (), images=images))
+            plan = serpent_ir.train.plan(config, overrides or (), images=images)
+            if plan.first:
+                _show(plan)
             return
         serpent_ir.train.train(
             config, overrides or (), resume=resume, stop_after_minutes=stop_after_minutes, tensorboard=tensorboard

@@ -38,6 +38,7 @@ class Plan:
     task: str
     images: int  # of the training set
     workers: str
+    first: bool  # whether this process is the one that should show it
     device: str
     stages: list[StagePlan]
     validations: int
@@ -80,6 +81,7 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
         recipe.task,
         images,
         trainer.workers.told(),
+        trainer.workers.first,
         name,
         stages,
         validations,
