@@ -152,7 +152,7 @@ STAGES = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     changes=st.dictionaries(NAMES, VALUES, max_size=2), stages=st.none() | STAGES, key=NAMES, text=st.text(max_size=9)
 )
