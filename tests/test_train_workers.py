@@ -69,6 +69,14 @@ def test_a_killed_worker_ends_the_others_with_a_message(folders, killed):
     assert said.endswith("see what it said, then go on with --resume")
 
 
+def test_what_one_process_finds_ends_all(folders):
+    (folders / "val" / "sub" / "1.png").write_bytes(b"")  # the second image, which the second process reads
+    workers = start_workers(recipe_file(folders), 2, folders)
+    assert [finish(process) for process in workers] == [1, 1]
+    assert "1.png: " in (folders / "said1").read_text()
+    assert "process 0 of 2: another one is gone" in (folders / "said0").read_text()
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(folders):
     workers = start_workers(recipe_file(folders, stages=[{"crop": 16, "batch": 3, "steps": 1}]), 2, folders)
     assert [finish(process) for process in workers] == [1, 1]

@@ -41,7 +41,7 @@ def train(
     """
     recipe = load_recipe(config, overrides)
     workers = Workers(recipe.device)
-    with own_stream(workers.device):
+    with workers.together(), own_stream(workers.device):
         trainer = Trainer(recipe, workers=workers, tensorboard=tensorboard)
         return trainer.run(resume=resume, stop_after_minutes=stop_after_minutes)
 
@@ -56,5 +56,5 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
     """
     recipe = load_recipe(config, overrides)
     workers = Workers(recipe.device)
-    with own_stream(workers.device):
+    with workers.together(), own_stream(workers.device):
         return make_plan(Trainer(recipe, workers=workers), images)

@@ -116,11 +116,11 @@ class Trainer:
         Raises:
             UsageError: the folder holds a run, and `resume` is not set.
             StoppedError: a signal asked for it; the run was saved.
-            SerpentError: a run of another recipe, losses that are not finite, a full disk, a lost process.
+            SerpentError: a run of another recipe, losses that are not finite, a full disk.
         """
         stop = Stop(stop_after_minutes)
         devices = [self.device] if self.device.type == "cuda" else []
-        with self.workers.together(), torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.recipe.seed)
             self._open(resume)
             recipe = self.recipe
