@@ -23,12 +23,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def runs_on(x: Tensor) -> bool:
     """Whether a Triton kernel may take this tensor here and now: not while tracing, counting or transforming."""
+    return runs_eagerly(x, DEVICES) and _has_triton(x.device)
+
+
+def runs_eagerly(x: Tensor, devices: set[str]) -> bool:
+    """Whether a kernel of ours for these kinds of devices may take this tensor, as far as all of them ask alike."""
     return (
         not torch.compiler.is_compiling()  # first: what is traced should see no more than this
-        and x.device.type in DEVICES
+        and x.device.type in devices
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
-        and _has_triton(x.device)
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
