@@ -108,9 +108,8 @@ def main() -> None:
         write_pack(args.data, pack)
         packing = time.perf_counter() - start
         places: list[Memory] = args.memory if device.type == "cuda" else ["stream"]
-        rounds: list[tuple[Memory, str]] = [(memory, TASKS[0]) for memory in places] + [
-            (places[0], task) for task in TASKS[1:]
-        ]
+        rounds: list[tuple[Memory, str]] = [(memory, TASKS[0]) for memory in places]
+        rounds.extend((places[0], task) for task in TASKS[1:])
         for memory, task in rounds:
             images = TrainingSet([pack], create_degradation(task), device, memory=memory)
             count = len(images)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from serpent_ir.degradations import DEGRADATIONS
+from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import UsageError
 
 
@@ -66,6 +66,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: no such file, not YAML, an unknown, missing or ill-typed key, or values that do not go together; it
             names the file, the key and what is allowed.
     """
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"{override!r}: an override is key=value")
     raw, origins = _read(path, ())
     for override in overrides:
         _override(raw, origins, override, path)
@@ -89,8 +92,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         raise UsageError(f"{path}: expected keys and values, got {_short(raw)}")
     _refuse_unknown(raw, Recipe, str(path))
     base = raw.pop("base", "")
-    if type(base) is not str:
-        raise UsageError(f"{path}: base: expected str, got {_short(base)}")
+    if type(base) is not str or not base.isprintable():
+        raise UsageError(f"{path}: base: expected the name of a file, got {_short(base)}")
     origins = dict.fromkeys(raw, str(path))
     if not base:
         return raw, origins
@@ -104,9 +107,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
 def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path: Path) -> None:
     import yaml
 
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"{override!r}: an override is key=value")
+    key, _, text = override.partition("=")
     keys = key.split(".")
     try:
         value = yaml.safe_load(text)
@@ -121,8 +122,7 @@ def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path:
         node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError):
         raise UsageError(f"{override!r}: {path} has no place {key}") from None
-    if len(keys) == 1:
-        origins[key] = f"{path} with {override!r}"
+    origins[keys[0]] = str(path)
 
 
 def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
@@ -134,8 +134,10 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
             value = value[int(name)] if isinstance(value, list) else getattr(value, name)
         raise UsageError(f"{source(key.partition('.')[0])}: {key} is {_plain(value)}; it must be {rule}")
 
-    if recipe.task not in DEGRADATIONS:
-        refuse("task", f"one of {', '.join(DEGRADATIONS)}")
+    try:
+        scale = create_degradation(recipe.task).scale
+    except UsageError as error:
+        raise UsageError(f"{source('task')}: task: {error}") from None
     for key in ("model", "val", "out"):
         if not getattr(recipe, key):
             refuse(key, "given")
@@ -161,7 +163,6 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         for name in ("crop", "batch"):
             if getattr(stage, name) < 1:
                 refuse(f"{at}.{name}", "at least 1")
-        scale = DEGRADATIONS[recipe.task].scale
         if stage.crop % scale:
             refuse(f"{at}.crop", f"a multiple of {scale} for the task {recipe.task}")
         if stage.batch % recipe.accumulate:
