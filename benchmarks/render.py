@@ -1,6 +1,6 @@
 """Write benchmarks/RESULTS.md from the JSON files of benchmarks/network.py and benchmarks/scan.py.
 
-python benchmarks/tables.py
+python benchmarks/render.py
 """
 
 import json
@@ -19,7 +19,7 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
     lines = [
         "# Whole networks on a GPU",
         "",
-        "Written by `python benchmarks/tables.py` from `benchmarks/results/network.*.json`; do not edit.",
+        "Written by `python benchmarks/render.py` from `benchmarks/results/network.*.json`; do not edit.",
         "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
         f"on an H100, measured before this project began ({network.SOURCE}), not in the same run; *x* is how often",
         "it exceeds ours. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
