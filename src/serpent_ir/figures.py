@@ -23,7 +23,7 @@ _OTHER = ("#555555", "v")
 LINES = {"b": "--", "32": "--", "l": "-", "24": "-", "128": "-", "h": (0, (6, 1, 1, 1))}
 QUIET = "#757575"
 OUT_OF_MEMORY = "out of memory"
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -153,7 +153,8 @@ def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None
     for height, (across, _), (value, name, colour) in zip(_apart([y for _, y in places]), places, ends, strict=True):
         axes.annotate(
             name, (size, value), xytext=(across + 0.045, height), textcoords="axes fraction", color=colour,
-            va="center", fontsize=8.5, annotation_clip=False, path_effects=[withStroke(linewidth=3, foreground="white")],
+            va="center", fontsize=8.5, annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 0},
         )  # fmt: skip
 

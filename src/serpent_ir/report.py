@@ -1,4 +1,4 @@
-"""A folder with the paper's efficiency figures, redrawn from a profile, and a page that sets them beside its numbers."""
+"""The paper's efficiency figures redrawn from a profile, and a page that sets it beside the paper's numbers."""
 
 import json
 import warnings
@@ -133,8 +133,7 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
         "",
         f"Measured on: {about(rows)}" + (f", PyTorch {rows[0]['torch']}" if "torch" in rows[0] else "") + ".",
         "1 MAC = 2 FLOPs; 1 GB = 1e9 bytes. Memory is the peak with weights and images, training with gradients and",
-        "Adam's moments. Written by `serpent report` from a profile; *the paper* is Sepehri, Fabian and Soltanolkotabi:",
-        "Serpent, whose numbers stand here with their place.",
+        "Adam's moments. Written by `serpent report`; *the paper* is Sepehri, Fabian and Soltanolkotabi: Serpent.",
         "",
         "## Over resolution (the paper's Figure 1)",
         "",
@@ -192,7 +191,7 @@ def _claims(rows: Rows) -> list[str]:
         both = [ours.get((model, claim.size)) for model in (claim.model, claim.other)]
         if None in both:
             continue
-        a, b = (row and row.get(claim.figure) for row in both)
+        a, b = (row.get(claim.figure) if row else None for row in both)
         ratio = (
             "not measured" if a is None or b is None else f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"
         )
@@ -230,8 +229,8 @@ def _quality(runs: Rows) -> list[str]:
     return [
         "## Quality beside the paper's Tables 1 and 2",
         "",
-        "Not the same data and not the same training: the paper trains for 60 epochs of FFHQ (95 GPU hours for Serpent-H",
-        "at 256, appendix A), here each network has the minutes of the last column, and other faces are restored.",
+        "Not the same data and not the same training: the paper trains for 60 epochs of FFHQ (95 GPU hours for",
+        "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces.",
         "",
         _line(head),
         _line(["---"] * len(head)),
