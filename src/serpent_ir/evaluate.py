@@ -87,10 +87,9 @@ def evaluate_network(
         if progress:
             progress(index + 1, len(files))
     means = {key: _mean([row[key] for row in images]) for key in images[0] if key != "file"}
-    if lpips is not None:
-        means["lpips_net"] = lpips.name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"n": len(images), "seed": seed, **means, "device": name, "images": images}
+    net = {} if lpips is None else {"lpips_net": lpips.name}
+    return {"n": len(images), "seed": seed, **means, **net, "device": name, "images": images}
 
 
 def _mean(figures: list[float]) -> float:

@@ -144,8 +144,6 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
 
 def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None:
     """Names on the right of where lines end, at the height of the ends or as near as they fit."""
-    from matplotlib.patheffects import withStroke
-
     axes.figure.draw_without_rendering()  # the limits are known from here on
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted(ends)
@@ -154,7 +152,7 @@ def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None
         axes.annotate(
             name, (size, value), xytext=(across + 0.045, height), textcoords="axes fraction", color=colour,
             va="center", fontsize=8.5, annotation_clip=False,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 0},
         )  # fmt: skip
 

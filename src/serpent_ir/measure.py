@@ -58,19 +58,14 @@ def measure(cell: Cell) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        with _stream(cell.kind, device):
+        # Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
+        with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
             result = _measure(cell, device)
     except (RuntimeError, MemoryError) as error:
         result = {"error": OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)}
     # Out here, where no traceback holds the tensors of what failed.
     _release(device)
     return result
-
-
-def _stream(kind: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autograd remembers the stream on which it met a parameter, and graphs are not captured on the default one."""
-    own = device.type == "cuda" and kind == "train"
-    return torch.cuda.stream(torch.cuda.Stream(device) if own else None)
 
 
 def _measure(cell: Cell, device: torch.device) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def _measure(cell: Cell, device: torch.device) -> dict[str, Any]:
     times = [_timed_once(call, device)]  # captures a graph, where a plain call is replayed from one
     slow = max(times[0], first if device.type == "cpu" else 0) > 1e3 * cell.seconds
     if not slow:
-        _timed(call, cell.seconds / 8, device)
+        _timed(call, cell.seconds / 8, device, least=1)
         times = _timed(call, cell.seconds / 2, device)
     peak = _peak(device)
     result = {"ms": statistics.median(times), "range_ms": _range(times), "calls": len(times)}
@@ -139,20 +134,22 @@ def _graph(call: Callable[[], object], cell: Cell, ms: float, device: torch.devi
         return nothing | {"graph_note": f"no CUDA graph: a call takes {ms / 1e3:.1f} s"}
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        gc.collect()  # a forgotten autograd graph would still hold nodes of its own
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             call()
-        _timed(graph.replay, cell.seconds / 8, device)
+        _timed(graph.replay, cell.seconds / 8, device, least=1)
         times = _timed(graph.replay, cell.seconds / 2, device)
     except RuntimeError as error:
         reason = OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)
-        return nothing | {"graph_note": f"no CUDA graph: {reason}"}
+        # A capture that failed leaves PyTorch's generator waiting for its end: this process is not to go on.
+        return nothing | {"graph_note": f"no CUDA graph: {reason}", "spoilt": True}
     return {"graph_ms": statistics.median(times), "graph_range_ms": _range(times)}
 
 
-def _timed(call: Callable[[], object], seconds: float, device: torch.device) -> list[float]:
+def _timed(call: Callable[[], object], seconds: float, device: torch.device, least: int = LEAST) -> list[float]:
     """Milliseconds of each of several calls, for about so many seconds."""
     times, until = [], time.perf_counter() + seconds
-    while len(times) < LEAST or (time.perf_counter() < until and len(times) < MOST):
+    while len(times) < least or (time.perf_counter() < until and len(times) < MOST):
         times.append(_timed_once(call, device))
     return times
 
@@ -244,7 +241,7 @@ class Worker:
             return {"error": f"stopped after {limit:.0f} s"}
         if answer:
             result = json.loads(answer)
-            if result.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY:
+            if result.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY or "spoilt" in result:
                 self.stop()  # a CUDA device may have failed for the whole process
             return result
         code = self.process.wait()

@@ -115,7 +115,7 @@ class Lpips:
         heads = iter(self.heads)
         for i, stride, padding, pool, seen in self.layers:
             if pool is not None:
-                x = F.max_pool2d(x, *pool)
+                x = F.max_pool2d(x, kernel_size=pool[0], stride=pool[1])
             x = F.conv2d(x, *self.weights[i], stride=stride, padding=padding).relu()
             if seen:
                 unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()

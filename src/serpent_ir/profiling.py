@@ -174,11 +174,10 @@ def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.devic
     call = growth * result["ms"] / 1e3
     if call > SLOWEST * cell.seconds:
         return f"skipped: a call would take about {call:.0f} s, as {size} says"
+    if device.type == "cuda":  # says itself what does not fit; a computer begins to swap before it does
+        return ""
     need, free = growth * (result["gb"] or 0), available(device) / 1e9
-    # A GPU says itself what does not fit; a computer begins to swap before it does.
-    if device.type == "cpu" and need > free:
-        return f"{OUT_OF_MEMORY}: about {need:.1f} GB expected, as {size} says, and {free:.1f} GB are free"
-    return ""
+    return f"{OUT_OF_MEMORY}: about {need:.1f} GB expected, as {size} says; {free:.1f} are free" if need > free else ""
 
 
 def _add(row: dict[str, Any], kind: str, batch: int, result: dict[str, Any]) -> None:
