@@ -58,7 +58,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        # Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
+        # Graphs cannot be captured on the default stream, and autograd remembers where it met a parameter.
         with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
             result = _measure(cell, device)
     except (RuntimeError, MemoryError) as error:

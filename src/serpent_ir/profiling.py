@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from serpent_ir.errors import UsageError
+from serpent_ir.figures import short
 from serpent_ir.measure import OUT_OF_MEMORY, Cell, Worker
 from serpent_ir.memory import available
 from serpent_ir.models import create_model
@@ -200,5 +201,5 @@ def _told(result: dict[str, Any]) -> str:
     if "error" in result:
         return result["error"]
     gb = "" if result["gb"] is None else f", {result['gb']:.2f} GB"
-    graph = f", {result['graph_ms']:.3g} ms from a CUDA graph" if result.get("graph_ms") else ""
-    return f"{result['ms']:.3g} ms{graph}{gb}"
+    graph = f", {short(result['graph_ms'])} ms from a CUDA graph" if result.get("graph_ms") else ""
+    return f"{short(result['ms'])} ms{graph}{gb}"
