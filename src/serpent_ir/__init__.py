@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from serpent_ir.inference import restore as restore
     from serpent_ir.models import create_model as create_model
     from serpent_ir.models import list_models as list_models
+    from serpent_ir.models import load_model as load_model
     from serpent_ir.models.serpent import Serpent as Serpent
     from serpent_ir.models.serpent import SerpentConfig as SerpentConfig
 
@@ -30,6 +31,7 @@ _HOMES = {
     "create_degradation": "serpent_ir.degradations",
     "create_model": "serpent_ir.models",
     "list_models": "serpent_ir.models",
+    "load_model": "serpent_ir.models",
     "restore": "serpent_ir.inference",
 }
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -33,7 +33,7 @@ def evaluate(
         data: folder of clean images; each is used whole (cropped to a multiple of the task's scale).
         task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
         model: network or weights, as `serpent_l.deblur`.
-        weights: safetensors file, instead of the weights that ship as `model`.
+        weights: file as `load_model` takes it, instead of the weights that ship as `model`.
         device: as `serpent_ir.inference.pick_device` takes.
         seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
         lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it, to measure LPIPS, too.
@@ -52,6 +52,8 @@ def evaluate(
         raise UsageError(
             f"{weights or model} undoes {trained_for}, not {task}; choose other weights, or the task {trained_for}"
         )
+    if (scale := getattr(network, "scale", 1)) != 1:
+        raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
     target = pick_device(device)
     lpips = Lpips(lpips_weights, target) if lpips_weights else None
     network = network.to(target)

@@ -98,6 +98,8 @@ def export_network(
         raise UsageError(f"{output}: is a folder; name a file" if output.is_dir() else f"{output}: no such folder")
     if (suffix := output.suffix.lower().removeprefix(".")) in FORMATS and suffix != format:
         raise UsageError(f"{output}: ends in .{suffix}, and the format is {format}; choose --format {suffix}")
+    if (scale := getattr(model, "scale", 1)) != 1:
+        raise UsageError(f"a network that makes images {scale} times larger by itself cannot be exported")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     task = _WholeTask(model)

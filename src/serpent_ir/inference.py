@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from serpent_ir.degradations import erase
+from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.models import create_model
@@ -25,6 +25,7 @@ from serpent_ir.passes import (
     pick_precision,
     restored_strips,
     run_network,
+    scale_of,
     undone_by,
 )
 from serpent_ir.tiling import Span
@@ -118,6 +119,8 @@ class Restorer:
         elif device != "auto":
             model = model.to(pick_device(device))
         pick_precision(precision, device_of(model))
+        if (channels := _channels_of(model)) not in (1, 3):
+            raise UsageError(f"restore: this network takes {channels} channels; an image file has three")
         check_tiles(model, tile, tile_overlap)
         self.model = model
         self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision
@@ -126,8 +129,7 @@ class Restorer:
     @property
     def scale(self) -> int:
         """How much larger than its input a restored image is."""
-        degradation = undone_by(self.model)
-        return 1 if degradation is None else degradation.scale
+        return scale_of(self.model)
 
     @property
     def takes_mask(self) -> bool:
@@ -204,7 +206,8 @@ class Restorer:
             assert some is not None
             return to_tensor(_grey_to_rgb(some))
 
-        block = network_block(tensor, size, rows, (0, size[1] * self.scale), undone_by(self.model))
+        upsampling = Degradation("", scale=self.scale)  # where the network does it itself, too
+        block = network_block(tensor, size, rows, (0, size[1] * self.scale), upsampling)
         return np.ascontiguousarray(to_pixels(block, pixels.dtype)[..., 0])
 
     def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
@@ -311,6 +314,13 @@ class Restorer:
             restored = restored.mul_(255).round_()
         restored = restored.to(image.dtype)
         return restored[0] if image.ndim == 3 else restored
+
+
+def _channels_of(model: nn.Module) -> int:
+    """Input channels beyond those that the task brings."""
+    degradation = undone_by(model)
+    brought = 0 if degradation is None else degradation.channels - 3
+    return getattr(getattr(model, "config", None), "in_channels", 3) - brought
 
 
 def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool) -> np.ndarray:

@@ -71,18 +71,36 @@ def undone_by(model: nn.Module) -> Degradation | None:
     return create_degradation(task) if task else None
 
 
+def scale_of(model: nn.Module) -> int:
+    """How many times larger than its image a restored one is: the task may ask for it, or the network do it itself."""
+    degradation = undone_by(model)
+    return getattr(model, "scale", 1) * (1 if degradation is None else degradation.scale)
+
+
 def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
     """One pass of a network over its input (B, C, H, W), without gradients: float32 (B, 3, H, W), not clamped.
 
-    Runs on the model's device, in evaluation mode (put back after), by default in float32 and under bfloat16 autocast
-    on a CUDA device. Raises SerpentError where the memory of the device does not suffice.
+    The result is `model.scale` times larger where a network has that. A network for grey images gets each of three
+    channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in
+    float32 and under bfloat16 autocast on a CUDA device. Raises SerpentError where the memory of the device does not
+    suffice.
     """
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
     dtype = pick_precision(precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
-        return model(x.to(parameter)).float()
+        x = x.to(parameter)
+        if x.shape[1] == 3 and getattr(getattr(model, "config", None), "in_channels", 3) == 1:
+            return _each_channel(model, x).float()
+        return model(x).float()
+
+
+def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, H, W) through a network for grey images; a grey one goes through it once."""
+    x = x[:, :1] if bool((x == x[:, :1]).all()) else x
+    restored = model(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])[:, :, 0]
+    return restored.repeat(1, 3 // x.shape[1], 1, 1)
 
 
 @dataclass(frozen=True)
@@ -114,9 +132,7 @@ class Work:
 def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
     """Raise UsageError for a tile or an overlap that `Work` cannot have with this network."""
     if isinstance(tile, int) and not isinstance(tile, bool):
-        degradation = undone_by(model)
-        multiple = math.lcm(getattr(model, "size_multiple", 1), 1 if degradation is None else degradation.scale)
-        cut(1, tile, overlap, multiple)
+        cut(1, tile, overlap, _multiple(model))
     elif tile not in ("auto", "none", None):
         raise UsageError(f"tile {tile!r}; valid: auto, none, or a number of pixels")
     elif overlap < 0:
@@ -137,10 +153,8 @@ def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
     Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
     or values that are not finite. What `check_tiles` refuses must not come here.
     """
-    degradation = undone_by(model)
-    scale = 1 if degradation is None else degradation.scale
+    degradation, scale, multiple = undone_by(model), scale_of(model), _multiple(model)
     height, width = work.height * scale, work.width * scale
-    multiple = math.lcm(getattr(model, "size_multiple", 1), scale)
     side = _side(model, work, height, width, multiple)
     while True:
         tile = _up(max(height, width), multiple) if side is None else side
@@ -166,8 +180,7 @@ def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
 
 def fits(model: nn.Module, work: Work) -> bool:
     """Whether the image is predicted to fit in memory as a whole."""
-    degradation = undone_by(model)
-    scale = 1 if degradation is None else degradation.scale
+    scale = scale_of(model)
     need, free = _need_and_free(model, work, work.height * scale, work.width * scale)
     return need <= SHARE * free
 
@@ -196,6 +209,7 @@ def _strips(
     model: nn.Module, work: Work, degradation: Degradation | None, rows: Axis, columns: Axis
 ) -> Iterator[Tensor]:
     device = device_of(model)
+    own = getattr(model, "scale", 1)  # what is cut is the output
     count, done = len(rows.spans) * len(columns.spans), 0
 
     def tile(across: Span, along: Span) -> Tensor:
@@ -205,7 +219,11 @@ def _strips(
         with _says_what_is_too_large(shape, device), torch.inference_mode():
             # Moved while it is small: the device upsamples it.
             given = network_block(
-                lambda r, c: work.read(r, c).to(device, torch.float32), size, across, along, degradation
+                lambda r, c: work.read(r, c).to(device, torch.float32),
+                size,
+                (across[0] // own, across[1] // own),
+                (along[0] // own, along[1] // own),
+                degradation,
             )
             restored = run_network(model, given, precision=work.precision)
             if degradation is not None:
@@ -237,7 +255,8 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
     side = max(least, LARGEST_TILE // multiple * multiple)
     while side > least:
         rows_of_tiles = 24 * work.batch * side * width if device.type != "cuda" else 0  # put together on the CPU
-        if network_bytes(model, work.batch * side * side, device, dtype) + rows_of_tiles <= SHARE * free:
+        tile = _network_pixels(model, work.batch, side, side)
+        if network_bytes(model, tile, device, dtype) + rows_of_tiles <= SHARE * free:
             break
         side = max(least, side * 7 // 8 // multiple * multiple)
     if side >= max(height, width):
@@ -252,10 +271,22 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
 
 def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tuple[int, int]:
     device = device_of(model)
-    multiple = getattr(model, "size_multiple", 1)
-    pixels = work.batch * _up(height, multiple) * _up(width, multiple)
+    pixels = _network_pixels(model, work.batch, height, width)
     need = network_bytes(model, pixels, device, pick_precision(work.precision, device))
     return need, available(device)
+
+
+def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:
+    """Of the network's padded input, for an output of this size."""
+    own, multiple = getattr(model, "scale", 1), getattr(model, "size_multiple", 1)
+    return batch * _up(height // own, multiple) * _up(width // own, multiple)
+
+
+def _multiple(model: nn.Module) -> int:
+    """What tiles begin at multiples of, in pixels of the output."""
+    degradation = undone_by(model)
+    own = getattr(model, "size_multiple", 1) * getattr(model, "scale", 1)
+    return math.lcm(own, 1 if degradation is None else degradation.scale)
 
 
 def _least_tile(work: Work, multiple: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from serpent_ir.errors import UsageError
 from serpent_ir.figures import short
@@ -34,13 +34,18 @@ class Counts:
 def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels: int = 3) -> Counts:
     """Parameters, multiply-accumulates and floating-point operations of one forward pass.
 
-    Linear, convolution, matmul and the scan are counted by PyTorch's flop counter; LayerNorm adds 5 per element and
-    instance norm (without parameters) 4.
+    Linear, convolution, matmul (attention's two included) and the scan are counted by PyTorch's flop counter; LayerNorm
+    adds 5 per element, or what the network says in `layer_norm_macs`, and instance norm (without parameters) 4.
     Runs where the model's parameters are: on the meta device it costs no memory and no time.
     """
 
+    norm_each = getattr(model, "layer_norm_macs", LAYER_NORM_MACS)
+
     def layer_norm_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * LAYER_NORM_MACS * torch.Size(x_shape).numel()
+        return 2 * norm_each * torch.Size(x_shape).numel()
+
+    def attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(q_shape, k_shape, v_shape)
 
     norm_macs = 0
 
@@ -50,7 +55,8 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
-    mapping = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
+    mapping: dict[Any, Any] = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
+    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch left it out
     # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
     norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
     hooks = [module.register_forward_hook(add_instance_norm) for module in norms]

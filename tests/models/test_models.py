@@ -9,8 +9,10 @@ from serpent_ir.errors import SerpentError, UsageError
 
 
 def test_names():
-    assert list_models() == ["serpent_b", "serpent_l", "serpent_h", "unet_32", "unet_128"]
-    assert list_models("_l") == list_models("*_l") == ["serpent_l"]
+    ours, rivals = ["serpent_b", "serpent_l", "serpent_h"], ["unet_32", "unet_128", "swinir_b", "swinir_l"]
+    released = ["swinir_60", "swinir_180", "swinir_240", "restormer_24", "restormer_48"]
+    assert list_models() == [*ours, *rivals, *released]
+    assert list_models("_l") == list_models("*_l") == ["serpent_l", "swinir_l"]
     assert all(name.split(".")[0] in list_models() for name in list_models(pretrained=True))
 
 

@@ -54,7 +54,7 @@ def restore(
         inputs: as `serpent_ir.batch.plan` takes them.
         output: the same.
         name: weights that ship (default `serpent_l.deblur`), or the network that `weights` are for.
-        weights: safetensors file; without `name`, its metadata says the network.
+        weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
         device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
         precision: as for `serpent_ir.restore`.
         tile: the same.
@@ -76,7 +76,7 @@ def restore(
     from serpent_ir.compare import write_comparison
     from serpent_ir.degradations import create_degradation
     from serpent_ir.inference import Restorer, pick_device
-    from serpent_ir.models import create_model
+    from serpent_ir.models import create_model, load_model, preset_of
 
     rank, world = rank_and_world()
     if reference and not compare:
@@ -85,12 +85,16 @@ def restore(
     if compare:
         check_sheets(planned)
     jobs = planned[rank::world]
-    name = model_name(name, weights)
-    model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
-    task = getattr(model.config, "task", "")
-    if not task:
+    if weights and name is None:
+        model = load_model(weights)
+        name = preset_of(model.config) or type(model).__name__
+    else:
+        name = model_name(name, weights)
+        model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    if task := getattr(model.config, "task", ""):
+        create_degradation(task)  # an unknown one is no fault of an image
+    elif not hasattr(model, "scale"):  # the others take an image as it is, and say what size they return
         raise UsageError(f"{weights}: does not say which task it is for; name it with -n, as {name}.deblur")
-    create_degradation(task)  # an unknown one is no fault of an image
     restorer = Restorer(
         model.to(pick_device(_of_this_process(device))),
         tile=int(tile) if tile.isdecimal() else tile,

@@ -45,7 +45,7 @@ Name = Annotated[
         help="Weights, as `serpent models` lists them.  [default: serpent_l.deblur; evaluate: of the task]",
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Your own weights (safetensors) instead.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Other weights instead: safetensors or .pth.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
 Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint or photo.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
@@ -119,14 +119,16 @@ def options(
 
 def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
-    from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights
+    from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights, preset_of, recognise
+    from serpent_ir.models.checkpoints import shapes_of
 
     if name is not None:
         return name
     if weights is None:
         of_the_task = f"{DEFAULT_WEIGHTS.partition('.')[0]}.{task}"
         return of_the_task if of_the_task in list_models(pretrained=True) else DEFAULT_WEIGHTS
-    network = load_weights(weights)[1].get("network")
+    state, metadata = load_weights(weights)
+    network = metadata.get("network") or preset_of(recognise(shapes_of(state)))
     if not network:
         raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
     return network

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models.checkpoints import Shapes, fill, load_weights, shapes_of
+from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
+from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.models.unet import UNet, UNetConfig
 
 PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
@@ -21,6 +22,13 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "serpent_h": (Serpent, SerpentConfig(patch_size=1)),
     "unet_32": (UNet, UNetConfig(channels=32)),
     "unet_128": (UNet, UNetConfig(channels=128)),
+    "swinir_b": (SwinIR, SwinIRConfig(dim=96)),  # the paper's two
+    "swinir_l": (SwinIR, SwinIRConfig(dim=180)),
+    "swinir_60": (SwinIR, SwinIRConfig(dim=60, blocks=(6, 6, 6, 6))),  # the sizes of the public releases
+    "swinir_180": (SwinIR, SwinIRConfig(dim=180)),
+    "swinir_240": (SwinIR, SwinIRConfig(dim=240, blocks=(6,) * 9, heads=8, resi_connection="3conv")),
+    "restormer_24": (Restormer, RestormerConfig(dim=24)),  # the paper's
+    "restormer_48": (Restormer, RestormerConfig(dim=48)),  # that of the public releases
 }
 
 TASK_CHANNELS = {"inpaint": 4}
@@ -48,7 +56,8 @@ def create_model(
     Args:
         name: a network (`serpent_l`), or a network and its task (`serpent_l.deblur`); see `list_models`.
         pretrained: load the weights that ship under this name.
-        checkpoint_path: load these weights instead (a safetensors file, as training writes it).
+        checkpoint_path: load these weights instead: a file as `load_model` takes it. It also decides input channels,
+            kind of LayerNorm, upsampler and scale, where `config` does not.
         config: fields of the network's configuration that differ from the preset.
 
     Raises:
@@ -66,45 +75,83 @@ def create_model(
         checkpoint_path = WEIGHTS_DIR / f"{name}.safetensors"
     build, preset = PRESETS[network]
     fields = {"task": task, **config} if task else dict(config)
-    unknown = fields.keys() - vars(preset).keys()
-    if unknown:
-        raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(preset))}")
+    _check_fields(network, fields, preset)
     if checkpoint_path is None:
         return build(replace(preset, **_with_channels(fields))).eval()
     state, metadata = load_weights(checkpoint_path)
+    _take_task(fields, metadata, checkpoint_path, network)
+    found = recognise(shapes_of(state))
+    of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
+    model = build(replace(preset, **{**of_file, **_with_channels(fields)}))
+    other = "" if found is None or preset_of(found) in ("", network) else f"; they are of {preset_of(found)}"
+    fill(model, state, f"{checkpoint_path}: not weights of {network}", other)
+    return model.eval()
+
+
+def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
+    """The network that a file of weights is for, with them, in evaluation mode, on the CPU, in float32.
+
+    Which network it is, its sizes, input channels, kind of LayerNorm, upsampler and scale are read from the names and
+    shapes of the tensors: those of Serpent, and of the public releases of fastMRI's U-Net, SwinIR and Restormer.
+
+    Args:
+        path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
+            `state_dict`. Nothing but tensors is loaded from it.
+        config: fields of the network's configuration that shapes cannot tell (`task`; SwinIR's `img_range`, taken to
+            be that of the releases).
+
+    Raises:
+        UsageError: an unknown configuration field; it lists the valid ones.
+        SerpentError: a file that is missing, damaged, refused, or of no network that is known; it names what differs.
+    """
+    state, metadata = load_weights(path)
+    found = recognise(shapes_of(state))
+    if found is None:
+        first = ", ".join(list(state)[:3]) or "none"
+        raise SerpentError(f"{path}: weights of no known network (its tensors: {first}, ...); see `serpent models`")
+    name = preset_of(found) or type(found).__name__.removesuffix("Config")
+    _check_fields(name, config, found)
+    fields = dict(config)
+    _take_task(fields, metadata, path, name)
+    build = next(build for build, preset in PRESETS.values() if type(preset) is type(found))
+    model = build(replace(found, **fields))
+    fill(model, state, f"{path}: not weights of {name}")
+    return model.eval()
+
+
+def recognise(shapes: Shapes) -> Any:
+    """The configuration of the network that has parameters of these names and shapes; None for no known network."""
+    for kind in dict.fromkeys(type(preset) for _, preset in PRESETS.values()):
+        try:
+            if found := kind.of(shapes):
+                return found
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # much is missing, or of shapes that cannot be
+            return None
+    return None
+
+
+def preset_of(config: Any) -> str:
+    """Name of the preset with this configuration but for what weights decide; "" for none."""
+    for name, (_, preset) in reversed(PRESETS.items()):
+        if type(preset) is type(config):
+            decided = {field: getattr(preset, field) for field in ("task", *preset.FROM_FILE)}
+            if replace(config, **decided) == preset:
+                return name
+    return ""
+
+
+def _check_fields(network: str, fields: dict[str, Any], config: Any) -> None:
+    if unknown := fields.keys() - vars(config).keys():
+        raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(config))}")
+
+
+def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str) -> None:
+    """Set the task that a file says it is for; UsageError where another was asked for."""
     trained_for = metadata.get("task", "")
     if trained_for and fields.setdefault("task", trained_for) != trained_for:
-        raise UsageError(
-            f"{checkpoint_path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}"
-        )
-    model = build(replace(preset, **_with_channels(fields))).eval()
-    expected = model.state_dict()
-    problems = [f"{k} is missing" for k in expected.keys() - state.keys()]
-    problems += [f"{k} is not a part of it" for k in state.keys() - expected.keys()]
-    problems += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise SerpentError(f"{checkpoint_path}: not weights of {network}: {'; '.join(sorted(problems)[:4])}{more}")
-    model.load_state_dict(state)
-    return model
+        raise UsageError(f"{path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}")
 
 
 def _with_channels(fields: dict[str, Any]) -> dict[str, Any]:
     channels = TASK_CHANNELS.get(fields.get("task", ""))
     return {"in_channels": channels, **fields} if channels else fields
-
-
-def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata (`network`, `task`) of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:  # what safetensors says of a file that may not be read, too
-        reason = "cannot be read (permission denied)" if Path(path).exists() else "no such weights file"
-        raise SerpentError(f"{path}: {reason}") from None
-    except (SafetensorError, OSError) as error:
-        raise SerpentError(f"{path}: not a readable safetensors file ({error})") from None

@@ -14,6 +14,7 @@ Symbols, the paper's and Mamba's:
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models import fused, strips
+from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.ops import ss2d
 
 K = 4
@@ -37,8 +39,21 @@ class SerpentConfig:
     in_channels: int = 3  # the first three are the image; a task may add more (a mask)
     task: str = ""  # the degradation that the weights undo, "" for none
 
+    FROM_FILE: ClassVar[tuple[str, ...]] = ("in_channels",)
+    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
+
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> "SerpentConfig | None":
+        """The configuration that a state dict of these shapes is for; None if it is no Serpent."""
+        if "bottleneck.0.ss2d.A_log" not in shapes:
+            return None
+        dim, in_channels, patch_size = shapes["patch_embed.weight"][:3]
+        levels = [f"encoder.{i}." for i in range(numbered(shapes, "encoder."))]
+        blocks = tuple(numbered(shapes, level) for level in [*levels, "bottleneck."])
+        return cls(patch_size, dim, blocks, in_channels)
 
 
 class LayerNorm(nn.LayerNorm):

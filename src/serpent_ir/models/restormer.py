@@ -1,0 +1,217 @@
+"""Restormer (Zamir et al., arXiv 2111.09881): a U-Net whose attention is between channels, one of the paper's rivals.
+
+Parameter names and shapes are those of the public release, so that its state dicts load strictly; the function is the
+release's too. Maps are (B, c, H, W), channels-last in memory.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from serpent_ir.image import pad_to_multiple
+from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.serpent import LayerNorm
+
+FFN_EXPANSION = 2.66
+
+
+@dataclass(frozen=True)
+class RestormerConfig:
+    dim: int = 48  # of the first level; each of the other three has twice as many as the one before
+    blocks: tuple[int, ...] = (4, 6, 6, 8)  # of each level; the decoder mirrors the encoder
+    refinement: int = 4  # blocks at the end, at full size
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    norm_bias: bool = True  # False is the release's "BiasFree", which its denoisers have
+    dual_pixel: bool = False  # two views of one photo come in (6 channels), and nothing is added to the output
+    in_channels: int = 3
+    out_channels: int = 3
+    task: str = ""  # the degradation that the weights undo, "" for none
+
+    FROM_FILE: ClassVar[tuple[str, ...]] = ("norm_bias", "dual_pixel", "in_channels", "out_channels")
+    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+        object.__setattr__(self, "heads", tuple(self.heads))
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> "RestormerConfig | None":
+        """The configuration that a state dict of these shapes is for; None if it is no Restormer."""
+        if "encoder_level1.0.attn.temperature" not in shapes:
+            return None
+        levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+        dim, in_channels = shapes["patch_embed.proj.weight"][:2]
+        return cls(
+            dim=dim,
+            blocks=tuple(numbered(shapes, f"{level}.") for level in levels),
+            refinement=numbered(shapes, "refinement."),
+            heads=tuple(shapes[f"{level}.0.attn.temperature"][0] for level in levels),
+            norm_bias="encoder_level1.0.norm1.body.bias" in shapes,
+            dual_pixel="skip_conv.weight" in shapes,
+            in_channels=in_channels,
+            out_channels=shapes["output.weight"][0],
+        )
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of (B, c, H, W)."""
+
+    def __init__(self, c: int, *, bias: bool):
+        super().__init__()
+        self.body = LayerNorm(c) if bias else BiasFreeNorm(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.body(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+
+
+class BiasFreeNorm(nn.Module):
+    """x / standard deviation over the last axis, times a weight: unlike LayerNorm it leaves the mean in."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(exact.var(-1, correction=0, keepdim=True) + 1e-5)
+        return (exact * scale * self.weight).to(x.dtype)
+
+
+class TransposedAttention(nn.Module):
+    """Attention between the channels of each head, over all positions (paper, section 3.1, "MDTA").
+
+    Not through scaled_dot_product_attention: channels are its sequence here and the H W positions its head's width,
+    and no fused kernel takes more than a few hundred. What it does without a kernel is less than what stands here: the
+    logits are a small matrix, so q and k are normalised there, not as maps.
+    """
+
+    def __init__(self, c: int, heads: int):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(c, 3 * c, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * c, 3 * c, 3, padding=1, groups=3 * c, bias=False)
+        self.project_out = nn.Conv2d(c, c, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, height = len(self.temperature), x.shape[2]
+        qkv = self.qkv_dwconv(self.qkv(x))
+        q, k, v = rearrange(qkv, "b (t heads c) h w -> t b heads (h w) c", t=3, heads=heads)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        lengths = [torch.linalg.vector_norm(t, dim=-2, dtype=exact).clamp_min(1e-12) for t in (q, k)]
+        logits = q.transpose(-1, -2) @ k / (lengths[0][..., :, None] * lengths[1][..., None, :]) * self.temperature
+        out = v @ logits.softmax(-1).to(v.dtype).transpose(-1, -2)
+        return self.project_out(rearrange(out, "b heads (h w) c -> b h w (heads c)", h=height).permute(0, 3, 1, 2))
+
+
+class GatedFeedForward(nn.Module):
+    """Two halves of a widened, locally mixed map; GELU of one gates the other (paper, section 3.2, "GDFN")."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        hidden = int(c * FFN_EXPANSION)
+        self.project_in = nn.Conv2d(c, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, c, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = self.dwconv(self.project_in(x)).chunk(2, 1)
+        return self.project_out(F.gelu(gate) * x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, c: int, heads: int, *, bias: bool):
+        super().__init__()
+        self.norm1 = ChannelNorm(c, bias=bias)
+        self.attn = TransposedAttention(c, heads)
+        self.norm2 = ChannelNorm(c, bias=bias)
+        self.ffn = GatedFeedForward(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+def resampled(c_in: int, c_out: int, shuffle: str) -> nn.Sequential:
+    """A convolution, and the pixel (un)shuffle that `shuffle` describes, which leaves the map channels-last."""
+    body = nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+        Rearrange(shuffle, p=2, q=2),
+        Rearrange("b h w c -> b c h w"),
+    )
+    return nn.Sequential(OrderedDict(body=body))
+
+
+def downsample(c: int) -> nn.Sequential:
+    """(B, c, H, W) -> (B, 2c, H/2, W/2)."""
+    return resampled(c, c // 2, "b c (h p) (w q) -> b h w (c p q)")
+
+
+def upsample(c: int) -> nn.Sequential:
+    """(B, c, H, W) -> (B, c/2, 2H, 2W)."""
+    return resampled(c, 2 * c, "b (c p q) h w -> b (h p) (w q) c")
+
+
+class Restormer(nn.Module, PyTorchModelHubMixin):
+    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
+
+    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    """
+
+    size_multiple = 8
+    scale = 1
+    layer_norm_macs = 0
+    """The release writes its LayerNorm out, so that the counter of the paper's tables does not see it."""
+
+    def __init__(self, config: RestormerConfig):
+        super().__init__()
+        self.config = config
+        dim, counts, heads = config.dim, config.blocks, config.heads
+
+        def level(c: int, index: int, count: int | None = None) -> nn.Sequential:
+            blocks = range(counts[index] if count is None else count)
+            return nn.Sequential(*(TransformerBlock(c, heads[index], bias=config.norm_bias) for _ in blocks))
+
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(config.in_channels, dim, 3, padding=1, bias=False)))
+        self.encoder_level1 = level(dim, 0)
+        self.down1_2 = downsample(dim)
+        self.encoder_level2 = level(2 * dim, 1)
+        self.down2_3 = downsample(2 * dim)
+        self.encoder_level3 = level(4 * dim, 2)
+        self.down3_4 = downsample(4 * dim)
+        self.latent = level(8 * dim, 3)
+        self.up4_3 = upsample(8 * dim)
+        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=False)
+        self.decoder_level3 = level(4 * dim, 2)
+        self.up3_2 = upsample(4 * dim)
+        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
+        self.decoder_level2 = level(2 * dim, 1)
+        self.up2_1 = upsample(2 * dim)  # the last level keeps the channels of its skip
+        self.decoder_level1 = level(2 * dim, 0)
+        self.refinement = level(2 * dim, 0, config.refinement)
+        if config.dual_pixel:
+            self.skip_conv = nn.Conv2d(dim, 2 * dim, 1, bias=False)
+        self.output = nn.Conv2d(2 * dim, config.out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        image = pad_to_multiple(x, self.size_multiple)
+        first = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        one = self.encoder_level1(first)
+        two = self.encoder_level2(self.down1_2(one))
+        three = self.encoder_level3(self.down2_3(two))
+        x = self.up4_3(self.latent(self.down3_4(three)))
+        x = self.decoder_level3(self.reduce_chan_level3(torch.cat([x, three], 1)))
+        x = self.decoder_level2(self.reduce_chan_level2(torch.cat([self.up3_2(x), two], 1)))
+        x = self.refinement(self.decoder_level1(torch.cat([self.up2_1(x), one], 1)))
+        if self.config.dual_pixel:
+            restored = self.output(x + self.skip_conv(first))
+        else:
+            restored = image[:, : self.config.out_channels] + self.output(x)
+        return restored[..., :height, :width]

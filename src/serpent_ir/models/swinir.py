@@ -1,0 +1,312 @@
+"""SwinIR (Liang et al., arXiv 2108.10257): residual groups of Swin Transformer layers, one of the paper's rivals.
+
+Parameter names and shapes are those of the public release, so that its state dicts load strictly. The function is the
+release's too, stochastic depth excepted, which only its training knew. Maps are channels-last, (B, H, W, channels).
+
+Attention runs through scaled_dot_product_attention. What is added to its logits is the learned bias and, in shifted
+windows, a mask; the mask has only four patterns (inside, last column, last row, corner), so that neither is ever
+written out window by window.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from serpent_ir.errors import UsageError
+from serpent_ir.image import pad_to_multiple
+from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.serpent import LayerNorm
+
+SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
+"""The upsamplers of the public releases, and how many times larger each makes an image."""
+RGB_MEAN = (0.4488, 0.4371, 0.4040)
+"""Of the photos of DIV2K; the release takes it off colour images."""
+RECONSTRUCTION_DIM = 64
+"""Channels of the maps that `pixelshuffle` and `nearest+conv` upsample."""
+MASKED = -100.0
+"""What the release adds to the logit of a pair that must not see each other."""
+JPEG_WINDOW, JPEG_RANGE = 7, 255.0
+"""The released weights against JPEG, which works in blocks of 8, alone have this window, and images of this range."""
+HEAD_MULTIPLE = {"cuda": 8}
+"""The fused kernels with a bias want heads of such a number of channels: zeros are added, which change no result."""
+MOST_WINDOWS = 65535
+"""For one call: the grid of a CUDA kernel has no more."""
+
+
+@dataclass(frozen=True)
+class SwinIRConfig:
+    dim: int = 180
+    blocks: tuple[int, ...] = (6, 6, 6, 6, 6, 6)  # Swin Transformer layers of each residual group
+    heads: int = 6
+    window_size: int = 8
+    mlp_ratio: float = 2.0
+    resi_connection: str = "1conv"  # at the end of each group; "3conv" has a narrow middle (the release's large size)
+    upsampler: str = "none"
+    scale: int = 1
+    img_range: float = 1.0  # images are multiplied by it inside
+    in_channels: int = 3  # one or three of the image, which come out; a task may add more (a mask)
+    task: str = ""  # the degradation that the weights undo, "" for none
+
+    FROM_FILE: ClassVar[tuple[str, ...]] = (
+        *("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
+    )
+    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+        object.__setattr__(self, "upsampler", self.upsampler or "none")  # the release says ""
+        if self.upsampler not in SCALES:
+            raise UsageError(f"no upsampler {self.upsampler!r}; valid: {', '.join(SCALES)}")
+        if self.scale not in SCALES[self.upsampler]:
+            valid = ", ".join(map(str, SCALES[self.upsampler]))
+            raise UsageError(f"scale {self.scale} with upsampler {self.upsampler}; valid: {valid}")
+        if self.resi_connection not in ("1conv", "3conv"):
+            raise UsageError(f"no resi_connection {self.resi_connection!r}; valid: 1conv, 3conv")
+        if self.task and self.scale != 1:
+            raise UsageError(f"a network that makes images {self.scale} times larger is for no task ({self.task})")
+
+    @property
+    def out_channels(self) -> int:
+        return min(self.in_channels, 3)
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> "SwinIRConfig | None":
+        """The configuration that a state dict of these shapes is for; None if it is no SwinIR.
+
+        `img_range` stands in no shape: it is that of the releases.
+        """
+        first = "layers.0.residual_group.blocks.0"
+        if f"{first}.attn.relative_position_bias_table" not in shapes:
+            return None
+        dim, in_channels = shapes["conv_first.weight"][:2]
+        positions, heads = shapes[f"{first}.attn.relative_position_bias_table"]
+        window = (round(positions**0.5) + 1) // 2
+        upsampler, scale = _upsampler_of(shapes, min(in_channels, 3))
+        groups = range(numbered(shapes, "layers."))
+        return cls(
+            dim=dim,
+            blocks=tuple(numbered(shapes, f"layers.{i}.residual_group.blocks.") for i in groups),
+            heads=heads,
+            window_size=window,
+            mlp_ratio=shapes[f"{first}.mlp.fc1.weight"][0] / dim,
+            resi_connection="3conv" if "conv_after_body.0.weight" in shapes else "1conv",
+            upsampler=upsampler,
+            scale=scale,
+            img_range=JPEG_RANGE if window == JPEG_WINDOW else 1.0,
+            in_channels=in_channels,
+        )
+
+
+def _upsampler_of(shapes: Shapes, out_channels: int) -> tuple[str, int]:
+    if "conv_up1.weight" in shapes:
+        return "nearest+conv", 4 if "conv_up2.weight" in shapes else 2
+    if "upsample.0.weight" not in shapes:
+        return "none", 1
+    if "conv_last.weight" not in shapes:
+        return "pixelshuffledirect", round((shapes["upsample.0.weight"][0] / out_channels) ** 0.5)
+    pairs = [shapes[key][:2] for i in (0, 2, 4) if (key := f"upsample.{i}.weight") in shapes]
+    return "pixelshuffle", round(math.prod((after / before) ** 0.5 for after, before in pairs))
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows of a map (B, H, W, c), both sides multiples of the window; keeps the shape.
+
+    A shifted layer's windows lie half a window further down and right, and go on at the other end of the map; pixels
+    that are no neighbours there are masked.
+    """
+
+    relative_position_index: Tensor
+    strangers: Tensor
+
+    def __init__(self, dim: int, heads: int, window: int, *, shifted: bool):
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, window // 2 if shifted else 0
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
+        apart = [axis[:, None] - axis + window - 1 for axis in (y, x)]
+        # Neither is saved: the release saves both, the mask for the size it was trained on, and `load_state_dict`
+        # takes a file with them or without.
+        self.register_buffer("relative_position_index", apart[0] * (2 * window - 1) + apart[1], persistent=False)
+        from_above, from_left = y >= window - self.shift, x >= window - self.shift
+        none = torch.zeros_like(from_above)
+        regions = [(a, b) for a in (none, from_above) for b in (none, from_left)]
+        strangers = torch.stack([(a[:, None] != a) | (b[:, None] != b) for a, b in regions])
+        self.register_buffer("strangers", rearrange(strangers, "(row column) n m -> row column n m", row=2), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads_dim = x.shape[-1] // self.heads
+        bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m heads -> heads n m")
+        if not self.shift:
+            return self.proj(self._attend(self._qkv(x), bias, heads_dim))
+        qkv = self._qkv(x.roll((-self.shift, -self.shift), (1, 2)))
+        rows = []
+        for last_row, row in enumerate(qkv.split([x.shape[1] - self.window, self.window], 1)):
+            if not row.shape[1]:
+                continue
+            pieces = [
+                self._attend(piece, bias + MASKED * self.strangers[last_row, last_column], heads_dim)
+                for last_column, piece in enumerate(row.split([x.shape[2] - self.window, self.window], 2))
+                if piece.shape[2]
+            ]
+            rows.append(torch.cat(pieces, 2))
+        return self.proj(torch.cat(rows, 1)).roll((self.shift, self.shift), (1, 2))
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """(B, H, W, c) -> (B, H, W, 3 heads d), d being c / heads and what `HEAD_MULTIPLE` adds."""
+        heads_dim = x.shape[-1] // self.heads
+        if not (more := -heads_dim % HEAD_MULTIPLE.get(x.device.type, 1)):
+            return self.qkv(x)
+        weight = F.pad(rearrange(self.qkv.weight, "(heads d) c -> heads d c", d=heads_dim), (0, 0, 0, more))
+        bias = F.pad(rearrange(self.qkv.bias, "(heads d) -> heads d", d=heads_dim), (0, more))
+        return F.linear(x, weight.flatten(0, 1), bias.flatten())
+
+    def _attend(self, qkv: Tensor, bias: Tensor, heads_dim: int) -> Tensor:
+        """Windows of qkv (B, h, w, 3 heads d), bias (heads, n, n) for each -> (B, h, w, c)."""
+        batch, height, width, _ = qkv.shape
+        most = max(1, MOST_WINDOWS // (batch * (width // self.window))) * self.window
+        if height > most:
+            return torch.cat([self._attend(part, bias, heads_dim) for part in qkv.split(most, 1)], 1)
+        grid: dict[str, Any] = {"i": self.window, "j": self.window, "heads": self.heads}
+        q, k, v = rearrange(qkv, "b (y i) (x j) (t heads d) -> t (b y x) heads (i j) d", t=3, **grid)
+        mask = bias.to(q.dtype).expand(len(q), -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=heads_dim**-0.5)[..., :heads_dim]
+        return rearrange(
+            out, "(b y x) heads (i j) d -> b (y i) (x j) (heads d)", b=batch, y=height // self.window, **grid
+        )
+
+
+class SwinLayer(nn.Module):
+    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)): (B, H, W, c) -> the same (paper, section 3.2)."""
+
+    def __init__(self, config: SwinIRConfig, *, shifted: bool):
+        super().__init__()
+        dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
+        self.norm1 = LayerNorm(dim)
+        self.attn = WindowAttention(dim, config.heads, config.window_size, shifted=shifted)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = named(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ResidualGroup(nn.Module):
+    """Swin Transformer layers, every second one shifted, a convolution and a skip (paper, section 3.2, "RSTB")."""
+
+    def __init__(self, config: SwinIRConfig, count: int):
+        super().__init__()
+        layers = (SwinLayer(config, shifted=bool(i % 2)) for i in range(count))
+        self.residual_group = named(blocks=nn.Sequential(*layers))
+        self.conv = body_convolution(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + on_channels_last(self.conv, self.residual_group(x))
+
+
+def body_convolution(config: SwinIRConfig) -> nn.Module:
+    dim, narrow = config.dim, config.dim // 4
+    if config.resi_connection == "1conv":
+        return nn.Conv2d(dim, dim, 3, padding=1)
+    ends = nn.Conv2d(dim, narrow, 3, padding=1), nn.Conv2d(narrow, dim, 3, padding=1)
+    return nn.Sequential(ends[0], nn.LeakyReLU(0.2), nn.Conv2d(narrow, narrow, 1), nn.LeakyReLU(0.2), ends[1])
+
+
+def on_channels_last(convolution: nn.Module, x: Tensor) -> Tensor:
+    return rearrange(convolution(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+
+
+class SwinIR(nn.Module, PyTorchModelHubMixin):
+    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, and makes them `scale` times larger.
+
+    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    """
+
+    mean: Tensor
+
+    def __init__(self, config: SwinIRConfig):
+        super().__init__()
+        self.config = config
+        self.size_multiple, self.scale = config.window_size, config.scale
+        dim, middle, out = config.dim, RECONSTRUCTION_DIM, config.out_channels
+        self.conv_first = nn.Conv2d(config.in_channels, dim, 3, padding=1)
+        self.patch_embed = named(norm=LayerNorm(dim))
+        self.layers = nn.Sequential(*(ResidualGroup(config, count) for count in config.blocks))
+        self.norm = LayerNorm(dim)
+        self.conv_after_body = body_convolution(config)
+        if config.upsampler == "pixelshuffledirect":
+            self.upsample = pixel_shuffles(dim, (config.scale,), out)
+        elif config.upsampler != "none":
+            self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, middle, 3, padding=1), nn.LeakyReLU())
+        if config.upsampler == "pixelshuffle":
+            steps = (3,) if config.scale == 3 else (2,) * (config.scale.bit_length() - 1)
+            self.upsample = pixel_shuffles(middle, steps, middle)
+        elif config.upsampler == "nearest+conv":
+            self.conv_up1 = nn.Conv2d(middle, middle, 3, padding=1)
+            if config.scale == 4:
+                self.conv_up2 = nn.Conv2d(middle, middle, 3, padding=1)
+            self.conv_hr = nn.Conv2d(middle, middle, 3, padding=1)
+        if config.upsampler != "pixelshuffledirect":
+            self.conv_last = nn.Conv2d(dim if config.upsampler == "none" else middle, out, 3, padding=1)
+        mean = RGB_MEAN if config.in_channels == 3 else (0.0,)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.register_load_state_dict_pre_hook(_leave_out_derived)
+
+    @staticmethod
+    def is_derived(key: str) -> bool:
+        """Whether the releases save what can be computed under this name."""
+        return key.endswith((".relative_position_index", ".attn_mask"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (side * self.scale for side in x.shape[-2:])
+        image = (pad_to_multiple(x, self.size_multiple) - self.mean) * self.config.img_range
+        first = self.conv_first(image.contiguous(memory_format=torch.channels_last))
+        features = self.patch_embed(rearrange(first, "b c h w -> b h w c"))
+        features = rearrange(self.norm(self.layers(features)), "b h w c -> b c h w")
+        restored = self._reconstructed(self.conv_after_body(features) + first)
+        if self.config.upsampler == "none":
+            restored = image[:, : self.config.out_channels] + restored
+        return (restored / self.config.img_range + self.mean)[..., :height, :width]
+
+    def _reconstructed(self, x: Tensor) -> Tensor:
+        """Features (B, dim, H, W) -> (B, out_channels, scale H, scale W) (paper, section 3.1)."""
+        match self.config.upsampler:
+            case "none":
+                return self.conv_last(x)
+            case "pixelshuffledirect":
+                return self.upsample(x)
+            case "pixelshuffle":
+                return self.conv_last(self.upsample(self.conv_before_upsample(x)))
+        x = self.conv_before_upsample(x)
+        for convolution in (self.conv_up1, self.conv_up2) if self.scale == 4 else (self.conv_up1,):
+            x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
+
+
+def pixel_shuffles(c_in: int, factors: tuple[int, ...], c_out: int) -> nn.Sequential:
+    """(B, c_in, H, W) -> (B, c_out, H, W), times the product of the factors."""
+    pairs = ((nn.Conv2d(c_in, c_out * p * p, 3, padding=1), nn.PixelShuffle(p)) for p in factors)
+    return nn.Sequential(*(module for pair in pairs for module in pair))
+
+
+def _leave_out_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and SwinIR.is_derived(key)]:
+        del state[key]
