@@ -180,7 +180,7 @@ def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.devic
     growth = (cell.size / size) ** 2
     call = growth * result["ms"] / 1e3
     if call > SLOWEST * cell.seconds:
-        return f"skipped: a call would take about {call:.0f} s, as {size} says"
+        return f"skipped: a call would take about {short(call)} s, as {size} says"
     if device.type == "cuda":  # says itself what does not fit; a computer begins to swap before it does
         return ""
     need, free = growth * (result["gb"] or 0), available(device) / 1e9

@@ -240,8 +240,9 @@ def _quality(runs: Rows) -> list[str]:
 
 
 COLUMNS = (
-    "network", "size", "parameters (M)", "GMACs", "GFLOPs", "inference (ms)", "graph (ms)", "images/s", "GB",
-    "training step (ms)", "graph (ms)", "GB", "s / 60,000 images", "",
+    "network", "size", "parameters (M)", "GMACs", "GFLOPs", "inference (ms)", "from a graph (ms)", "images/s",
+    "memory (GB)", "training step (ms)", "from a graph, step (ms)", "training memory (GB)", "s / 60,000 images",
+    "not measured",
 )  # fmt: skip
 
 
