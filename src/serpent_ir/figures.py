@@ -92,18 +92,25 @@ def why_missing(row: dict[str, Any], kind: str) -> str:
     return "not measured"
 
 
+def was_tried(rows: Rows, kind: str) -> bool:
+    """Whether `inference` or `training` was measured, or failed, in any row."""
+    return any(row["train_ms" if kind == "training" else "infer_ms"] or kind in row.get("error", "") for row in rows)
+
+
 def over_resolution(rows: Rows, told: str) -> Any:
     """Figure 1: MACs, and memory of a training step, over the side of the image."""
-    figure = new_figure(11, 4.8)
-    left, right = figure.subplots(1, 2)
-    _curves(left, rows, lambda row: row["macs"] / 1e9)
-    left.set_title("Compute")
-    left.set_ylabel("GMACs of one image (1 MAC = 2 FLOPs)")
-    _curves(right, rows, lambda row: row["train_gb"])
-    right.set_title("Memory of a training step")
-    right.set_ylabel("GB, peak")
-    cross = "a cross: out of memory at the next size"
-    figure.supxlabel(f"side of the image in pixels; {cross}\n{told}", fontsize=8, color="#444444")
+    both = was_tried(rows, "training")
+    figure = new_figure(11 if both else 6, 4.8)
+    panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    _curves(panels[0], rows, lambda row: row["macs"] / 1e9)
+    panels[0].set_title("Compute")
+    panels[0].set_ylabel("GMACs of one image (1 MAC = 2 FLOPs)")
+    if both:
+        _curves(panels[1], rows, lambda row: row["train_gb"])
+        panels[1].set_title("Memory of a training step")
+        panels[1].set_ylabel("GB, peak")
+    cross = "; a cross: out of memory at the next size" if both else ""
+    figure.supxlabel(f"side of the image in pixels{cross}\n{told}", fontsize=8, color="#444444")
     return figure
 
 
@@ -177,9 +184,10 @@ def bars(rows: Rows, size: int, told: str) -> Any:
     """Figures 6 and 7: what each network costs at one size."""
     here = {row["model"]: row for row in rows if row["size"] == size}
     models = in_order(set(here))[::-1]
-    figure = new_figure(13, 0.9 + 0.34 * len(models))
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (title, unit, figure_of, kind) in zip(panels, PANELS, strict=True):
+    shown = [panel for panel in PANELS if not panel[3] or was_tried(list(here.values()), panel[3])]
+    figure = new_figure(2.6 * len(shown), 0.9 + 0.34 * len(models))
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for axes, (title, unit, figure_of, kind) in zip(panels, shown, strict=True):
         values = [figure_of(here[model]) for model in models]
         longest = max((value for value in values if value is not None), default=1)
         for place, (model, value) in enumerate(zip(models, values, strict=True)):
