@@ -120,6 +120,27 @@ def test_memory_ends_in_a_real_process_and_one_that_hangs_is_stopped():
     assert first["ms"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_profile_on_a_gpu():
+    """One process measures all: what does not fit leaves nothing behind, and what follows has the same memory."""
+    names = ["serpent_b", "unet_32"]
+    rows = profile(names, [64, 60_000], train=True, seconds=0.2, device="cuda")
+    for row in rows[:2]:
+        assert "error" not in row
+        assert "notes" not in row  # a CUDA graph of both
+        assert 0 < row["infer_graph_ms"] < 1.5 * row["infer_ms"]
+        assert 0 < row["train_graph_ms"] < 1.5 * row["train_ms"]
+        assert 4e-9 * row["params"] < row["infer_gb"] < 4 * 4e-9 * row["params"] < row["train_gb"]
+    for row in rows[2:]:
+        assert "out of memory" in row["error"] or "skipped" in row["error"]
+    cells = [Cell("infer", "serpent_b", size, 1, "cuda", "auto", 0.1) for size in (64, 200_000, 64)]
+    with Worker(fresh=False) as worker:
+        before, failed, after = (worker(cell, limit=300) for cell in cells)
+    assert failed == {"error": "out of memory"}
+    assert after["gb"] == pytest.approx(before["gb"], rel=0.02)
+
+
 def rows_of_a_gpu(sizes=(256, 512)) -> list[dict]:
     """A profile as an H100 might give it: SwinIR-L and Restormer cannot train at the larger sizes."""
     rows = []

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serpent_ir.cli.shell import Device, print_table, progress_of, shell_command
+from serpent_ir.cli.shell import Device, print_table, progress_of, say, shell_command
 from serpent_ir.errors import UsageError
 
 Names = Annotated[
@@ -53,7 +53,7 @@ def profile(
         print_table(about(rows), [COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in cells])
     if plot is not None:
         plot.mkdir(parents=True, exist_ok=True)
-        draw(plot, rows, [])
+        say(f"{len(draw(plot, rows, []))} figures are in {plot}")
 
 
 def sizes_of(text: str) -> list[int]:

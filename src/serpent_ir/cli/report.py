@@ -38,7 +38,9 @@ def report(
     rows, runs = load(source or [])
     if not rows:
         profile = folder / "profile.json"
-        if not profile.exists():
+        if profile.exists():
+            say(f"{profile} was measured before; remove it to measure again")
+        else:
             measured_rows = measured(name, sizes_of(size), 1, True, device, precision, seconds)
             folder.mkdir(parents=True, exist_ok=True)
             profile.write_text(json.dumps(measured_rows, indent=1) + "\n")
