@@ -59,7 +59,8 @@ def restore(
 
     The image goes through the network whole where it is predicted to fit in memory, which is also the best result, and
     else in overlapping tiles; a UserWarning then says why. Weights whose task makes images smaller (`sr8`) see the
-    image upsampled, and return it 8 times as high and wide. Grey images are restored as RGB and averaged. Alpha is
+    image upsampled, and return it 8 times as high and wide; a network with a `scale` returns it so many times as high
+    and wide. Grey images are restored as RGB and averaged. Alpha is
     kept: copied, and upsampled (bicubic) where the image is; the colours of pixels that it hides are kept too, and do
     not spread. A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
 

@@ -91,9 +91,13 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
         x = x.to(parameter)
-        if x.shape[1] == 3 and getattr(getattr(model, "config", None), "in_channels", 3) == 1:
+        if x.shape[1] == 3 and _takes_grey(model):
             return _each_channel(model, x).float()
         return model(x).float()
+
+
+def _takes_grey(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "in_channels", 3) == 1
 
 
 def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
@@ -279,6 +283,7 @@ def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tup
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:
     """Of the network's padded input, for an output of this size."""
     own, multiple = getattr(model, "scale", 1), getattr(model, "size_multiple", 1)
+    batch *= 3 if _takes_grey(model) else 1
     return batch * _up(height // own, multiple) * _up(width // own, multiple)
 
 

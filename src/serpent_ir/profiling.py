@@ -36,7 +36,8 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     Linear, convolution, matmul (attention's two included) and the scan are counted by PyTorch's flop counter; LayerNorm
     adds 5 per element, or what the network says in `layer_norm_macs`, and instance norm (without parameters) 4.
-    Runs where the model's parameters are: on the meta device it costs no memory and no time.
+    Runs where the model's parameters are: on the meta device it costs no memory and no time. On a CUDA device SwinIR
+    counts the zeros that it adds to its heads too.
     """
 
     norm_each = getattr(model, "layer_norm_macs", LAYER_NORM_MACS)

@@ -50,7 +50,7 @@ def _tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise SerpentError(
                 f"{path}: holds more than tensors, which could run code, and is refused; get weights from elsewhere"
             ) from None
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
     for wrapper in WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):

@@ -15,6 +15,7 @@ from einops.layers.torch import Rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from serpent_ir.errors import UsageError
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.models.serpent import LayerNorm
@@ -40,6 +41,11 @@ class RestormerConfig:
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
         object.__setattr__(self, "heads", tuple(self.heads))
+        if len(self.blocks) != 4 or len(self.heads) != 4:
+            raise UsageError("restormer: blocks and heads are of four levels")
+        for c, heads in zip((self.dim << i for i in range(4)), self.heads, strict=True):
+            if heads < 1 or c % heads:
+                raise UsageError(f"{c} channels cannot be shared out among {heads} heads")
 
     @classmethod
     def of(cls, shapes: Shapes) -> "RestormerConfig | None":

@@ -69,6 +69,8 @@ class SwinIRConfig:
             raise UsageError(f"scale {self.scale} with upsampler {self.upsampler}; valid: {valid}")
         if self.resi_connection not in ("1conv", "3conv"):
             raise UsageError(f"no resi_connection {self.resi_connection!r}; valid: 1conv, 3conv")
+        if self.heads < 1 or self.dim % self.heads:
+            raise UsageError(f"{self.dim} channels cannot be shared out among {self.heads} heads")
         if self.task and self.scale != 1:
             raise UsageError(f"a network that makes images {self.scale} times larger is for no task ({self.task})")
 
@@ -150,6 +152,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads_dim = x.shape[-1] // self.heads
         bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m heads -> heads n m")
+        bias = bias.contiguous()  # the fused kernels of a GPU take no other
         if not self.shift:
             return self.proj(self._attend(self._qkv(x), bias, heads_dim))
         qkv = self._qkv(x.roll((-self.shift, -self.shift), (1, 2)))
@@ -194,7 +197,7 @@ class SwinLayer(nn.Module):
 
     def __init__(self, config: SwinIRConfig, *, shifted: bool):
         super().__init__()
-        dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
+        dim, hidden = config.dim, round(config.dim * config.mlp_ratio)
         self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, config.heads, config.window_size, shifted=shifted)
         self.norm2 = LayerNorm(dim)
