@@ -161,14 +161,12 @@ def _beside_the_tables(rows: Rows) -> list[str]:
         row = ours.get((printed.model, printed.size))
         if row is None or printed.gmacs is None:
             continue
-        gmacs, gb = row["macs"] / 1e9, row["train_gb"]
         cells = [printed.table, f"{figures.label_of(printed.model)} {printed.size}", f"{printed.gmacs}"]
-        cells += [
-            f"{gmacs:.1f}",
-            f"{printed.train_gb}",
-            figures.short(gb) if gb is not None else figures.why_missing(row, "training"),
-        ]
-        lines.append(_line(cells))
+        lines.append(_line([*cells, f"{row['macs'] / 1e9:.1f}", f"{printed.train_gb}", _training_memory(row)]))
+    if row := ours.get(paper.DOES_NOT_TRAIN):
+        name, size = paper.DOES_NOT_TRAIN
+        cells = ["section 4.3", f"{figures.label_of(name)} {size}", "", f"{row['macs'] / 1e9:.1f}", "more than 80"]
+        lines.append(_line([*cells, _training_memory(row)]))
     if not lines:
         return []
     return [
@@ -184,6 +182,11 @@ def _beside_the_tables(rows: Rows) -> list[str]:
     ]
 
 
+def _training_memory(row: dict[str, Any]) -> str:
+    gb = row["train_gb"]
+    return figures.short(gb) if gb is not None else figures.why_missing(row, "training")
+
+
 def _claims(rows: Rows) -> list[str]:
     ours = {(row["model"], row["size"]): row for row in rows}
     lines = []
@@ -197,6 +200,12 @@ def _claims(rows: Rows) -> list[str]:
         )
         words = f"{claim.words} ({claim.said})" if claim.said else claim.words
         lines.append(_line([words, str(claim.size), claim.place, claim.printed, ratio]))
+    for size, hours in paper.GPU_HOURS.items():
+        row = ours.get(("serpent_h", size))
+        if row and (seconds := row.get("train_s_per_60k")):
+            words = f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages; here all at full size)"
+            here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
+            lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
     if not lines:
         return []
     head = ["what the paper says of", "size", "place", "paper", "here"]
