@@ -1,6 +1,7 @@
 """Files of weights: safetensors, and what torch.save writes, of which nothing but tensors is taken."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -44,7 +45,9 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 def _tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        # A file, because of a path torch.load would go by the suffix. It warns of other versions of pickle.
+        with Path(path).open("rb") as file, warnings.catch_warnings(action="ignore"):
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged or hostile bytes ends in any type of error
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise SerpentError(
