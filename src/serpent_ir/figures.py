@@ -115,7 +115,7 @@ def over_resolution(rows: Rows, told: str) -> Any:
 
 
 def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float | None]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
     ends: dict[int, list[tuple[float, str, str]]] = {}  # by size: value, name and colour
     values = []
@@ -140,13 +140,20 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    narrow = bool(values) and max(values) < 1e3 * min(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(axes.yaxis, values)
     for size, names in ends.items():
         _name_ends(axes, size, names)
+
+
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis: the closer together the values, the more of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    spread = max(values) / min(values) if values else 1
+    axis.set_major_locator(LogLocator(subs=(1,) if spread > 1e3 else (1, 2, 5) if spread > 5 else range(1, 10)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None:
@@ -225,10 +232,7 @@ def quality_over_time(points: Sequence[tuple[str, float, float]], size: int, tol
         axes.plot(ms, psnr, marker, color=colour, ms=8)
         axes.annotate(label_of(model), (ms, psnr), xytext=(7, 5), textcoords="offset points", color=colour, fontsize=9)
     axes.set_xscale("log")
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(axes.xaxis, [ms for _, ms, _ in points])
     axes.margins(x=0.18, y=0.15)
     axes.set_title(f"Quality over time, {size}x{size}")
     axes.set_ylabel("PSNR (dB); up is better")

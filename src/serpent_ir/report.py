@@ -60,7 +60,7 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
         if isinstance(content, list) and all(isinstance(row, dict) and row.keys() >= set(NEEDED) for row in content):
             rows += content
         elif isinstance(content, dict) and isinstance(content.get("runs"), list):
-            runs += content["runs"]
+            runs += sorted(content["runs"], key=lambda run: run["minutes"])  # the longest counts
         else:
             raise SerpentError(
                 f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
