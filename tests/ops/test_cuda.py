@@ -64,6 +64,15 @@ def test_one_chunk_and_several_sets_of_channels() -> None:
 
 
 @runs_here
+@pytest.mark.parametrize("few", [1, 16])
+def test_few_chunks_are_combined_where_they_are_needed(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "FEW_CHUNKS", few)
+    inputs = make((2, 9, 11, 33), 11, 4, torch.float32)
+    assert torch.equal(cuda.forward(*inputs)[0], cuda.forward(*[x[:1] for x in inputs[:2]], *inputs[2:])[0])
+    check_against_float64(cuda, inputs)
+
+
+@runs_here
 def test_blocks_that_share_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are few parts, several blocks give to one gradient of proj."""
     monkeypatch.setattr(cuda, "_splits", lambda sets, wanted: sets)
@@ -71,8 +80,10 @@ def test_blocks_that_share_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs_here
-def test_many_chunks_are_combined_by_more_threads(many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("segment", [1, 5, 9])
+def test_many_chunks_are_combined_in_segments(segment: int, many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "MANY_CHUNKS", 0)
+    monkeypatch.setattr(cuda, "SEGMENT", segment)
     check_against_float64(cuda, make((1, 9, 30, 6), 3, 1, torch.float32))
 
 
@@ -81,6 +92,16 @@ def test_rows_and_columns_one_after_the_other(many_chunks: None, monkeypatch: py
     monkeypatch.setattr(cuda, "SIDE_BY_SIDE", 0)
     check_against_float64(cuda, make((2, 5, 9, 64), 6, 2, torch.bfloat16))
     check_against_float64(cuda, make((1, 5, 9, 6), 2, 1, torch.float32))
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_arrays_are_cast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_ARRAYS", 4)
+    sizes = [0, 1, 7, 1024, 1029, 3000, 64]
+    arrays = [draw_like(torch.empty(n + 1, device=DEVICE))[1 if n == 64 else 0 :][:n] for n in sizes]
+    for x, result in zip(arrays, cuda.cast(arrays, dtype), strict=True):
+        assert torch.equal(result, x.to(dtype))
 
 
 @runs_here
@@ -176,7 +197,8 @@ def test_every_kernel_compiles(d: int, N: int, R: int, side: int, capability: tu
             inputs = make((1, 4, 4, d), N, R, dtype)
             cuda.forward(*inputs)
             cuda.backward(inputs[0], *inputs)
-    assert len(asked) >= 3
+        cuda.cast([torch.ones(5)], torch.float16)
+    assert len(asked) >= 4
     for file, constants in asked:
         assert nvrtc.compile_source(file, constants, capability)[:4] == b"\x7fELF"
 

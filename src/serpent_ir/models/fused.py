@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models import as_built, graphs
-from serpent_ir.ops import ss2d
+from serpent_ir.ops import default_backend, ss2d
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import Serpent, VSSBlock
@@ -196,9 +196,18 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights = [w.detach() for w in weights]
     if all(w.dtype == dtype and w.is_contiguous() for w in weights):
         return weights
+    if dtype in HALF and all(w.dtype == torch.float32 and w.is_contiguous() for w in weights) and _has_cuda(weights[0]):
+        from serpent_ir.ops import cuda
+
+        return cuda.cast(weights, dtype)
     cast = [torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format) for w in weights]
     torch._foreach_copy_(cast, weights)  # pyright: ignore[reportPrivateImportUsage]
     return cast
+
+
+def _has_cuda(x: Tensor) -> bool:
+    """Whether our CUDA C++ runs there, and the library's newer products do: not on AMD."""
+    return x.device.type == "cuda" and default_backend(x.device) == "cuda"
 
 
 def _weights(blocks: "list[VSSBlock]", dtype: torch.dtype) -> list[Weights]:
@@ -277,12 +286,12 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
     grad_out = _rows(grad.to(dtype))
     d_gated = (grad_out @ w.out_proj).view_as(y)
     dy, gated, d_y_weight, d_y_bias = triton_norm.gate_backward(d_gated, y, uz[..., d:], *w.y_norm, grad_z=duz[..., d:])
-    d_out_proj = grad_out.t() @ _rows(gated)
+    d_out_proj = _product(grad_out.t(), _rows(gated))
     del gated, d_gated
     du, d_proj, *d_scan = torch.ops.serpent_ir.ss2d_backward(dy, u, proj, *w.scan, "auto")
     del dy
     d_proj = d_proj.flatten(-2)
-    d_x_proj = _rows(d_proj).t() @ _rows(u)
+    d_x_proj = _product(_rows(d_proj).t(), _rows(u))
     _rows(du).addmm_(_rows(d_proj), w.x_proj)
     before_silu, d_conv, d_conv_bias = triton_conv.conv_silu_backward(du, uz[..., :d], w.taps, w.conv_bias)
     del du
@@ -290,10 +299,15 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
     del before_silu
     d_normed = (_rows(duz) @ w.in_proj).view(x.shape)
     dx, normed, d_weight, d_bias = triton_norm.layer_norm_backward(d_normed, grad, x, *w.norm)
-    d_in_proj = _rows(duz).t() @ _rows(normed)
+    d_in_proj = _product(_rows(duz).t(), _rows(normed))
     return dx, [
         d_weight, d_bias, d_in_proj, d_conv, d_conv_bias, d_x_proj, *d_scan, d_y_weight, d_y_bias, d_out_proj
     ]  # fmt: skip
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a . b, in float32 where the device can write it: the gradient of a weight, of which the sum is float32 anyway."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF and _has_cuda(a) else a @ b
 
 
 def _rows(x: Tensor) -> Tensor:

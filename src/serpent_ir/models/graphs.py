@@ -4,6 +4,7 @@ A call at a shape seen for the first time runs as it is (which compiles what the
 captured, and it and all later ones are replayed. So a folder of images of different sizes never pays for captures.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -21,6 +22,12 @@ SHAPES = 64
 Run = Callable[[Tensor], Tensor]
 
 _capturing = threading.Lock()  # of all models: PyTorch's generator of random numbers knows one capture at a time
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where captures are made: always the same, as cuBLAS keeps 32 MiB or more for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Graph:
@@ -42,7 +49,7 @@ class _Graph:
 
 def _capture(run: Run, x: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream(x.device)):
+    with torch.cuda.stream(_stream(x.device)):
         # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:

@@ -24,7 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import fused, strips
+from serpent_ir.models import fused, strips, taped
 from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.ops import ss2d
 
@@ -110,6 +110,8 @@ class VSSBlock(nn.Module):
             return fused.vss_block(self, x)
         if strips.serves(x):
             return strips.vss_block(self, x)
+        if taped.serves(self, x):
+            return taped.vss_block(self, x)
         return x + self.ss2d(self.norm(x))
 
 

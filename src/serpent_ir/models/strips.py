@@ -5,16 +5,15 @@ first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is 
 and output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
 """
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
+from serpent_ir.models.products import product, product_onto
 from serpent_ir.ops import ss2d
-from serpent_ir.ops.cpu import large_pages, norm_gate
+from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
@@ -39,9 +38,9 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     u, proj = _Whole(x.shape), _Whole(x.shape)
     for first in range(0, len(x), images):
         for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
-            piece = _conv_silu(piece.movedim(-1, 1), inner.conv, padding).movedim(1, -1).contiguous()
+            piece = conv_silu(piece, inner.conv.weight, inner.conv.bias, padding)
             u.put(first, row, piece)
-            proj.put(first, row, _linear(piece, inner.x_proj.weight).unflatten(-1, (4, -1)))
+            proj.put(first, row, product(piece, inner.x_proj.weight).unflatten(-1, (4, -1)))
     y = ss2d(u.map, proj.map, inner.dt_weight, inner.dt_bias, inner.A_log, inner.D)
     del u, proj
     out = large_pages(torch.empty_like(x))
@@ -49,57 +48,10 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
         for row in range(0, x.shape[1], rows):
             here = slice(first, first + images), slice(row, row + rows)
             gated = norm_gate(
-                y[here], inner.norm.weight, inner.norm.bias, inner.norm.eps, _linear(normed[here], weight_z)
+                y[here], inner.norm.weight, inner.norm.bias, inner.norm.eps, product(normed[here], weight_z)
             )
-            if _plain(gated):
-                flat = x[here].flatten(0, -2)
-                torch.addmm(flat, gated.flatten(0, -2), inner.out_proj.weight.t(), out=out[here].view_as(flat))
-            else:
-                torch.add(x[here], _linear(gated, inner.out_proj.weight), out=out[here])
+            product_onto(x[here], gated, inner.out_proj.weight, out[here])
     return out
-
-
-def _onednn(name: str, flops: Callable[..., int]) -> Callable[..., Tensor] | None:
-    """An operator of oneDNN that PyTorch holds without a public name, counted by `flops`; None where it has none."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    operator = getattr(torch.ops.mkldnn, name, None)
-    if operator is not None:
-        register_flop_formula(operator)(flops)
-    return operator
-
-
-def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
-
-
-def _conv_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
-    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
-
-
-# oneDNN's product is the faster one for many positions, and with AVX-512 always: MKL keeps to AVX2 on processors that
-# are not Intel's. Its convolution applies SiLU while the numbers are in registers.
-_MANY = 1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4096
-_PRODUCT = _onednn("_linear_pointwise", _linear_flops)
-_CONVOLUTION = _onednn("_convolution_pointwise", _conv_flops)
-
-
-def _plain(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and x.numel() > 0
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    if _PRODUCT is None or not _plain(x) or x.shape[:-1].numel() < _MANY:
-        return F.linear(x, weight)
-    return _PRODUCT(x, weight, None, "none", [], "")
-
-
-def _conv_silu(x: Tensor, conv: nn.Conv2d, padding: int) -> Tensor:
-    """SiLU of the depthwise convolution of x (B, d, H, W) with `padding` rows of zeros above and below."""
-    if _CONVOLUTION is None or not _plain(x):
-        return F.silu(F.conv2d(x, conv.weight, conv.bias, padding=(padding, 1), groups=conv.groups))
-    ones = (1, 1)
-    return _CONVOLUTION(x, conv.weight, conv.bias, (padding, 1), ones, ones, conv.groups, "swish", [], "")
 
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
@@ -114,12 +66,12 @@ def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int
     the strip with the rows above and below it."""
     height = x.shape[1]
     if rows >= height:
-        yield 0, 1, _linear(x, weight)
+        yield 0, 1, product(x, weight)
         return
     edge = above = None
     for row in range(0, height, rows):
         ready = row + 1 if row else 0  # the strip before went one row on
-        new = _linear(x[:, ready : row + rows + 1], weight)
+        new = product(x[:, ready : row + rows + 1], weight)
         if edge is None or above is None:
             edge = above = torch.zeros_like(new[:, :1])
         piece = torch.cat([above, new, edge] if row + rows >= height else [above, new], 1)

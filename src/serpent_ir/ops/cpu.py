@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-ABI = 4
+ABI = 5
 PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
 _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
@@ -28,7 +30,11 @@ _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
 class _Library:
     forward: Callable[..., int]
     backward: Callable[..., int]
+    states: Callable[..., int]
     gate: Callable[..., int]
+    gate_backward: Callable[..., int]
+    conv: Callable[..., int]
+    conv_backward: Callable[..., int]
     large_pages: Callable[[int, int], None]
     levels: list[str]
     openmp: int | None  # address of PyTorch's GOMP_parallel
@@ -52,22 +58,28 @@ def _load() -> tuple[_Library | None, str]:
         handle.serpent_scan_abi.restype = ctypes.c_int
         if (abi := handle.serpent_scan_abi()) != ABI:
             return None, f"{found[0]} has interface {abi} where {ABI} is expected; reinstall serpent-ir"
-        forward, backward, gate, large, level = (
-            getattr(handle, f"serpent_scan_{name}") for name in ("forward", "backward", "gate", "large_pages", "level")
-        )
+        names = ("forward", "backward", "states", "gate", "gate_backward", "conv", "conv_backward", "large_pages")
+        functions = {name: getattr(handle, f"serpent_scan_{name}") for name in names}
+        level = handle.serpent_scan_level
     except (OSError, AttributeError) as error:
         return None, f"the CPU library does not load ({' '.join(str(error).split())}); reinstall serpent-ir"
     level.restype, level.argtypes = ctypes.c_char_p, [ctypes.c_int]
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    forward.restype = backward.restype = gate.restype = number
-    forward.argtypes = [number, number, *[pointer] * 4]
-    backward.argtypes = [number, number, *[pointer] * 5, ctypes.c_int64]
-    gate.argtypes = [number, number, pointer, *[ctypes.c_int64] * 2, *[pointer] * 3, ctypes.c_float, pointer]
-    large.restype, large.argtypes = None, [pointer, ctypes.c_int64]
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    forward, backward, states, gate, gate_backward, conv, conv_backward, large = functions.values()
+    for function in (forward, backward, gate, gate_backward, conv, conv_backward):
+        function.restype = number
+    forward.argtypes = [number, number, *[pointer] * 5]
+    backward.argtypes = [number, number, *[pointer] * 6, count]
+    states.restype, states.argtypes = count, [pointer]
+    gate.argtypes = [number, number, pointer, count, count, *[pointer] * 3, ctypes.c_float, *[pointer] * 2]
+    gate_backward.argtypes = [*gate.argtypes, *[pointer] * 4]
+    conv.argtypes = [number, number, *[pointer] * 5]
+    conv_backward.argtypes = [number, number, *[pointer] * 7]
+    large.restype, large.argtypes = None, [pointer, count]
     levels = []
     while (name := level(len(levels))) is not None:
         levels.append(name.decode())
-    library = _Library(forward, backward, gate, large, levels, _find_openmp())
+    library = _Library(**functions, levels=levels, openmp=_find_openmp())
     if wanted := os.environ.get(LEVEL_VARIABLE):
         if wanted not in levels:
             return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
@@ -149,17 +161,30 @@ def _check(status: int) -> None:
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     """See `serpent_ir.ops.ss2d`: contiguous inputs, u and proj of any floating dtype, parameters float32."""
+    return _forward(False, u.float(), proj.float(), dt_weight, dt_bias, A_log, D)[0].to(u.dtype)
+
+
+def forward_keeping(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """y, and the states before each chunk, N / 8 times as large as u, which spare `backward` a walk; all float32."""
+    y, states = _forward(True, *inputs)
+    assert states is not None
+    return y, states
+
+
+def _forward(keep: bool, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     library = _library()
-    inputs = (u.float(), proj.float(), dt_weight, dt_bias, A_log, D)
-    y = torch.empty_like(inputs[0])
+    u, _, dt_weight, _, A_log, _ = inputs
+    y, sizes = torch.empty_like(u), _sizes(u, dt_weight, A_log)
+    states = large_pages(u.new_empty(library.states(sizes))) if keep else None
     if u.numel():
-        status = library.forward(*_how(library), _sizes(u, dt_weight, A_log), _pointers(inputs), y.data_ptr())
-        _check(status)
-    return y.to(u.dtype)
+        kept = None if states is None else states.data_ptr()
+        _check(library.forward(*_how(library), sizes, _pointers(inputs), y.data_ptr(), kept))
+    return y, states
 
 
-def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the six inputs of `forward`, u's and proj's in their dtype; the states are computed again."""
+def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Gradients of the six inputs of `forward`, u's and proj's in their dtype; the states are computed again, unless
+    `forward_keeping` kept them."""
     library = _library()
     u, _, dt_weight, _, A_log, _ = inputs
     wide = tuple(x.float() for x in inputs)
@@ -171,6 +196,7 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         *_how(library),
         _sizes(u, dt_weight, A_log),
         _pointers(wide),
+        None if states is None else states.data_ptr(),
         grad_y.data_ptr(),
         _pointers(grads),
         PARTIAL_FLOATS * torch.get_num_threads(),
@@ -190,6 +216,34 @@ def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) ->
     return z
 
 
+def gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
+    """As `norm_gate`, of maps that the library takes, leaving z as it is."""
+    library, out = _library(), torch.empty_like(y)
+    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), out.data_ptr()))
+    return out
+
+
+def gate_backward(
+    grad: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of y, z, weight and bias for that of `gate`, and its result again."""
+    library = _library()
+    grad_y, grad_z, out, affine = (
+        torch.empty_like(y),
+        torch.empty_like(y),
+        torch.empty_like(y),
+        y.new_empty(2, len(weight)),
+    )
+    written = [x.data_ptr() for x in (grad, out, grad_y, grad_z, affine)]
+    _check(library.gate_backward(*_how(library), *_gate_arguments(y, weight, bias, eps, z), *written))
+    return grad_y, grad_z, affine[0], affine[1], out
+
+
+def _gate_arguments(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> list[int | float]:
+    pointers = [x.data_ptr() for x in (y, weight, bias)]
+    return [y.numel() // y.shape[-1], y.shape[-1], *pointers, eps, z.data_ptr()]
+
+
 # An operator, so that norms are counted and fake tensors pass.
 _SCHEMA = "(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) z) -> ()"
 torch.library.define("serpent_ir::norm_gate", _SCHEMA)
@@ -199,11 +253,63 @@ NORM_GATE = torch.ops.serpent_ir.norm_gate
 @torch.library.impl("serpent_ir::norm_gate", "CPU")
 def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> None:
     library = _library()
-    pointers = [x.data_ptr() for x in (y, weight, bias)]
-    sizes = (y.numel() // y.shape[-1], y.shape[-1])
-    _check(library.gate(*_how(library), *sizes, *pointers, eps, z.data_ptr()))
+    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), z.data_ptr()))
 
 
 @torch.library.register_fake("serpent_ir::norm_gate")
 def _(y, weight, bias, eps, z):
     return None
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """SiLU of a depthwise 3x3 convolution of a channels-last map, without a tape.
+
+    x (B, H, W, d), weight (d, 1, 3, 3), `padding` rows of zeros above and below: (B, H - 2 + 2 padding, W, d).
+    """
+    fits = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    if bias is None or unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
+        x = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=len(weight))
+        return F.silu(x).movedim(1, -1).contiguous()
+    return CONV_SILU(x, weight, bias, padding)
+
+
+torch.library.define("serpent_ir::conv_silu", "(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor")
+CONV_SILU = torch.ops.serpent_ir.conv_silu
+
+
+@torch.library.impl("serpent_ir::conv_silu", "CPU")
+def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    library, taps = _library(), _taps(weight, bias)
+    out = x.new_empty(_conv_shape(x, padding))
+    sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
+    if out.numel():
+        _check(library.conv(*_how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
+    return out
+
+
+@torch.library.register_fake("serpent_ir::conv_silu")
+def _(x, weight, bias, padding):
+    return x.new_empty(_conv_shape(x, padding))
+
+
+def _conv_shape(x: Tensor, padding: int) -> tuple[int, ...]:
+    return (x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
+
+
+@register_flop_formula(torch.ops.serpent_ir.conv_silu)
+def _(x_shape, weight_shape, *args, out_shape: Any = None, **kwargs) -> int:
+    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
+
+
+def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias for that of `conv_silu` with padding 1, of maps that the library takes."""
+    library, taps = _library(), _taps(weight, bias)
+    grad_x, grad_taps = torch.empty_like(x), torch.empty_like(taps)
+    pointers = [t.data_ptr() for t in (x, taps, grad, grad_x, grad_taps)]
+    _check(library.conv_backward(*_how(library), (ctypes.c_int64 * 5)(*x.shape, 1), *pointers))
+    return grad_x, grad_taps[:-1].t().reshape(weight.shape), grad_taps[-1]
+
+
+def _taps(weight: Tensor, bias: Tensor) -> Tensor:
+    """(10, d): the taps, then the bias."""
+    return torch.cat([weight.flatten(1).t(), bias[None]])

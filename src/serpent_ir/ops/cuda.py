@@ -28,8 +28,11 @@ SHORTEST = 16
 # the map is large, and its many chunks would take long to combine.
 EXCHANGE = 16 << 10
 LARGE_EXCHANGE = 32 << 10
-# From so many chunks on, they are combined by more threads, of fewer neighbours each.
-MANY_CHUNKS = 2048
+# Up to so many chunks `scan_output` combines by itself.
+FEW_CHUNKS = 16
+# More chunks than this are combined in segments of so many.
+MANY_CHUNKS = 1024
+SEGMENT = 256
 # Blocks that a multiprocessor should hold, which bounds the registers of a thread.
 FORWARD_BLOCKS = 8
 SUMMARY_BLOCKS = 8
@@ -38,6 +41,7 @@ PART = 16
 # Beyond so many states the gradients of proj from many blocks of channels cost more than Triton's way of looping over
 # the states in memory: 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43, 16 crops of 128, H100.
 BACKWARD_STATES = 16
+_ARRAYS = 64  # of a launch of `cast`: they have to fit among a kernel's arguments
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -152,10 +156,22 @@ def _forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log:
     grid, shared = (layout.groups * chunks, batch * pairs, 1), 2 * layout.tile * layout.row
     exchange = length * layout.channels * 4
     for first in range(0, 2, pairs):
-        sizes = (u.numel(), H, W, length, chunks, first, pairs, first > 0, pairs == 1 and first == 1)
-        args = pointers + struct.pack("q8i", *sizes)
+        sizes = (
+            u.numel(),
+            H,
+            W,
+            length,
+            chunks,
+            first,
+            pairs,
+            first > 0,
+            pairs == 1 and first == 1,
+            chunks > FEW_CHUNKS,
+        )
+        args = pointers + struct.pack("q9i0q", *sizes)
         if chunks > 1:
             scan.launch("scan_ends", grid, 64, shared, args)
+        if chunks > FEW_CHUNKS:
             _combine(combine, state, None, dt_sum, A_log, first, pairs)
         scan.launch("scan_output", grid, 64, shared + exchange, args)
     if pairs == 2:
@@ -263,14 +279,44 @@ def _combine(
 ) -> None:
     """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
     batch, _, chunks, N, d = h.shape
-    # Parts of 8 chunks and more, each thread one number of the state of one part.
-    walk_parts, columns = (128, 8) if chunks > MANY_CHUNKS else (min(32, _power_of_2(-(-chunks // 8))), 32)
-    if walk_parts < 4:
-        columns = 128 // walk_parts
-    args = _pointers(h, h if e is None else e, dt_sum, A_log)
-    args += struct.pack("5i0q", chunks, first, pairs, columns, walk_parts)
-    grid = (-(-N * d // columns), batch * 2 * pairs, 1 if e is None else 2)
-    kernels.launch("combine", grid, columns * walk_parts, 0, args)
+
+    def launch(name: str, h: Tensor, e: Tensor, dt_sum: Tensor, segments: tuple[Tensor, ...], length: int) -> None:
+        chunks, count = h.shape[2], segments[0].shape[2]
+        # Parts of 8 chunks and more, each thread one number of the state of one part.
+        parts = min(32, _power_of_2(-(-length // 8)))
+        columns = 32 if parts >= 4 else 128 // parts
+        args = _pointers(h, e, dt_sum, A_log, *segments)
+        args += struct.pack("7i0q", chunks, first, pairs, columns, parts, length, count)
+        grid = (-(-N * d // columns) * count, batch * 2 * pairs, 1 if adjoint is None else 2)
+        kernels.launch(name, grid, columns * parts, 0, args)
+
+    adjoint, e = e, h if e is None else e
+    if chunks <= MANY_CHUNKS:
+        launch("combine", h, e, dt_sum, (h[:, :, :1], h, h), chunks)
+        return
+    count = -(-chunks // SEGMENT)
+    segment_h = h.new_empty(batch, 4, count, N, d)
+    segment_e = h.new_empty(segment_h.shape) if adjoint is not None else segment_h
+    segments = (segment_h, segment_e, h.new_empty(batch, 4, count, d))
+    launch("fold", h, e, dt_sum, segments, SEGMENT)
+    launch("combine", segment_h, segment_e, segments[2], (segment_h[:, :, :1], segment_h, segment_h), count)
+    launch("combine", h, e, dt_sum, segments, SEGMENT)
+
+
+def cast(arrays: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous float32 arrays of one device in bfloat16 or float16, up to 64 by a launch."""
+    results = [torch.empty_like(x, dtype=dtype) for x in arrays]
+    pairs = [(_aligned(x), result) for x, result in zip(arrays, results, strict=True) if x.numel()]
+    with torch.cuda.device_of(arrays[0]):
+        kernels = _load("cast.cu", Layout(1, 1, 1, dtype, 1, 4), arrays[0].device, ARRAYS=_ARRAYS)
+        for first in range(0, len(pairs), _ARRAYS):
+            some = pairs[first : first + _ARRAYS]
+            rest = [0] * (_ARRAYS - len(some))
+            pointers = [x.data_ptr() for x, _ in some] + rest + [x.data_ptr() for _, x in some] + rest
+            sizes = [x.numel() for x, _ in some]
+            args = struct.pack(f"{2 * _ARRAYS}P{_ARRAYS}i", *pointers, *sizes, *rest)
+            kernels.launch("cast", (-(-max(sizes) // 1024), len(some), 1), 256, 0, args)
+    return results
 
 
 def _sum_parts(kernels: nvrtc.Kernels, parts: Tensor, out: Tensor) -> None:

@@ -31,6 +31,10 @@ OUT_TILES = {
 # Up to so many rows the products of any width are fused, with tiles that give every multiprocessor something to do.
 SMALL_ROWS = 4096
 SMALL_TILE = (16, 64, {"num_warps": 4})
+# There, after the scan: all of so many inner channels at once, so that no load waits for another's answer.
+SMALL_INNER = {128: (128, {"num_warps": 4}), 512: (512, {"num_warps": 8})}
+# Columns that a program of `gated_product` makes on small maps: fewer up to the first number of rows.
+SMALL_COLUMNS = {1024: 32, SMALL_ROWS: 64}
 
 
 @triton.jit
@@ -120,14 +124,21 @@ def gated_product_kernel(
     column = tl.program_id(1) * BN
     y += first * d
     z += first * z_stride
-    mean, scale = statistics(y, left, eps, d, BM, BD)
     total = row_tile(x + first * c + column, left, c, c - column, BM, BN)
-    for at in range(0, d, BD):
-        y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
-        normed = y_hat * channel_row(weight + at, d - at, BD) + channel_row(bias + at, d - at, BD)
-        gate = row_tile(z + at, left, z_stride, d - at, BM, BD)
-        gated = (normed * (gate * sigmoid(gate))).to(matrix.dtype.element_ty)
-        total = tl.dot(gated, matrix_tile(matrix, column, at, d, c, d, BD, BN), acc=total)
+    if d <= BD:
+        part = matrix_tile(matrix, column, 0, d, c, d, BD, BN)
+        gate = row_tile(z, left, z_stride, d, BM, BD)
+        y_hat, _ = standardise(row_tile(y, left, d, d, BM, BD), eps, d, BD)
+        gated = (y_hat * channel_row(weight, d, BD) + channel_row(bias, d, BD)) * (gate * sigmoid(gate))
+        total = tl.dot(gated.to(matrix.dtype.element_ty), part, acc=total)
+    else:
+        mean, scale = statistics(y, left, eps, d, BM, BD)
+        for at in range(0, d, BD):
+            y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
+            normed = y_hat * channel_row(weight + at, d - at, BD) + channel_row(bias + at, d - at, BD)
+            gate = row_tile(z + at, left, z_stride, d - at, BM, BD)
+            gated = (normed * (gate * sigmoid(gate))).to(matrix.dtype.element_ty)
+            total = tl.dot(gated, matrix_tile(matrix, column, at, d, c, d, BD, BN), acc=total)
     put_rows(out + first * c + column, total, left, c, c - column, BM, BN)
 
 
@@ -152,12 +163,16 @@ def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Te
     return out
 
 
+def _out_tile(rows: int, c: int) -> tuple[int, int, dict[str, int]]:
+    return (SMALL_TILE[0], *pick(SMALL_INNER, 2 * c)) if rows <= SMALL_ROWS else pick(OUT_TILES, c)
+
+
 def gated_product(x: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
     """x + (LayerNorm(y) * SiLU(z)) . matrix^T; z may be a slice of channels of a contiguous map."""
     c, d = matrix.shape
     rows = x.numel() // c
-    BM, BD, options = SMALL_TILE if rows <= SMALL_ROWS else pick(OUT_TILES, c)
-    BN = min(BD if rows <= SMALL_ROWS else 128, _padded(c))
+    BM, BD, options = _out_tile(rows, c)
+    BN = min(pick(SMALL_COLUMNS, rows) if rows <= SMALL_ROWS else 128, _padded(c))
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         gated_product_kernel[(triton.cdiv(rows, BM), triton.cdiv(c, BN))](
@@ -174,7 +189,7 @@ def gate_product(
     """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
     c, d = out_matrix.shape
     rows = x.numel() // c
-    BM, BD, options = SMALL_TILE if rows <= SMALL_ROWS else pick(OUT_TILES, c)
+    BM, BD, options = _out_tile(rows, c)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         gate_product_kernel[(triton.cdiv(rows, BM),)](

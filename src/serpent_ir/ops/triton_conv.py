@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serpent_ir.ops.triton_block import matrix_tile
-from serpent_ir.ops.triton_norm import pick, processors, sigmoid
+from serpent_ir.ops.triton_norm import pick, processors, sigmoid, sum_shares
 
 # Columns, channels, launch options: of the convolution, and of its weights' gradients.
 CONV_TILE = (16, 64, {"num_warps": 8})
@@ -271,5 +271,5 @@ def conv_silu_backward(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> t
             grad, x, taps, bias, grad_pre, shares, H, W, TH, across, down,
             in_stride=x.stride(2), tap_stride=taps.stride(0), d=d, TW=TW, BD=BD, **options,
         )  # fmt: skip
-    total = shares.sum(0)
+    total = sum_shares(shares)
     return grad_pre, total[:9].t().reshape(d, 1, 3, 3), total[9]

@@ -19,6 +19,8 @@ from torch import Tensor
 # Elements of a tile and warps; in the backward pass also programs for a multiprocessor, each with shares of gradients.
 FORWARD_TILE = (2048, 4)
 BACKWARD_TILE = (2048, 4, 4)
+# Rows and columns that a program of `sum_shares` takes at a time.
+SHARES_TILE = (128, 16)
 
 
 @triton.jit
@@ -147,9 +149,29 @@ def gate_backward_kernel(
     tl.store(shares + d, tl.sum(d_beta, axis=0), mask=k < d)
 
 
+@triton.jit(do_not_specialize=("count",))
+def sum_shares_kernel(shares, out, count, n: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """out (n) = the sum of the rows of shares (count, n)."""
+    rows, columns = tl.arange(0, BM)[:, None], (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, count, BM):
+        at = shares + (first + rows) * n + columns
+        total += tl.load(at, mask=(first + rows < count) & (columns < n), other=0.0)
+    tl.store(out + columns, tl.sum(total, axis=0)[None, :], mask=columns < n)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def sum_shares(shares: Tensor) -> Tensor:
+    """The sum over the first dimension of float32 `shares`, contiguous, always in the same order."""
+    out = shares.new_empty(shares.shape[1:])
+    BM, BN = SHARES_TILE
+    with torch.cuda.device_of(shares):
+        sum_shares_kernel[(triton.cdiv(out.numel(), BN),)](shares, out, len(shares), n=out.numel(), BM=BM, BN=BN)
+    return out
 
 
 def pick(tiles: dict[int, tuple[Any, ...]], channels: int) -> tuple[Any, ...]:
@@ -196,7 +218,7 @@ def layer_norm_backward(
             grad_normed, grad_out, x, weight, bias, grad_x, grad_normed, shares, rows, eps,
             c=c, BC=triton.next_power_of_2(c), **meta,
         )  # fmt: skip
-    d_weight, d_bias = shares.sum(0)
+    d_weight, d_bias = sum_shares(shares)
     return grad_x, grad_normed, d_weight, d_bias
 
 
@@ -225,5 +247,5 @@ def gate_backward(
             grad, y, z, weight, bias, grad, grad_y, grad_z, shares, rows, eps,
             z_stride=z.stride(-2), d=d, BD=triton.next_power_of_2(d), **meta,
         )  # fmt: skip
-    d_weight, d_bias = shares.sum(0)
+    d_weight, d_bias = sum_shares(shares)
     return grad_y, grad, d_weight, d_bias

@@ -126,7 +126,8 @@ def _fill_planes(proj: Tensor, planes: Tensor, p: Plan, first: int) -> None:
 def _combine(h: Tensor, e: Tensor | None, dt_sum: Tensor, prepared: Tensor, first: int, R: int) -> None:
     """End states of chunks (batch, directions, chunks, N, d) become start states, in place."""
     batch, directions, chunks, N, d = h.shape
-    BC, BX = min(128, triton.next_power_of_2(chunks)), 16
+    BC = min(128, triton.next_power_of_2(chunks))
+    BX = max(16, 1024 // BC)
     grid = (triton.cdiv(N * d, BX), batch * directions, 1 if e is None else 2)
     triton_common.combine_kernel[grid](
         h, h if e is None else e, dt_sum, prepared, chunks, first, directions, d=d, N=N, R=R, BC=BC, BX=BX

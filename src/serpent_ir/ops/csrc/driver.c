@@ -5,28 +5,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "scan.h"
+#include "driver.h"
 #include "threads.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-enum { ABI = 4, OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+enum { ABI = 5 };
 
 extern const scan_kernels scan_kernels_generic;
 #if defined(SERPENT_X86_LEVELS)
 extern const scan_kernels scan_kernels_x86_64_v2, scan_kernels_x86_64_v3, scan_kernels_x86_64_v4;
 #endif
 
-/* The level of that number, from the plainest on; NULL past the last that this machine can run. */
-static const scan_kernels *kernels_at(int level) {
+const scan_kernels *kernels_at(int level) {
     const scan_kernels *found[4] = {&scan_kernels_generic};
     int count = 1;
 #if defined(SERPENT_X86_LEVELS)
@@ -76,12 +69,6 @@ typedef struct {
 
 static int64_t map_floats(const scan_problem *p) { return p->batch * scan_length(p) * p->channels; }
 
-/* The memory of a call, `floats` numbers from `from` on, cache line aligned. */
-typedef struct {
-    int64_t floats;
-    float *from;
-} block;
-
 enum { LINE = 64, SPARE_FLOATS = 1 << 23 };
 
 #if defined(__GNUC__)
@@ -96,7 +83,7 @@ static block *swap_spare(block *with) {
 
 /* The memory of one call, up to 32 MB, is left for the next: fresh memory costs a fault every 4 KB, in all a fifth of a
  * small map's backward pass. Of calls side by side one gets it; after a fork each process has its own. */
-static block *borrow(int64_t floats) {
+block *borrow(int64_t floats) {
     block *found = swap_spare(NULL);
     if (found && found->floats >= floats) return found;
     free(found);
@@ -109,7 +96,7 @@ static block *borrow(int64_t floats) {
     return found;
 }
 
-static void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
+void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
 
 /* Whether directions should be tasks of their own: where those of (image, group or pair) alone would leave threads idle
  * for a fifth of the time or more. Sums stay in the same order, so the bits do too. */
@@ -140,11 +127,6 @@ static void merge_task(void *context, int64_t task, int thread) {
     for (int64_t i = task * MERGED; i < end; i++) c->out[i] = ((c->out[i] + one[i]) + two[i]) + three[i];
 }
 
-static int clamp_threads(int threads, int64_t tasks) {
-    if (threads < 1) return 1;
-    return threads > tasks ? (int)tasks : threads;
-}
-
 static scan_problem problem_of(const int64_t sizes[6], const float *const inputs[6]) {
     scan_problem p = {0};
     p.batch = sizes[0], p.height = sizes[1], p.width = sizes[2];
@@ -159,6 +141,13 @@ static void run_merge(call *c, int threads, gomp_parallel *openmp) {
     run_tasks(merge_task, c, tasks, clamp_threads(threads, tasks), openmp);
 }
 
+/* How many floats the states of a call take. */
+EXPORT int64_t serpent_scan_states(const int64_t sizes[6]) {
+    const float *none[6] = {0};
+    scan_problem p = problem_of(sizes, none);
+    return p.batch * DIRECTIONS * scan_groups(&p) * scan_states(&p);
+}
+
 static void forward_task(void *context, int64_t task, int thread) {
     call *c = context;
     scan_task t = find_task(c, task, 0);
@@ -166,13 +155,14 @@ static void forward_task(void *context, int64_t task, int thread) {
 }
 
 /* sizes: batch, height, width, channels, state, rank, all at least 1; inputs: u, proj, dt_weight, dt_bias, A_log, D.
- * openmp: see threads.h. Writes y. */
+ * openmp: see threads.h. Writes y and, unless NULL, states: serpent_scan_states floats. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
-                                const float *const inputs[6], float *y) {
+                                const float *const inputs[6], float *y, float *states) {
     call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL, NULL};
     if (!c.kernels) return NO_LEVEL;
     scan_problem *p = &c.problem;
     p->k_end = DIRECTIONS;
+    p->states = states;
     threads = threads < 1 ? 1 : threads;
     int64_t cells = p->batch * scan_groups(p);
     int split = split_directions(cells, threads);
@@ -247,14 +237,15 @@ static void gather_parameters(void *context, int64_t task, int thread) {
         }
 }
 
-/* As serpent_scan_forward; writes the gradients of the six inputs, in their order. The gradients of proj before their
+/* As serpent_scan_forward, whose states it takes, or NULL to compute them again; writes the gradients of the six inputs, in their order. The gradients of proj before their
  * sum over channels take at most partial_floats floats, or as many as that sum where this is more. */
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
-                                 const float *const inputs[6], const float *grad_y, float *const grads[6],
-                                 int64_t partial_floats) {
+                                 const float *const inputs[6], float *states, const float *grad_y,
+                                 float *const grads[6], int64_t partial_floats) {
     call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, grads[0], NULL, grads};
     scan_problem *p = &c.problem;
     if (!c.kernels) return NO_LEVEL;
+    p->states = states;
     int64_t pairs = scan_pairs(p), chunks = scan_chunks(p);
     int64_t per_pair = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_pair;
     int64_t limit = whole > partial_floats ? whole : partial_floats;
@@ -294,29 +285,5 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
     int64_t tasks = DIRECTIONS * scan_groups(p);
     run_tasks(gather_parameters, &c, tasks, clamp_threads(threads, tasks), openmp);
     give_back(memory);
-    return OK;
-}
-
-typedef struct {
-    gate_problem problem;
-    const scan_kernels *kernels;
-} gate_call;
-
-enum { GATED = 256 }; /* pixels of a task */
-
-static void gate_task(void *context, int64_t task, int thread) {
-    const gate_call *c = context;
-    int64_t begin = task * GATED, left = c->problem.pixels - begin;
-    (void)thread;
-    c->kernels->gate(&c->problem, begin, begin + (left < GATED ? left : GATED));
-}
-
-/* z = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16. */
-EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
-                             const float *y, const float *weight, const float *bias, float eps, float *z) {
-    gate_call c = {{pixels, channels, y, weight, bias, eps, z}, kernels_at(level)};
-    int64_t tasks = (pixels + GATED - 1) / GATED;
-    if (!c.kernels) return NO_LEVEL;
-    run_tasks(gate_task, &c, tasks, clamp_threads(threads, tasks), openmp);
     return OK;
 }

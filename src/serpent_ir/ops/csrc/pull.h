@@ -1,6 +1,7 @@
 /* The backward pass of a task: PULLED channel groups of one image.
  *
- * There: the recurrence, for the states at the starts of chunks; of the last chunks, the decays too. Back, chunk by
+ * There, unless the forward pass kept them: the recurrence, for the states at the starts of chunks; of the last chunks,
+ * the decays too. Back, chunk by
  * chunk from the last: the states inside the chunk again, then all gradients. */
 #ifndef SERPENT_PULL_H
 #define SERPENT_PULL_H
@@ -226,8 +227,12 @@ static void backward(const scan_problem *p, const scan_task *task, float *scratc
             memset(ws.group[i].h, 0, states * sizeof(float));
             memset(ws.group[i].grad_h, 0, states * sizeof(float));
         }
-        begin_walk(&ws, p, image, group, k, 0, 0, 0);
-        go_there(&ws, p);
+        if (p->states) {
+            for (int64_t i = 0; i < ws.groups; i++) ws.group[i].starts = kept_states(p, image, k, group + i);
+        } else {
+            begin_walk(&ws, p, image, group, k, 0, 0, 0);
+            go_there(&ws, p);
+        }
         begin_walk(&ws, p, image, group, k, chunks - 1, p->grad_y, task->out);
         for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
             load_chunk(&ws, p, chunk - 1);

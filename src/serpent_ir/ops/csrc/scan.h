@@ -22,6 +22,9 @@ enum {
 typedef struct {
     int64_t batch, height, width, channels, state, rank;
     const float *u, *proj, *dt_weight, *dt_bias, *A_log, *D;
+    /* h before each chunk, (batch, direction, group, chunk, state, GROUP): written by the forward pass and read by the
+     * backward pass instead of walking there again; NULL where nobody keeps them. */
+    float *states;
     const float *grad_y; /* this and what follows: the backward pass's */
     float *dproj;
     double *dparams; /* (batch, direction, group, rank + 2 + state, GROUP): rows of dt_weight, dt_bias, D, A_log */
@@ -36,6 +39,7 @@ static inline int64_t scan_chunks(const scan_problem *p) { return (scan_length(p
 static inline int64_t scan_groups(const scan_problem *p) { return (p->channels + GROUP - 1) / GROUP; }
 static inline int64_t scan_pairs(const scan_problem *p) { return (scan_groups(p) + PULLED - 1) / PULLED; }
 static inline int64_t scan_row(const scan_problem *p) { return p->rank + 2 * p->state; }
+static inline int64_t scan_states(const scan_problem *p) { return scan_chunks(p) * p->state * GROUP; } /* of a group */
 static inline int64_t scan_params(const scan_problem *p) { return p->rank + 2 + p->state; }
 
 /* Where `count` steps of direction k from step `first` on fall: pixel numbers row * width + column.
@@ -69,13 +73,25 @@ typedef struct {
     int add;
 } scan_task;
 
-/* LayerNorm(y) SiLU(z) over z; maps are (pixels, channels), channels a multiple of GROUP. */
+/* LayerNorm(y) SiLU(z), which may lie over z; maps are (pixels, channels), channels a multiple of GROUP. */
 typedef struct {
     int64_t pixels, channels;
-    const float *y, *weight, *bias;
+    const float *y, *weight, *bias, *z;
     float eps;
-    float *z;
+    float *out;
+    const float *grad; /* this and what follows: the backward pass's, which writes gradients of y and z */
+    float *grad_y, *grad_z;
 } gate_problem;
+
+/* A depthwise 3x3 convolution: from (images, height, width, channels) to (images, rows, width, channels), channels a
+ * multiple of GROUP, with `padding` rows of zeros above and below and a column of them at each side. */
+typedef struct {
+    int64_t images, height, width, channels, padding, rows;
+    const float *from, *taps; /* taps: (9 and the bias, channels) */
+    const float *grad;        /* backward: of the result */
+    float *out;
+    int silu;
+} conv_problem;
 
 /* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
@@ -84,6 +100,9 @@ typedef struct {
     void (*forward)(const scan_problem *p, const scan_task *task, float *scratch);
     void (*backward)(const scan_problem *p, const scan_task *task, float *scratch);
     void (*gate)(const gate_problem *p, int64_t begin, int64_t end);
+    void (*pull_gate)(const gate_problem *p, int64_t begin, int64_t end, float *sums);
+    void (*conv)(const conv_problem *p, int64_t number);
+    void (*pull_conv)(const conv_problem *p, int64_t number, float *sums);
 } scan_kernels;
 
 #endif

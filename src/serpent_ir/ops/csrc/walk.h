@@ -59,6 +59,7 @@ static inline int64_t kept_floats(const scan_problem *p) { return CHUNK * GROUP 
 /* How many chunks' decays are kept from the way there for the way back: the last ones, which it meets first, as many
  * as a second level cache has room for. */
 static int64_t kept_chunks(const scan_problem *p) {
+    if (p->states) return 0;
     int64_t most = KEPT_FLOATS / (PULLED * kept_floats(p)), chunks = scan_chunks(p) - 1;
     return most < chunks ? most : chunks;
 }
@@ -85,7 +86,7 @@ static int64_t lay_out(workspace *ws, const scan_problem *p, int groups, int bac
         g->grad_dtu = take(base, &used, SUMS * chunk);
         g->grad_h = take(base, &used, states);
         g->sums = take(base, &used, scan_params(p) * GROUP);
-        g->starts = take(base, &used, scan_chunks(p) * states);
+        if (!p->states) g->starts = take(base, &used, scan_states(p));
     }
     if (backward) {
         ws->decay = take(base, &used, PULLED_STATES * chunk);
@@ -100,6 +101,11 @@ static int64_t lay_out(workspace *ws, const scan_problem *p, int groups, int bac
 static int64_t scratch_floats(const scan_problem *p, int backward) {
     workspace ws;
     return lay_out(&ws, p, backward ? PULLED : 1, backward, 0);
+}
+
+/* Where the states before each chunk of a group's walk are kept from the forward pass for the backward pass. */
+ALWAYS_INLINE float *kept_states(const scan_problem *p, int64_t image, int64_t k, int64_t group) {
+    return p->states + ((image * DIRECTIONS + k) * scan_groups(p) + group) * scan_states(p);
 }
 
 /* Puts the pixels of a chunk into ws->next; none, where the walk ends. */

@@ -1,56 +1,77 @@
 // From what chunks do to the state (end state from zero, sum of dt) to the state that each of them starts with, in place.
+// Many chunks are taken in segments: `fold`, `combine` of the segments, `combine` of the chunks of each.
 
 #include "common.cuh"
 
 struct CombineArgs {
     float *h, *e;  // (batch, 4, chunks, N, D): of the state, and (or null) of its adjoint, which walks the other way
     const float *dt_sum, *A_log;  // (batch, 4, chunks, D), (4, D, N)
+    // The same for segments, runs of `segment` chunks: what `fold` finds that they do, then what they start with.
+    float *segment_h, *segment_e, *segment_dt;
     int chunks, first, pairs;
-    int columns, parts;  // a block does so many numbers of the state; parts of a walk are first combined by themselves
+    int columns, parts;  // a block does so many numbers of the state; parts of a segment are first combined by themselves
+    int segment, segments;
 };
 
 constexpr int PARTS = 32;
 
-extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) combine(const CombineArgs a) {
+// FOLD: what a segment does to the state. Otherwise the states that its chunks start with, in place.
+template <bool FOLD>
+__device__ __forceinline__ void combine_segment(const CombineArgs& a) {
     __shared__ float ends[1024], sums[1024];
+    const int blocks = (N * D + a.columns - 1) / a.columns, segment = blockIdx.x / blocks;
     const int part = threadIdx.x / a.columns, column = threadIdx.x % a.columns;
-    const int x = blockIdx.x * a.columns + column, n = x / D, ch = x % D;
+    const int x = blockIdx.x % blocks * a.columns + column, n = x / D, ch = x % D;
     const int direction = blockIdx.y % (2 * a.pairs), k = a.first + direction % a.pairs + direction / a.pairs * 2;
-    const size_t image = blockIdx.y / (2 * a.pairs), walk = (image * 4 + k) * a.chunks;
+    const size_t image = blockIdx.y / (2 * a.pairs), walk = image * 4 + k;
     const bool adjoint = blockIdx.z, known = n < N;
-    float* states = (adjoint ? a.e : a.h) + walk * N * D + x;
-    const float* dt_sum = a.dt_sum + walk * D + ch;
-    const float A = known ? -LOG2E * ex2(LOG2E * a.A_log[(size_t)(k * D + ch) * N + n]) : 0.f;
     // Chunks in the order in which the state, or its adjoint, goes through them.
     const bool down = (k >= 2) != adjoint;
-    const int size = (a.chunks + a.parts - 1) / a.parts;
-    const int begin = part * size, end = min(begin + size, a.chunks);
+    const int low = segment * a.segment, high = min(low + a.segment, a.chunks);
+    // The end of the last segment, as that of the last chunk, goes nowhere and may be unwritten.
+    if (FOLD && segment == (down ? 0 : a.segments - 1)) return;
+    float* states = (adjoint ? a.e : a.h) + walk * a.chunks * N * D + x;
+    const float* dt_sum = a.dt_sum + walk * a.chunks * D + ch;
+    float* whole = (adjoint ? a.segment_e : a.segment_h) + (walk * a.segments + segment) * N * D + x;
+    const float A = known ? -LOG2E * ex2(LOG2E * a.A_log[(size_t)(k * D + ch) * N + n]) : 0.f;
+    const int size = (high - low + a.parts - 1) / a.parts;
+    const int from = min(part * size, high - low), to = min(from + size, high - low);
+    const int last = !FOLD && (down ? low == 0 : high == a.chunks) ? high - low - 1 : a.chunks;
     float state = 0.f, sum = 0.f;
-    if (known && a.parts > 1) {
+    if (known && (FOLD || a.parts > 1)) {
 #pragma unroll 8
-        for (int i = begin; i < end; i++) {
-            const size_t c = down ? a.chunks - 1 - i : i;
-            const bool last = i == a.chunks - 1;  // its end goes nowhere and may be unwritten
-            const float dt = last ? 0.f : dt_sum[c * D];
-            state = fmaf(ex2(A * dt), state, last ? 0.f : states[c * N * D]);
+        for (int i = from; i < to; i++) {
+            const size_t c = down ? high - 1 - i : low + i;
+            const float dt = i == last ? 0.f : dt_sum[c * D];
+            state = fmaf(ex2(A * dt), state, i == last ? 0.f : states[c * N * D]);
             sum += dt;
         }
     }
     ends[threadIdx.x] = state;
     sums[threadIdx.x] = sum;
     __syncthreads();
-    if (!known) return;
-    state = 0.f;
-    for (int i = column; i < part * a.columns; i += a.columns) state = fmaf(ex2(A * sums[i]), state, ends[i]);
+    if (!known || (FOLD && part != a.parts - 1)) return;
+    float before = !FOLD && a.segments > 1 ? *whole : 0.f, until = 0.f;
+    for (int i = column; i < part * a.columns; i += a.columns) {
+        before = fmaf(ex2(A * sums[i]), before, ends[i]);
+        until += sums[i];
+    }
+    if (FOLD) {
+        *whole = fmaf(ex2(A * sum), before, state);
+        if (n == 0) a.segment_dt[(walk * a.segments + segment) * D + ch] = until + sum;
+        return;
+    }
 #pragma unroll 8
-    for (int i = begin; i < end; i++) {
-        const size_t c = down ? a.chunks - 1 - i : i;
-        const bool last = i == a.chunks - 1;
-        const float from_zero = last ? 0.f : states[c * N * D], dt = last ? 0.f : dt_sum[c * D];
-        states[c * N * D] = state;
-        state = fmaf(ex2(A * dt), state, from_zero);
+    for (int i = from; i < to; i++) {
+        const size_t c = down ? high - 1 - i : low + i;
+        const float from_zero = i == last ? 0.f : states[c * N * D], dt = i == last ? 0.f : dt_sum[c * D];
+        states[c * N * D] = before;
+        before = fmaf(ex2(A * dt), before, from_zero);
     }
 }
+
+extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) fold(const CombineArgs a) { combine_segment<true>(a); }
+extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) combine(const CombineArgs a) { combine_segment<false>(a); }
 
 struct SumArgs {
     const float* parts;  // (count, n)

@@ -12,9 +12,28 @@ struct Args {
     int H, W, length, chunks;
     int first, pairs;  // this launch does the pairs first .. first + pairs - 1: 0 by rows, 1 by columns
     int add, last;  // `total` holds the pair before; the sums go to y
+    int combined;  // `state` is what chunks start with, no longer what they end with from zero
 };
 
 static_assert(T >= M, "a lane writes whole steps");
+
+// The state that a chunk starts with, from what the `count` chunks before it end with; `back`: from a slot to the one
+// before in the walk.
+__device__ __forceinline__ void combine_before(
+    const Args& a, const Channels& my, int count, size_t slot, int back, float (&h)[Q][P]
+) {
+#pragma unroll 2
+    for (int i = count; i > 0; i--) {
+        const size_t at = slot + (long long)i * back;
+        float end[Q][P];
+        load_states(a.state + at * N * D, my.m, my.ch, end);
+        const float2 sum = load_pair_f(a.dt_sum + at * D + my.ch, my.ch);
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+            for (int p = 0; p < P; p++) h[q][p] = fmaf(ex2(my.A[q][p] * (q ? sum.y : sum.x)), h[q][p], end[q][p]);
+    }
+}
 
 // OUTPUT false: the state at the end of a chunk, had it been zero before, and the sum of dt. OUTPUT true: y.
 template <bool OUTPUT>
@@ -34,7 +53,8 @@ __device__ __forceinline__ void scan(const Args& a) {
     const size_t slot = (image * 4 + k) * a.chunks + chunk;
     float h[Q][P] = {}, sum[Q] = {}, skip[Q] = {};
     if (OUTPUT) {
-        if (a.chunks > 1) load_states(a.state + slot * N * D, my.m, my.ch, h);
+        if (a.combined) load_states(a.state + slot * N * D, my.m, my.ch, h);
+        else if (a.chunks > 1) combine_before(a, my, warp ? a.chunks - 1 - chunk : chunk, slot, warp ? 1 : -1, h);
         if (my.m == 0) {
             float2 x = load_pair_f(a.D_skip + k * D + my.ch, my.ch);
             skip[0] = x.x, skip[1] = x.y;

@@ -1,0 +1,91 @@
+"""Training a VSS block on the CPU: one autograd function around the C library's kernels.
+
+Numbers are those of `VSSBlock.forward` up to rounding. Beside what autograd would keep, the scan's states before each
+chunk are kept (they spare the way back a walk); convolution and gate are computed again together with their gradients.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from serpent_ir.models import as_built
+from serpent_ir.models.products import product, product_backward, product_onto
+from serpent_ir.ops import cpu
+
+if TYPE_CHECKING:
+    from serpent_ir.models.serpent import VSSBlock
+
+DEVICES = {"cpu"}
+
+
+def serves(block: "VSSBlock", x: Tensor) -> bool:
+    """Whether `vss_block` takes a block and its input."""
+    return (
+        torch.is_grad_enabled()
+        and as_built.runs_eagerly(x, DEVICES)
+        and not torch.is_autocast_enabled("cpu")
+        and x.shape[-1] % 8 == 0
+        and not cpu.unavailable()
+        and {x.dtype} == {p.dtype for p in block.parameters()} == {torch.float32}
+        and as_built.check(block)
+    )
+
+
+def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
+    """block(x) for x (B, H, W, c), which `serves` has passed; differentiable once."""
+    s = block.ss2d
+    return _Block.apply(
+        x.contiguous(), block.norm.eps, s.norm.eps,
+        block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, s.conv.bias, s.x_proj.weight,
+        s.dt_weight, s.dt_bias, s.A_log, s.D, s.norm.weight, s.norm.bias, s.out_proj.weight,
+    )  # fmt: skip
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, y_eps: float, *parameters: Tensor) -> Tensor:
+        weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
+        normed, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        # u and z apart: halves of one map would be copied wherever a contiguous one is wanted.
+        before_conv, z = (product(normed, half) for half in in_proj.chunk(2))
+        u = cpu.conv_silu(before_conv, conv, conv_bias, padding=1)
+        proj = product(u, x_proj).unflatten(-1, (4, -1))
+        y, states = cpu.forward_keeping(u, proj, *(p.contiguous() for p in scan))
+        gated = cpu.gate(y, y_weight, y_bias, y_eps, z)
+        out = torch.empty_like(x)
+        product_onto(x, gated, out_proj, out)
+        ctx.y_eps = y_eps
+        ctx.save_for_backward(x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters = ctx.saved_tensors
+        weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
+        grad = grad.contiguous()
+        d_gated = product_backward(grad, out_proj)
+        dy, dz, d_y_weight, d_y_bias, gated = cpu.gate_backward(d_gated, y, y_weight, y_bias, ctx.y_eps, z)
+        d_out_proj = torch.mm(_rows(grad).t(), _rows(gated))
+        du, d_proj, *d_scan = cpu.backward(dy, u, proj, *(p.contiguous() for p in scan), states=states)
+        d_proj = d_proj.flatten(0, 2).flatten(1)
+        d_x_proj = torch.mm(d_proj.t(), _rows(u))
+        du = _rows(du).addmm_(d_proj, x_proj).view_as(u)
+        d_before, d_conv, d_conv_bias = cpu.conv_silu_backward(du, before_conv, conv, conv_bias)
+        weight_u, weight_z = in_proj.chunk(2)
+        d_normed = torch.mm(_rows(d_before), weight_u).addmm_(_rows(dz), weight_z).view_as(x)
+        d_in_proj = torch.empty_like(in_proj)
+        for half, to in zip((d_before, dz), d_in_proj.chunk(2), strict=True):
+            torch.mm(_rows(half).t(), _rows(normed), out=to)
+        dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            d_normed, x, weight.shape, mean, scale, weight, bias, [True, True, True]
+        )
+        return (
+            dx.add_(grad), None, None, d_weight, d_bias, d_in_proj, d_conv, d_conv_bias, d_x_proj, *d_scan,
+            d_y_weight, d_y_bias, d_out_proj,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)

@@ -1,0 +1,35 @@
+/* What the interface's two units, driver.c and parts.c, share. */
+#ifndef SERPENT_DRIVER_H
+#define SERPENT_DRIVER_H
+
+#include <stddef.h>
+
+#include "scan.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+
+/* The level of that number, from the plainest on; NULL past the last that this machine can run. */
+const scan_kernels *kernels_at(int level);
+
+/* The memory of a call, `floats` numbers from `from` on, cache line aligned. */
+typedef struct {
+    int64_t floats;
+    float *from;
+} block;
+
+/* NULL where there is not so much. */
+block *borrow(int64_t floats);
+void give_back(block *memory);
+
+static inline int clamp_threads(int threads, int64_t tasks) {
+    if (threads < 1) return 1;
+    return threads > tasks ? (int)tasks : threads;
+}
+
+#endif

@@ -1,0 +1,87 @@
+"""Training on the CPU takes a block through one autograd function; the numbers are those of its definition."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from serpent_ir.models import taped
+from serpent_ir.models.serpent import VSSBlock
+from serpent_ir.ops import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "built")
+
+
+def make_block(channels: int) -> VSSBlock:
+    torch.manual_seed(0)
+    block = VSSBlock(channels)
+    with torch.no_grad():
+        for p in block.parameters():  # biases and norms that do something
+            p += 0.1 * torch.randn_like(p)
+    return block
+
+
+def run(block: VSSBlock, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The block's result, and the gradients of its input and parameters."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], grad)]
+
+
+def case(block: VSSBlock, *shape: int) -> tuple[Tensor, Tensor]:
+    channels = len(block.norm.weight)
+    return torch.randn(*shape, channels), torch.randn(*shape, channels)
+
+
+def errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((a.double() - b).norm()) for a, b in zip(values, exact, strict=True)]
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(8, (1, 1, 1)), (16, (2, 5, 9)), (32, (1, 13, 7)), (64, (1, 4, 6))])
+def test_numbers_are_those_of_the_definition(channels, shape, monkeypatch):
+    block = make_block(channels)
+    x, grad = case(block, *shape)
+    assert taped.serves(block, x)
+    values = run(block, x, grad)
+    exact = run(copy.deepcopy(block).double(), x.double(), grad.double())
+    monkeypatch.setattr(taped, "serves", lambda *_: False)
+    plain = run(block, x, grad)
+    for value, allowed, expected in zip(errors(values, exact), errors(plain, exact), exact, strict=True):
+        assert value <= 2 * allowed + 1e-6 * float(expected.norm())
+
+
+def test_threads_change_no_more_than_the_order_of_products():
+    block, threads = make_block(32), torch.get_num_threads()
+    x, grad = case(block, 2, 11, 7)
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(block, x, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # products may be cut otherwise
+
+
+def test_what_is_not_as_built_takes_the_definition():
+    block = make_block(16)
+    x, _ = case(block, 1, 4, 4)
+    assert taped.serves(block, x)
+    with torch.no_grad():
+        assert not taped.serves(block, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not taped.serves(block, x)
+    assert not taped.serves(block.double(), x.double())
+    block.float()
+    seen = []
+    handle = block.ss2d.conv.register_forward_hook(lambda *_: seen.append(1))
+    block(x)
+    assert seen
+    handle.remove()
+    assert taped.serves(block, x)
+    block.ss2d.conv.weight.requires_grad_(False)
+    block(x).sum().backward()
+    assert block.ss2d.conv.weight.grad is None and block.ss2d.in_proj.weight.grad is not None
