@@ -132,6 +132,7 @@ def _train(
     """The rows of the run's log; with `optional` none for a run that failed, as at too high a learning rate."""
     recipe = {
         "model": job.model, "task": job.task, "train": job.train, "val": str(val), "out": str(out), "lr": lr,
+        "keep": 1,
         "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed, "device": job.device,
         "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
     }  # fmt: skip

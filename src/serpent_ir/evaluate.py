@@ -1,19 +1,21 @@
 """PSNR, SSIM and LPIPS of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
+
+FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
 
 def evaluate(
@@ -30,7 +32,8 @@ def evaluate(
     """Degrade every image of a folder, restore it, and compare with the clean one.
 
     Args:
-        data: folder of clean images; each is used whole (cropped to a multiple of the task's scale).
+        data: clean images, a folder or what else `list_images` takes; each is used whole (cropped to a multiple of the
+            task's scale).
         task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
         model: network or weights, as `serpent_l.deblur`.
         weights: file as `load_model` takes it, instead of the weights that ship as `model`.
@@ -57,14 +60,14 @@ def evaluate(
     target = pick_device(device)
     lpips = Lpips(lpips_weights, target) if lpips_weights else None
     network = network.to(target)
-    files = find_images(data)
+    files = list_images(data)
     result = evaluate_network(network, files, degradation.name, seed=seed, lpips=lpips, progress=progress)
     return {"model": model, "task": task, **result, "data": str(data)}
 
 
 def evaluate_network(
     network: nn.Module,
-    files: list[Path],
+    files: Sequence[Path | PackedImage],
     task: str,
     *,
     seed: int = 0,
@@ -77,24 +80,35 @@ def evaluate_network(
     images = []
     for index, file in enumerate(files):
         clean = read_clean(file, degradation).to(device)
-        degraded = degradation(clean, generator=evaluation_generator(seed, index))
-        given = degradation.network_input(degraded)
-        restored = degradation.combine(run_network(network, given), given)
-        given = given[:, :3]
-        row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
-        row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
+        row, given, restored = evaluate_image(network, clean, degradation, seed=seed, index=index)
         if lpips is not None:
-            row |= {"lpips": lpips(restored, clean), "input_lpips": lpips(given, clean)}
-        images.append({"file": str(file), **{key: value.item() for key, value in row.items()}})
+            row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+        images.append({"file": str(file), **row})
         if progress:
             progress(index + 1, len(files))
-    means = {key: _mean([row[key] for row in images]) for key in images[0] if key != "file"}
+    means = {key: mean_figure([row[key] for row in images]) for key in images[0] if key != "file"}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     net = {} if lpips is None else {"lpips_net": lpips.name}
     return {"n": len(images), "seed": seed, **means, **net, "device": name, "images": images}
 
 
-def _mean(figures: list[float]) -> float:
+def evaluate_image(
+    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
+
+    `clean` (1, 3, H, W) lies on the network's device.
+    """
+    degraded = degradation(clean, generator=evaluation_generator(seed, index))
+    given = degradation.network_input(degraded)
+    restored = degradation.combine(run_network(network, given), given)
+    image = given[:, :3]
+    row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
+    row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
+    return {key: value.item() for key, value in row.items()}, given, restored
+
+
+def mean_figure(figures: list[float]) -> float:
     """The mean; identical images, whose PSNR is infinite, are left out of it unless there are no others.
 
     `photo` leaves some images untouched, and one of them would make the mean of all infinite.
@@ -103,7 +117,7 @@ def _mean(figures: list[float]) -> float:
     return sum(counted) / len(counted)
 
 
-def read_clean(file: Path, degradation: Degradation) -> Tensor:
+def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:
     """A clean image (1, 3, H, W) float32 in [0, 1], cropped for the degradation.
 
     Raises ImageError, as `read_image` does, and where it is too small to be degraded or compared.
