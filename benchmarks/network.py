@@ -1,7 +1,7 @@
 """Milliseconds and memory of whole networks on a GPU, inference and training, beside the best public software.
 
     python benchmarks/network.py [--networks serpent_h] [--sizes 256 2048] --out benchmarks/results/network.h100.json
-    python benchmarks/network.py --render      # benchmarks/RESULTS.md from benchmarks/results/network.*.json
+    python benchmarks/tables.py                # benchmarks/RESULTS.md from the JSON files
 
 Inference: bfloat16 autocast, batch 1, a plain call `model(x)` and the same replayed from a CUDA graph. Training:
 forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it and without.
@@ -25,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serpent_ir.models import create_model
+from serpent_ir.models import as_built, create_model
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.train import GraphedStep, own_stream
 
 NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
 SIZES = [256, 512, 1024, 2048]
 STEPS = [(1, 256), (1, 512), (1, 1024), (16, 128)]  # batch, side
-RESULTS = Path(__file__).parent / "RESULTS.md"
 
 SOURCE = "issue 3"  # of the figures below: one H100, the best public software, measured before this project began
 PUBLIC_GRAPH = {
@@ -96,6 +95,26 @@ def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def count_kernels(call: Callable[[], Any]) -> int:
+    """Kernels and copies that a call runs on the GPU."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum("cuda" in str(event.device_type).lower() for event in profile.events() or ())
+
+
+def kernels(name: str) -> dict[str, Any]:
+    """Kernels of a pass at 256x256, as it runs and by the plain definition around the same scan."""
+    model, x = create_model(name).cuda(), torch.rand(1, 3, 256, 256, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        ours = count_kernels(lambda: model(x))
+        devices, as_built.DEVICES = as_built.DEVICES, set()
+        plain = count_kernels(lambda: model(x))
+        as_built.DEVICES = devices
+    return {"name": name, "ours": ours, "plain": plain}
 
 
 def infer(name: str, side: int) -> dict[str, float]:
@@ -187,6 +206,7 @@ def measure(networks: Iterable[str], sizes: Iterable[int], budget: float) -> dic
                 training.append({"name": name, "batch": batch, "size": side})
                 training[-1] |= attempt(step, name, batch, side, until=until)
                 print(json.dumps(training[-1]), flush=True)
+    counts = [kernels(name) for name in networks if name.startswith("serpent")]
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -199,65 +219,8 @@ def measure(networks: Iterable[str], sizes: Iterable[int], budget: float) -> dic
         "public_source": SOURCE,
         "inference": inference,
         "training": training,
+        "kernels": counts,
     }
-
-
-def render(records: Iterable[dict[str, Any]]) -> str:
-    """RESULTS.md."""
-    lines = [
-        "# Whole networks on a GPU",
-        "",
-        "Written by `python benchmarks/network.py --render` from `benchmarks/results/network.*.json`; do not edit.",
-        "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
-        f"on an H100, measured before this project began ({SOURCE}), not in the same run; *x* is how many times faster",
-        "(or smaller) ours is. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
-        "what an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares",
-        "(2.99 TB/s), as `floors` in `benchmarks/network.py` counts them.",
-    ]
-    for record in records:
-        lines += [
-            "",
-            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}",
-            "",
-            *((record["note"], "") if "note" in record else ()),
-            "Inference, batch 1:",
-            "",
-            "| network, size | graph | public | x | call | call / graph | GB | exponentials | bytes |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in record["inference"]:
-            public = PUBLIC_GRAPH.get((row["name"], row["size"]))
-            floor = row.get("floors") or {}
-            cells = [f"{row['name']} {row['size']}", _told(row, "graph_ms"), _number(public)]
-            cells += [_ratio(public, row["graph_ms"]), _number(row["call_ms"]), _ratio(row["call_ms"], row["graph_ms"])]
-            cells += [_number(row["gb"]), _number(floor.get("exponentials_ms")), _number(floor.get("bytes_ms"))]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += [
-            "",
-            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called:",
-            "",
-            "| network, batch x size | graph | public | x | call | GB | public | x |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in record["training"]:
-            ms, gb = PUBLIC_STEP.get((row["name"], row["batch"], row["size"]), (None, None))
-            cells = [f"{row['name']} {row['batch']} x {row['size']}", _told(row, "graph_ms"), _number(ms)]
-            cells += [_ratio(ms, row["graph_ms"]), _number(row["call_ms"])]
-            cells += [_number(row["gb"]), _number(gb), _ratio(gb, row["gb"])]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:#.3g}".rstrip(".")
-
-
-def _told(row: dict[str, Any], key: str) -> str:
-    return row.get("error") or _number(row[key])
-
-
-def _ratio(a: float | None, b: float | None) -> str:
-    return f"{a / b:.2f}" if a and b else ""
 
 
 def main() -> None:
@@ -265,20 +228,12 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="sides of the images of inference")
     parser.add_argument("--budget", type=float, default=150, help="seconds after which nothing new is begun")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--render", action="store_true", help="write RESULTS.md from the JSON files instead")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    if args.render:
-        files = sorted((RESULTS.parent / "results").glob("network.*.json"))
-        RESULTS.write_text(render(json.loads(file.read_text()) for file in files))
-        return
-    if args.out is None:
-        parser.error("--out or --render is needed")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/network.py times GPU kernels: no CUDA device here")
     record = measure(args.networks, args.sizes, args.budget)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(render([record]))
 
 
 if __name__ == "__main__":

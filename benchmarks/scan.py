@@ -33,7 +33,13 @@ PUBLIC_FORWARD = {
     (1, 2048): [28.6, 12.8, 9.22, 7.90],
     (16, 128): [1.74, 0.957, 0.611, 0.420],
 }
-PUBLIC_BACKWARD = {(1, 256): [0.758, 0.700, 0.590, 0.621]}
+PROTOTYPE_FORWARD = {
+    (1, 256): [0.104, 0.087, 0.092, 0.093],
+    (1, 512): [0.392, 0.291, 0.295, 0.295],
+    (1, 2048): [5.95, 4.15, 3.96, 4.05],
+    (16, 128): [0.389, 0.292, 0.288, 0.160],
+}
+PUBLIC_BACKWARD = {(1, 256): [0.758, 0.700, 0.590, 0.621], (1, 1024): [9.57]}
 
 
 def make_inputs(batch: int, side: int, level: int, dtype: torch.dtype) -> list[Tensor]:
@@ -115,7 +121,7 @@ def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype,
         row[f"{name}_graph_ms"] = None if backend == "torch" else time_graph(call, repeats)
     for way, figures in (("forward", PUBLIC_FORWARD), ("backward", PUBLIC_BACKWARD)):
         if (batch, side) in figures:
-            row[f"public_{way}_ms"] = figures[batch, side][level]
+            row[f"public_{way}_ms"] = dict(enumerate(figures[batch, side])).get(level)
     return row
 
 
@@ -138,7 +144,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "torch"])
-    parser.add_argument("--maps", nargs="*", type=int, default=[256, 512], help="sides of first-level maps, batch 1")
+    parser.add_argument(
+        "--maps", nargs="*", type=int, default=[256, 512, 1024, 2048], help="sides of first-level maps, batch 1"
+    )
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="also training batches")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=30)

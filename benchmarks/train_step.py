@@ -63,7 +63,7 @@ def main() -> None:
             trainer = train.Trainer(recipe)
             for stage in STAGES:
                 step = partial(trainer._train_step, stage, 0)
-                cut = partial(trainer.cache.batch, 0, stage.batch, stage.crop, seed=0, step=0)
+                cut = partial(trainer.cache.batch, range(stage.batch), stage.crop, seed=0)
                 median_ms(step, 0, 5)  # compiles, and captures
                 torch.cuda.reset_peak_memory_stats()
                 row = {"model": args.model, "crop": stage.crop, "batch": stage.batch, "graph": graph}

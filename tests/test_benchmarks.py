@@ -1,6 +1,6 @@
-"""What benchmarks/network.py derives and writes; what it measures needs a GPU."""
+"""What benchmarks/network.py derives and benchmarks/tables.py writes; what they measure needs a GPU."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +12,13 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def network() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("network", FOLDER / "network.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("network")
+
+
+def load(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module(name)
 
 
 def test_floors_of_the_issue(network: ModuleType) -> None:
@@ -29,18 +31,30 @@ def test_floors_of_the_issue(network: ModuleType) -> None:
     assert network.floors("unet_32", 1, 256) == {}
 
 
-def test_results_are_written_from_the_files(network: ModuleType) -> None:
+def test_results_are_written_from_the_files(tmp_path: Path) -> None:
+    tables = load("tables")
     nothing = {"graph_ms": None, "call_ms": None, "gb": None, "error": "out of memory"}
     figures = {"graph_ms": 100.0, "call_ms": 110.0, "gb": 5.0}
-    record = {
-        "device": "some GPU", "torch": "2", "triton": None,
+    gpu = {"device": "some GPU", "torch": "2", "triton": None}
+    network = gpu | {
         "inference": [{"name": "serpent_h", "size": 2048, **figures}, {"name": "unet_32", "size": 2048, **nothing}],
         "training": [{"name": "serpent_b", "batch": 16, "size": 128, **figures}],
-    }  # fmt: skip
-    text = network.render([record])
+        "kernels": [{"name": "serpent_b", "ours": 120, "plain": 480}],
+    }
+    row = {
+        "name": "cuda",
+        "shape": [1, 64, 64, 256],
+        "d_state": 22,
+        "forward_graph_ms": 0.071,
+        "public_forward_ms": 0.142,
+    }
+    row |= {"backward_graph_ms": None, "backward_events_ms": 0.213, "public_backward_ms": 0.59}
+    (tmp_path / "network.some.json").write_text(json.dumps(network))
+    (tmp_path / "scan.some.json").write_text(json.dumps(gpu | {"dtype": "bfloat16", "rows": [row]}))
+    text = tables.render(tmp_path)
     assert "| serpent_h 2048 | 100 | 463 | 4.63 | 110 | 1.10 | 5.00 |" in text
     assert "| unet_32 2048 | out of memory | 58.1 |" in text
     assert "| serpent_b 16 x 128 | 100 | 52.0 | 0.52 | 110 | 5.00 | 1.28 | 0.26 |" in text
-    files = sorted((FOLDER / "results").glob("network.*.json"))
-    if files:
-        assert network.RESULTS.read_text() == network.render(json.loads(file.read_text()) for file in files)
+    assert "serpent_b 120 (480)" in text
+    assert "256, 22 | 0.0710 | 0.142 | 2.00 | 0.0920 | 0.0231 | 0.213 | 0.590 | 2.77 | 3.00 |" in text
+    assert tables.render() == tables.RESULTS.read_text()

@@ -1,4 +1,4 @@
-"""Data, training and evaluation on a few images that code draws."""
+"""Training and evaluation on a few images that code draws."""
 
 import json
 import math
@@ -10,14 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from serpent_ir import create_model
-from serpent_ir.data import ImageCache, find_images, random_crops, read_rgb8
-from serpent_ir.degradations import LinearDegradation, create_degradation, evaluation_generator
+from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, own_stream, train
-
-CPU = torch.device("cpu")
 
 
 def draw_image(width: int, height: int, seed: int) -> Image.Image:
@@ -56,48 +54,6 @@ def recipe_file(folders, out="run", **changes):
     file = folders / f"{out}.yaml"
     file.write_text(yaml.safe_dump({**recipe, **changes}))
     return file
-
-
-@pytest.mark.parametrize("task", ["deblur", "sr8", "inpaint", "photo"])
-def test_batches_are_crops_of_whole_degraded_images(folders, task):
-    degradation = create_degradation(task)
-    cache = ImageCache([folders / "train"], degradation, CPU)
-    assert all(images.dtype == torch.uint8 for images in cache.images.values())
-    degraded, clean = cache.batch(3, 7, 24, seed=1, step=5)
-    assert degraded.shape == (7, degradation.channels, 24, 24)
-    assert clean.shape == (7, 3, 24, 24)
-    again = cache.batch(3, 7, 24, seed=1, step=5)
-    assert torch.equal(degraded, again[0])
-    assert torch.equal(clean, again[1])
-    assert not torch.equal(degraded, cache.batch(3, 7, 24, seed=1, step=6)[0])
-    # Each clean crop is somewhere in one of the images, in one of eight orientations.
-    windows = set()
-    for file in cache.files:
-        image = degradation.crop(read_rgb8(file))
-        for square in image.unfold(1, 24, 1).unfold(2, 24, 1).permute(1, 2, 0, 3, 4).flatten(0, 1):
-            windows.add(square.numpy().tobytes())
-    for crop in (clean * 255).round().byte():
-        turned = [torch.rot90(t, k, (1, 2)) for t in (crop, crop.flip(1)) for k in range(4)]
-        assert any(t.contiguous().numpy().tobytes() in windows for t in turned)
-
-
-def test_degraded_and_clean_crops_stay_aligned(folders):
-    identity = LinearDegradation("identity", operator=torch.clone, sigma=0.0)
-    degraded, clean = ImageCache([folders / "train"], identity, CPU).batch(0, 16, 20, seed=0, step=0)
-    assert torch.equal(degraded, clean)
-
-
-def test_every_image_is_drawn_once_an_epoch(folders):
-    cache = ImageCache([folders / "train"], create_degradation("deblur"), CPU)
-    drawn = [file for first in range(0, 15, 3) for file in cache._draw(first, 3, seed=0)]
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == sorted(drawn[10:]) == list(range(5))
-    assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:]
-
-
-def test_random_crops_reach_all_places_and_orientations():
-    image = torch.arange(12.0).reshape(1, 1, 3, 4).expand(600, 1, 3, 4)
-    crops = random_crops(image, 3, torch.Generator().manual_seed(0))
-    assert len({tuple(c.flatten().tolist()) for c in crops}) == 2 * 8
 
 
 def test_training_is_the_same_when_interrupted(folders):
@@ -246,7 +202,7 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
         steps = []
         with own_stream(torch.device("cuda")):
             trainer = Trainer(recipe, say=lambda line: None)
-            while trainer.step < recipe.steps:
+            while trainer.step < trainer.steps:
                 steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
                 trainer.step += 1
         losses[graphs] = steps

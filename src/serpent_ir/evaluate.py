@@ -1,14 +1,14 @@
 """PSNR and SSIM of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
@@ -29,7 +29,8 @@ def evaluate(
     """Degrade every image of a folder, restore it, and compare with the clean one.
 
     Args:
-        data: folder of clean images; each is used whole (cropped to a multiple of the task's scale).
+        data: clean images, a folder or what else `list_images` takes; each is used whole (cropped to a multiple of the
+            task's scale).
         task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
         model: network or weights, as `serpent_l.deblur`.
         weights: file as `load_model` takes it, instead of the weights that ship as `model`.
@@ -52,13 +53,13 @@ def evaluate(
     if (scale := getattr(network, "scale", 1)) != 1:
         raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
     network = network.to(pick_device(device))
-    result = evaluate_network(network, find_images(data), degradation.name, seed=seed, progress=progress)
+    result = evaluate_network(network, list_images(data), degradation.name, seed=seed, progress=progress)
     return {"model": model, "task": task, **result, "data": str(data)}
 
 
 def evaluate_network(
     network: nn.Module,
-    files: list[Path],
+    files: Sequence[Path | PackedImage],
     task: str,
     *,
     seed: int = 0,
@@ -93,7 +94,7 @@ def _mean(figures: list[float]) -> float:
     return sum(counted) / len(counted)
 
 
-def read_clean(file: Path, degradation: Degradation) -> Tensor:
+def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:
     """A clean image (1, 3, H, W) float32 in [0, 1], cropped for the degradation.
 
     Raises ImageError, as `read_image` does, and where it is too small to be degraded or compared.

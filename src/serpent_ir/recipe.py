@@ -1,32 +1,39 @@
-"""Training recipes: a YAML file, checked against typed dataclasses, with `key=value` overrides."""
+"""Training recipes: a YAML file, checked against typed dataclasses, with a base file and `key=value` overrides."""
 
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one crop size (paper, "Progressive learning")."""
+    """A stretch of training at one crop size (paper, "Progressive learning"), as long as `steps` or `epochs` says."""
 
     crop: int  # side in pixels
-    batch: int
-    steps: int
+    batch: int  # samples of a step, over all processes and accumulated parts
+    steps: int = 0
+    epochs: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """What decides the result of a training. Where and on how many devices it runs does not.
+
+    Images are named as `serpent_ir.data.list_images` reads them: a folder or a packed set, or part of one by [A:B].
+    """
+
     model: str
     task: str
-    train: list[str]  # folders of clean images
-    val: str  # folder of clean images
+    train: list[str]  # clean images
+    val: str  # clean images
     out: str  # folder of the run
     stages: list[Stage]
     start: str = ""  # weights to go on from: a name that ships, or a safetensors file; fresh ones where empty
@@ -37,96 +44,199 @@ class Recipe:
     val_every: int = 1000  # steps
     seed: int = 0
     device: str = "auto"
+    loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    frequency: float = 0.0  # weight of an L1 loss on the two-dimensional real FFT, beside `loss`
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    accumulate: int = 1  # parts that a process cuts its share of a batch into
+    recompute: bool = False  # activations again in the backward pass instead of kept, where that saves most memory
+    keep: int = 3  # checkpoints, beside the best one
+    model_options: dict[str, Any] = field(default_factory=dict)  # fields of the network's config
 
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+    def steps_of(self, stage: Stage, n_images: int) -> int:
+        """Steps of a stage on a training set of so many images; at least one."""
+        return stage.steps or max(1, round(stage.epochs * n_images / stage.batch))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; an override is `key=value`, with dots into lists (`stages.0.steps=10`).
 
-    Raises:
-        UsageError: no such file, not YAML, an unknown, missing or ill-typed key; it names file, key and remedy.
-    """
-    import yaml  # an extra: only training reads recipes
+    The keys of a recipe replace those of its `base`, another recipe file, named relative to it; overrides replace both.
 
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    Raises:
+        UsageError: no such file, not YAML, an unknown, missing or ill-typed key, or values that do not go together; it
+            names the file, the key and what is allowed.
+    """
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
+        if "=" not in override:
             raise UsageError(f"{override!r}: an override is key=value")
-        try:
-            _assign(raw, key.split("."), yaml.safe_load(value))
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise UsageError(f"{override!r}: {path} has no place {key}") from None
-        except yaml.YAMLError:
-            raise UsageError(f"{override!r}: the value is not YAML") from None
-    recipe = _typed(Recipe, raw, str(path), "")
-    for key in ("lr", "clip", "val_every"):
-        if not 0 < getattr(recipe, key) < math.inf:  # a NaN is neither
-            raise UsageError(f"{path}: {key} is {getattr(recipe, key)}; it must be positive and finite")
-    if not 0 <= recipe.seed < 1 << 63:
-        raise UsageError(f"{path}: seed is {recipe.seed}; it must be 0 or more, and less than 2^63")
-    if recipe.warmup < 0:
-        raise UsageError(f"{path}: warmup is {recipe.warmup}; it must be 0 or more")
-    if not 0 <= recipe.ema < 1:
-        raise UsageError(f"{path}: ema is {recipe.ema}; it must be in [0, 1)")
-    if not recipe.stages or not recipe.train:
-        raise UsageError(f"{path}: {'stages' if not recipe.stages else 'train'} is empty; give at least one")
-    for i, stage in enumerate(recipe.stages):
-        for field in dataclasses.fields(Stage):
-            if getattr(stage, field.name) < 1:
-                raise UsageError(f"{path}: stages.{i}.{field.name} must be at least 1")
+    raw, origins = _read(path, ())
+    for override in overrides:
+        _override(raw, origins, override, path)
+    recipe = _typed(Recipe, raw, str(path), "", origins)
+    _check(recipe, lambda key: origins.get(key, str(path)))
     return recipe
 
 
-def _assign(node: Any, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    if isinstance(node, list):
-        node[int(keys[-1])] = value
-    else:
-        node[keys[-1]] = value
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keys of a recipe file over those of its base, and which file each is from."""
+    import yaml  # an extra: only training reads recipes
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        asked = f" (the base of {above[-1]})" if above else ""
+        raise UsageError(f"{path}: cannot be read ({error.strerror}){asked}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # the last: a date of month 13
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: expected keys and values, got {_short(raw)}")
+    _refuse_unknown(raw, Recipe, str(path))
+    base = raw.pop("base", "")
+    if type(base) is not str or not base.isprintable():
+        raise UsageError(f"{path}: base: expected the name of a file, got {_short(base)}")
+    origins = dict.fromkeys(raw, str(path))
+    if not base:
+        return raw, origins
+    above = (*above, path)
+    if (path.parent / base).resolve() in [file.resolve() for file in above]:
+        raise UsageError(f"{path}: base: {base} leads back to itself; a base must not be based on its own recipe")
+    below, below_origins = _read(path.parent / base, above)
+    return {**below, **raw}, {**below_origins, **origins}
 
 
-def _typed(kind: Any, raw: Any, file: str, key: str) -> Any:
-    """`raw` as a value of `kind` (a dataclass, a list of something, a plain type), or a UsageError naming the key."""
+def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path: Path) -> None:
+    import yaml
+
+    key, _, text = override.partition("=")
+    keys = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise UsageError(f"{override!r}: the value is not YAML") from None
+    if keys == ["base"]:
+        raise UsageError(f"{override!r}: base is read from a file; override the keys themselves")
+    node: Any = raw
+    try:
+        for name in keys[:-1]:
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise UsageError(f"{override!r}: {path} has no place {key}") from None
+    origins[keys[0]] = str(path)
+
+
+def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
+    """Raise UsageError for values out of range, or that do not go together; `source` names the file of a key."""
+
+    def refuse(key: str, rule: str) -> typing.NoReturn:
+        value: Any = recipe
+        for name in key.split("."):
+            value = value[int(name)] if isinstance(value, list) else getattr(value, name)
+        raise UsageError(f"{source(key.partition('.')[0])}: {key} is {_plain(value)}; it must be {rule}")
+
+    try:
+        scale = create_degradation(recipe.task).scale
+    except UsageError as error:
+        raise UsageError(f"{source('task')}: task: {error}") from None
+    for key in ("model", "val", "out"):
+        if not getattr(recipe, key):
+            refuse(key, "given")
+    for key in ("lr", "clip"):
+        if not 0 < getattr(recipe, key) < math.inf:  # a NaN is neither
+            refuse(key, "positive and finite")
+    for key in ("val_every", "accumulate", "keep"):
+        if getattr(recipe, key) < 1:
+            refuse(key, "at least 1")
+    if not 0 <= recipe.seed < 1 << 63:
+        refuse("seed", "0 or more, and less than 2^63")
+    if recipe.warmup < 0:
+        refuse("warmup", "0 or more")
+    if not 0 <= recipe.frequency < math.inf:
+        refuse("frequency", "0 or more, and finite")
+    if not 0 <= recipe.ema < 1:
+        refuse("ema", "in [0, 1)")
+    for key in ("train", "stages"):
+        if not getattr(recipe, key):
+            raise UsageError(f"{source(key)}: {key} is empty; give at least one")
+    for i, stage in enumerate(recipe.stages):
+        at = f"stages.{i}"
+        for name in ("crop", "batch"):
+            if getattr(stage, name) < 1:
+                refuse(f"{at}.{name}", "at least 1")
+        if stage.crop % scale:
+            refuse(f"{at}.crop", f"a multiple of {scale} for the task {recipe.task}")
+        if stage.batch % recipe.accumulate:
+            refuse(f"{at}.batch", f"a multiple of accumulate, which is {recipe.accumulate}")
+        if stage.steps < 0:
+            refuse(f"{at}.steps", "0 or more")
+        if not 0 <= stage.epochs < math.inf:
+            refuse(f"{at}.epochs", "0 or more, and finite")
+        if (stage.steps > 0) == (stage.epochs > 0):
+            raise UsageError(f"{source('stages')}: {at} must have either steps or epochs above 0")
+        if i and stage.crop < recipe.stages[i - 1].crop:
+            refuse(f"{at}.crop", f"at least that of the stage before, {recipe.stages[i - 1].crop}")
+
+
+def _typed(kind: Any, raw: Any, file: str, key: str, origins: dict[str, str]) -> Any:
+    """`raw` as a value of `kind` (dataclass, list, dict, some words, plain type), or a UsageError with its key."""
+    file = origins.get(key, file)
     where = f"{file}: {key}" if key else file
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(raw, dict):
             raise UsageError(f"{where}: expected keys and values, got {_short(raw)}")
+        _refuse_unknown(raw, kind, where)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        unknown = [str(name) for name in raw if name not in fields]
-        if unknown:
-            raise UsageError(f"{where}: unknown key {', '.join(unknown)}; valid: {', '.join(fields)}")
-        missing = [n for n, f in fields.items() if n not in raw and f.default is dataclasses.MISSING]
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in raw and field.default is field.default_factory is dataclasses.MISSING
+        ]
         if missing:
             raise UsageError(f"{where}: missing key {', '.join(missing)}")
         prefix = f"{key}." if key else ""
-        return kind(**{name: _typed(fields[name].type, value, file, prefix + name) for name, value in raw.items()})
+        return kind(**{n: _typed(fields[n].type, value, file, prefix + n, origins) for n, value in raw.items()})
+    if typing.get_origin(kind) is Literal:
+        words = typing.get_args(kind)
+        if raw not in words:
+            raise UsageError(f"{where}: expected {', '.join(words[:-1])} or {words[-1]}, got {_short(raw)}")
+        return raw
+    if kind == dict[str, Any]:
+        if not isinstance(raw, dict):
+            raise UsageError(f"{where}: expected keys and values, got {_short(raw)}")
+        for name, value in raw.items():
+            items = value if isinstance(value, list) else [value]
+            if type(name) is not str or not all(type(item) in (bool, int, float, str) for item in items):
+                raise UsageError(
+                    f"{where}.{name}: expected a name with a number, a word or a list, got {_short(value)}"
+                )
+        return raw
     if isinstance(kind, types.GenericAlias):
         if not isinstance(raw, list):
             raise UsageError(f"{where}: expected a list, got {_short(raw)}")
         (item,) = typing.get_args(kind)
-        return [_typed(item, value, file, f"{key}.{i}") for i, value in enumerate(raw)]
-    if kind is float and type(raw) is int:
-        return float(raw)
-    if kind is float and isinstance(raw, str):  # YAML 1.1 reads 1e-3, without a dot, as a string
+        return [_typed(item, value, file, f"{key}.{i}", origins) for i, value in enumerate(raw)]
+    if kind is float and type(raw) in (int, str):  # YAML 1.1 reads 1e-3, without a dot, as a string
         try:
             return float(raw)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(raw) is not kind:
         raise UsageError(f"{where}: expected {kind.__name__}, got {_short(raw)}")
     return raw
 
 
+def _refuse_unknown(raw: dict[Any, Any], kind: type, where: str) -> None:
+    valid = [field.name for field in dataclasses.fields(kind)] + (["base"] if kind is Recipe else [])
+    unknown = [_plain(name) for name in raw if name not in valid]
+    if unknown:
+        raise UsageError(f"{where}: unknown key {', '.join(unknown)}; valid: {', '.join(valid)}")
+
+
 def _short(raw: Any) -> str:
     text = repr(raw)
     return f"{type(raw).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def _plain(value: Any) -> str:
+    text = str(value) or "empty"
+    return text if text.isprintable() else repr(text)

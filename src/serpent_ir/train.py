@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from serpent_ir.data import ImageCache, find_images
+from serpent_ir.data import TrainingSet, list_images
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network, read_clean
@@ -84,12 +84,14 @@ class Trainer:
         self.device = pick_device(recipe.device)
         self.out = Path(recipe.out)
         degradation = create_degradation(recipe.task)
-        self.val_files = find_images(Path(recipe.val))
+        self.val_files = list_images(recipe.val)
         for file in self.val_files:  # a bad one is better found now than at the first validation
             read_clean(file, degradation)
-        self.cache = ImageCache([Path(folder) for folder in recipe.train], degradation, self.device)
+        self.cache = TrainingSet(recipe.train, degradation, self.device)
         for stage in recipe.stages:
             self.cache.check_crop(stage.crop)
+        self.stages = [replace(stage, steps=recipe.steps_of(stage, len(self.cache))) for stage in recipe.stages]
+        self.steps = sum(stage.steps for stage in self.stages)
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -109,16 +111,16 @@ class Trainer:
         """Train from the current step to the last one."""
         recipe = self.recipe
         self.say(
-            f"{recipe.model} {recipe.task}: {recipe.steps} steps in {len(recipe.stages)} stage(s) on {self.device}; "
+            f"{recipe.model} {recipe.task}: {self.steps} steps in {len(self.stages)} stage(s) on {self.device}; "
             f"{len(self.cache)} training and {len(self.val_files)} validation images"
         )
         since, since_step = time.perf_counter(), self.step
         losses: list[Tensor] = []
-        while self.step < recipe.steps:
+        while self.step < self.steps:
             number, stage, first = self._place(self.step)
             losses.append(self._train_step(stage, first))
             self.step += 1
-            stage_ends = self.step == recipe.steps or self._place(self.step)[0] != number
+            stage_ends = self.step == self.steps or self._place(self.step)[0] != number
             keep = stage_ends or self.step % recipe.val_every == 0
             if keep or self.step % LOG_EVERY == 0:
                 loss = torch.stack(losses).mean().item()
@@ -128,7 +130,7 @@ class Trainer:
                 self.seconds += spent
                 ms = 1000 * spent / (self.step - since_step)
                 row = {"stage": number + 1, "crop": stage.crop, "loss": loss, "lr": self._lr(), "ms": ms}
-                self._log(f"of {recipe.steps}, {self._minutes_left(ms):.1f} min left", **row)
+                self._log(f"of {self.steps}, {self._minutes_left(ms):.1f} min left", **row)
                 since, since_step, losses = time.perf_counter(), self.step, []
             if keep:
                 self._validate()
@@ -180,7 +182,7 @@ class Trainer:
     def _place(self, step: int) -> tuple[int, Stage, int]:
         """Number and stage of a step, and how many samples were drawn before it."""
         samples = 0
-        for number, stage in enumerate(self.recipe.stages):
+        for number, stage in enumerate(self.stages):
             if step < stage.steps:
                 return number, stage, samples + step * stage.batch
             step -= stage.steps
@@ -190,10 +192,10 @@ class Trainer:
     def _lr(self) -> float:
         """Learning rate of the current step: linear warm-up, then a cosine to zero."""
         warm = min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
-        return self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.recipe.steps))
+        return self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
 
     def _train_step(self, stage: Stage, first: int) -> Tensor:
-        degraded, clean = self.cache.batch(first, stage.batch, stage.crop, seed=self.recipe.seed, step=self.step)
+        degraded, clean = self.cache.batch(range(first, first + stage.batch), stage.crop, seed=self.recipe.seed)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self._lr())
@@ -224,8 +226,8 @@ class Trainer:
     def _minutes_left(self, ms: float) -> float:
         """Estimate for the rest of the run from the milliseconds of a step now: a step costs as its pixels do."""
         number, stage, _ = self._place(self.step - 1)
-        ahead = [replace(stage, steps=sum(s.steps for s in self.recipe.stages[: number + 1]) - self.step)]
-        pixels = sum(s.steps * s.batch * s.crop**2 for s in [*ahead, *self.recipe.stages[number + 1 :]])
+        ahead = [replace(stage, steps=sum(s.steps for s in self.stages[: number + 1]) - self.step)]
+        pixels = sum(s.steps * s.batch * s.crop**2 for s in [*ahead, *self.stages[number + 1 :]])
         return pixels * ms / (stage.batch * stage.crop**2) / 60_000
 
     def _log(self, note: str, **row: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compile every kernel of the fused path for a GPU that need not be there; test_fused.py runs it in its own process.
+"""Compile every kernel of the fused path, and that of noise, for a GPU that need not be there; test_fused.py runs it.
 
     python compile_fused.py 90
 
@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from serpent_ir.degradations import ImageGenerators, randomness
 from serpent_ir.models import as_built, create_model, fused
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops import triton_block
@@ -46,6 +47,9 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())  # pyright: ignore
     JITFunction.run = compile_only
     as_built.DEVICES = {"cpu"}
+    randomness.KERNELS = {"cpu"}
+    places = torch.zeros(2, 2, dtype=torch.long)
+    ImageGenerators(places[0], places, places).randn(3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         for small, name, side in ((0, "serpent_h", 8), (4096, "serpent_b", 32)):
             triton_block.SMALL_ROWS = small

@@ -12,6 +12,7 @@ from serpent_ir.cli.restore import restore as restore
 from serpent_ir.cli.degrade import degrade as degrade
 from serpent_ir.cli.evaluate import evaluate as evaluate
 from serpent_ir.cli.train import train as train
+from serpent_ir.cli.data import data as data
 from serpent_ir.cli.models import models as models
 from serpent_ir.cli.export import export as export
 from serpent_ir.cli.demo import demo as demo

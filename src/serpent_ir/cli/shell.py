@@ -92,11 +92,11 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"serpent: warning: {str(message).removeprefix('serpent_ir: ')}")
 
 
-def shell_command(help: str) -> Callable[[Command], Command]:
+def shell_command(help: str, group: typer.Typer = app) -> Callable[[Command], Command]:
     """Register a function as a command of the same name, whose errors are reported; the function itself stays plain."""
 
     def register(function: Command) -> Command:
-        app.command(function.__name__, help=help)(_reporting(function))
+        group.command(function.__name__, help=help)(_reporting(function))
         return function
 
     return register

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serpent_ir.degradations.blur import blur_each, gaussian_blur
+from serpent_ir.degradations.blur import BLUR_RADIUS, MILD_RADIUS, blur_each, gaussian_blur
 from serpent_ir.degradations.holes import draw_holes
 from serpent_ir.degradations.jpeg import through_jpeg
+from serpent_ir.degradations.randomness import Generator, rand, randint, randn_like
+from serpent_ir.degradations.randomness import ImageGenerators as ImageGenerators
 from serpent_ir.errors import UsageError
 
 SR_FACTOR = 8
@@ -40,18 +42,23 @@ class Degradation:
         name: the task of this degradation, as in `DEGRADATIONS`.
         scale: the integer factor by which y is smaller than the clean image; 1 where the size is kept.
         channels: of y: the image's three, then what else the network is told (a mask).
+        margin, grid: what decides a crop of the network's input is the crop, so many pixels around it, and from there
+            on to multiples of `grid`, all clipped at the image's border: degrading just that, with `ImageGenerators`,
+            gives the same numbers. None: the whole image decides.
     """
 
     name: str
     scale: int = 1
     channels: int = 3
+    margin: int | None = None
+    grid: int = 1
 
-    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+    def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
         """Degrade clean (B, 3, H, W) in [0, 1] to y (B, channels, H / scale, W / scale).
 
         What is random is drawn where the generator lives, in float32, and then moved: a CPU generator gives one result
-        for every device. The global random state is neither read nor changed. Raises UsageError for a size that the
-        degradation does not take.
+        for every device. `ImageGenerators` draw for each image apart, and for windows of images. The global random
+        state is neither read nor changed. Raises UsageError for a size that the degradation does not take.
         """
         raise NotImplementedError
 
@@ -93,7 +100,7 @@ class LinearDegradation(Degradation):
     operator: Callable[[Tensor], Tensor] = torch.clone
     sigma: float = NOISE_SIGMA
 
-    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+    def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
         return add_noise(self.operator(clean), self.sigma, generator)
 
 
@@ -105,28 +112,28 @@ class RandomDegradation(Degradation):
         damage: maps clean (B, 3, H, W) and a generator to y, by the rules of `Degradation.__call__`.
     """
 
-    damage: Callable[[Tensor, torch.Generator], Tensor] = lambda clean, _: clean.clone()
+    damage: Callable[[Tensor, Generator], Tensor] = lambda clean, _: clean.clone()
 
-    def __call__(self, clean: Tensor, *, generator: torch.Generator) -> Tensor:
+    def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
         return self.damage(clean, generator)
 
 
-def add_noise(x: Tensor, sigma: Tensor | float, generator: torch.Generator) -> Tensor:
+def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
     """x (B, C, H, W) and white Gaussian noise of standard deviation sigma, a number or (B,), drawn in float32."""
-    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    noise = randn_like(x, generator)
     if isinstance(sigma, Tensor):
         sigma = sigma.to(x.device, x.dtype)[:, None, None, None]
     return x + sigma * noise.to(x.device, x.dtype)
 
 
-def uniform(batch: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+def uniform(batch: int, low: float, high: float, generator: Generator) -> Tensor:
     """(B,) float32 numbers of [low, high), on the generator's device."""
-    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+    return low + (high - low) * rand(generator, batch)
 
 
-def whole_numbers(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+def whole_numbers(batch: int, low: int, high: int, generator: Generator) -> Tensor:
     """(B,) integers of [low, high], on the generator's device."""
-    return torch.randint(low, high + 1, (batch,), generator=generator, device=generator.device)
+    return randint(generator, batch, low, high)
 
 
 def erase(clean: Tensor, mask: Tensor) -> Tensor:
@@ -135,23 +142,23 @@ def erase(clean: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([clean * (1 - mask), mask], 1)
 
 
-def _denoise(clean: Tensor, generator: torch.Generator) -> Tensor:
+def _denoise(clean: Tensor, generator: Generator) -> Tensor:
     return add_noise(clean, uniform(len(clean), *DENOISE_SIGMAS, generator), generator)
 
 
-def _jpeg(clean: Tensor, generator: torch.Generator) -> Tensor:
+def _jpeg(clean: Tensor, generator: Generator) -> Tensor:
     return through_jpeg(clean, whole_numbers(len(clean), *JPEG_QUALITIES, generator))
 
 
-def _inpaint(clean: Tensor, generator: torch.Generator) -> Tensor:
+def _inpaint(clean: Tensor, generator: Generator) -> Tensor:
     batch, _, height, width = clean.shape
     return erase(clean, draw_holes(batch, height, width, generator=generator, device=clean.device))
 
 
-def _photo(clean: Tensor, generator: torch.Generator) -> Tensor:
+def _photo(clean: Tensor, generator: Generator) -> Tensor:
     """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
     batch = len(clean)
-    blur, noise, compressed = uniform(3 * batch, 0, 1, generator).view(3, batch) >= PHOTO_ABSENCE
+    blur, noise, compressed = (uniform(batch, 0, 1, generator) >= PHOTO_ABSENCE for _ in range(3))
     y = blur_each(clean, uniform(batch, *PHOTO_BLURS, generator) * blur)
     y = add_noise(y, uniform(batch, *PHOTO_NOISES, generator) * noise, generator)
     decoded = through_jpeg(y, whole_numbers(batch, *PHOTO_QUALITIES, generator))
@@ -175,13 +182,15 @@ def bicubic_downsample(x: Tensor) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
+# Margins. sr8: a pixel of y, of which four a side are interpolated, sees 16 around its centre. JPEG: halved chroma, and
+# the next of it; blocks with their chroma are 16 wide. photo: whole blocks of that, and the blur's radius.
 DEGRADATIONS = {
-    "deblur": LinearDegradation("deblur", operator=gaussian_blur),
-    "sr8": LinearDegradation("sr8", scale=SR_FACTOR, operator=bicubic_downsample),
-    "denoise": RandomDegradation("denoise", damage=_denoise),
-    "jpeg": RandomDegradation("jpeg", damage=_jpeg),
-    "inpaint": RandomDegradation("inpaint", channels=4, damage=_inpaint),
-    "photo": RandomDegradation("photo", damage=_photo),
+    "deblur": LinearDegradation("deblur", margin=BLUR_RADIUS, operator=gaussian_blur),
+    "sr8": LinearDegradation("sr8", scale=SR_FACTOR, margin=32, grid=SR_FACTOR, operator=bicubic_downsample),
+    "denoise": RandomDegradation("denoise", margin=0, damage=_denoise),
+    "jpeg": RandomDegradation("jpeg", margin=2, grid=16, damage=_jpeg),
+    "inpaint": RandomDegradation("inpaint", channels=4, margin=0, damage=_inpaint),
+    "photo": RandomDegradation("photo", margin=MILD_RADIUS + 17, grid=16, damage=_photo),
 }
 """Every degradation by name: the paper's two, three with a range of strengths, and `photo`, a random mild chain."""
 

@@ -73,7 +73,9 @@ def _blur_rows_by_blocks(x: Tensor) -> Tensor:
     width = x.shape[-1] - 2 * BLUR_RADIUS
     span = _BLOCK + 2 * BLUR_RADIUS
     blocks = F.pad(x, (0, -width % _BLOCK)).unfold(-1, span, _BLOCK)
-    return (blocks @ _band(x.dtype, x.device)).flatten(-2)[..., :width]
+    # One product: a batch of small ones waits for its threads at each of them, and rounds by where a row lies.
+    product = blocks.reshape(-1, span) @ _band(x.dtype, x.device)
+    return product.view(*blocks.shape[:-1], _BLOCK).flatten(-2)[..., :width]
 
 
 @functools.cache

@@ -5,23 +5,32 @@ import functools
 import torch
 from torch import Tensor
 
+from serpent_ir.degradations.randomness import Generator, ImageGenerators, rand
+
 BOXES = 4
 """At most so many boxes an image, with sides from 1/16 to 1/3 of the image's."""
 STROKES, CORNERS = 3, 5
 """At most so many strokes an image, each of straight lines between so many points."""
 
 
-def draw_holes(batch: int, height: int, width: int, *, generator: torch.Generator, device: torch.device) -> Tensor:
+def draw_holes(batch: int, height: int, width: int, *, generator: Generator, device: torch.device) -> Tensor:
     """Masks (B, 1, H, W), float32 on `device`: 1 where a pixel is missing, 0 where it is known.
+
+    With `ImageGenerators` they are the windows of the masks of whole images.
 
     An image gets boxes, strokes or both, of places, sizes and numbers drawn where the generator lives.
     """
     home = generator.device
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(batch, *shape, generator=generator, device=home)
+        return rand(generator, batch, *shape)
 
-    size = _size(height, width, home)  # coordinates are (row, column)
+    if isinstance(generator, ImageGenerators):
+        size, (rows, columns) = generator.sizes[:, None], generator.coordinates(height, width)
+    else:
+        size = _size(height, width, home)  # coordinates are (row, column)
+        rows = torch.arange(height, device=device)[None, :, None]
+        columns = torch.arange(width, device=device)[None, None, :]
     kind = (draw(1) * 3).floor()  # boxes, strokes, both
     box_sides = (size * (1 / 16 + draw(BOXES, 2) * (1 / 3 - 1 / 16))).long().clamp(min=1)
     box_starts = (draw(BOXES, 2) * (size - box_sides + 1)).long()
@@ -29,15 +38,13 @@ def draw_holes(batch: int, height: int, width: int, *, generator: torch.Generato
     # A stroke wanders from a place in the image by steps of up to a quarter of it.
     steps = (draw(STROKES, CORNERS, 2) - 0.5) * 0.5
     steps[:, :, 0] = draw(STROKES, 2)
-    corners = (steps.cumsum(2) * size).long()
-    radii = ((1 + draw(STROKES) * 3) / 128 * min(height, width)).long().clamp(min=1)
+    corners = (steps.cumsum(2) * size.unsqueeze(-2)).long()
+    radii = ((1 + draw(STROKES) * 3) / 128 * size.amin(-1)).long().clamp(min=1)
     stroke_there = _up_to(draw(1), STROKES) & (kind != 0)
     moved = (x.to(device) for x in (box_starts, box_sides, box_there, corners, radii, stroke_there))
     box_starts, box_sides, box_there, corners, radii, stroke_there = moved
 
     mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
-    rows = torch.arange(height, device=device)[None, :, None]
-    columns = torch.arange(width, device=device)[None, None, :]
     for start, side, there in zip(box_starts.unbind(1), box_sides.unbind(1), box_there.unbind(1), strict=True):
         (top, left), (tall, wide) = _columns(start), _columns(side)
         mask |= there[:, None, None] & (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide)

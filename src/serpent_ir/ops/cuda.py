@@ -21,7 +21,7 @@ from serpent_ir.ops import nvrtc
 # Up to this many elements of u, rows and columns run side by side.
 SIDE_BY_SIDE = 1 << 23
 # Chunks are made until a multiprocessor has so many warps, but not shorter than so many positions.
-FORWARD_WARPS = 16
+FORWARD_WARPS = 8
 BACKWARD_WARPS = 24
 SHORTEST = 16
 # Bytes of shared memory in which the two directions of a block of `scan_output` meet, which bounds a chunk: more where

@@ -1,0 +1,137 @@
+"""What training data takes: batches alone, and the share of a step's time that they cost.
+
+    python benchmarks/data.py --data DIR [DIR ...] --out data.json [--device cpu] [--memory device host stream]
+
+Batches alone: images a second of `TrainingSet.batch` for each task and crop, and for deblur each place of the images.
+Steps: what `serpent train` does (forward, backward, clipping and Adam, on a GPU from a CUDA graph) with one batch
+kept, with batches from the Prefetcher, and with each batch made before its step on the same stream, by turns in one
+run. `share` is 1 - kept / prefetched: the time that data takes of training; `waited` is what the Prefetcher counted.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from serpent_ir import create_model
+from serpent_ir.data import Prefetcher, TrainingSet, write_pack
+from serpent_ir.data.store import Memory
+from serpent_ir.degradations import create_degradation
+from serpent_ir.train import GraphedStep, own_stream
+
+STAGES = {"cuda": [(64, 128), (128, 16), (256, 16)], "cpu": [(64, 8)]}  # crop, batch
+MEMORY: tuple[Memory, ...] = ("device", "host", "stream")
+TASKS = ("deblur", "sr8", "photo")
+
+
+def seconds_of(run: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of one of `count` runs in a row; the device's work counts, waiting for it between runs does not."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    wait()
+    return (time.perf_counter() - start) / count
+
+
+def requests(batch: int, crop: int) -> Iterator[tuple[range, int]]:
+    return ((range(first, first + batch), crop) for first in itertools.count(0, batch))
+
+
+def step_of(model: str, device: torch.device) -> Callable[..., torch.Tensor]:
+    network = create_model(model).to(device).train()
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(1e-4, device=device) if on_gpu else 1e-4
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=on_gpu, capturable=on_gpu)
+
+    def step(degraded: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            restored = network(degraded)
+        loss = F.l1_loss(restored.float(), clean)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return GraphedStep(step) if on_gpu else step  # pyright: ignore[reportReturnType]
+
+
+def measure_steps(images: TrainingSet, model: str, crop: int, batch: int, count: int, repeats: int) -> dict:
+    """Milliseconds of a step with a batch that is kept, with batches made ahead, and with batches made before it."""
+    device = images.device
+    step = step_of(model, device)
+    ahead = Prefetcher(images, requests(batch, crop), seed=0)
+    samples = requests(batch, crop)
+    kept = images.batch(range(batch), crop, seed=0)
+    ways = {
+        "kept": lambda: step(*kept),
+        "prefetched": lambda: step(*next(ahead)),
+        "before": lambda: step(*images.batch(next(samples)[0], crop, seed=0)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    waited = []
+    for _ in range(1 + repeats):
+        for name, way in ways.items():
+            before = ahead.waited
+            times[name].append(1000 * seconds_of(way, count, device))
+            if name == "prefetched":
+                waited.append((ahead.waited - before) / (times[name][-1] * count / 1000))
+    row = {f"{name}_ms": statistics.median(of[1:]) for name, of in times.items()}  # the first compiles and captures
+    row |= {"share": 1 - row["kept_ms"] / row["prefetched_ms"], "waited": statistics.median(waited[1:])}
+    return {**row, "images_per_second": 1000 * batch / row["prefetched_ms"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--model", default="serpent_b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--memory", nargs="+", default=list(MEMORY), choices=MEMORY)
+    parser.add_argument("--count", type=int, default=50, help="steps or batches of one measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    batches, steps, count = [], [], 0
+    with tempfile.TemporaryDirectory() as folder, own_stream(device):
+        pack = Path(folder) / "images.serpent"
+        start = time.perf_counter()
+        write_pack(args.data, pack)
+        packing = time.perf_counter() - start
+        places: list[Memory] = args.memory if device.type == "cuda" else ["stream"]
+        rounds: list[tuple[Memory, str]] = [(memory, TASKS[0]) for memory in places]
+        rounds.extend((places[0], task) for task in TASKS[1:])
+        for memory, task in rounds:
+            images = TrainingSet([pack], create_degradation(task), device, memory=memory)
+            count = len(images)
+            for crop, batch in STAGES[device.type]:
+                about = {"task": task, "memory": images.store.memory, "crop": crop, "batch": batch}
+                samples = requests(batch, crop)
+
+                def make(images: TrainingSet = images, samples=samples, crop: int = crop) -> object:
+                    return images.batch(next(samples)[0], crop, seed=0)
+
+                make()
+                seconds = statistics.median(seconds_of(make, args.count, device) for _ in range(args.repeats))
+                batches.append({**about, "ms": 1000 * seconds, "images_per_second": batch / seconds})
+                steps.append(about | measure_steps(images, args.model, crop, batch, args.count, args.repeats))
+                for row in (batches[-1], steps[-1]):
+                    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        size = pack.stat().st_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    about = {"device": name, "torch": torch.__version__, "model": args.model, "images": count}
+    packed = {"pack_seconds": packing, "pack_bytes": size}
+    args.out.write_text(json.dumps({**about, **packed, "batches": batches, "steps": steps}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

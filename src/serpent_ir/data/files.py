@@ -1,0 +1,102 @@
+"""Which images a folder or a packed set holds, and their pixels in 8 bits."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serpent_ir.data.pack import SUFFIX, Pack, PackedImage
+from serpent_ir.errors import UsageError
+from serpent_ir.image import read_image
+
+# What counts as an image in a folder. A file that is named is read whatever its suffix is.
+SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".dds",
+        ".dib",
+        ".gif",
+        ".hdr",
+        ".ico",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".sgi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files under a folder, subfolders included, in the order of their paths.
+
+    Raises:
+        UsageError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise UsageError(f"{folder}: no images in this folder")
+    return files
+
+
+def list_images(where: str | Path) -> list[Path] | list[PackedImage]:
+    """The images of a folder, as `find_images`, or of a packed set (`FILE.serpent`), in the order of their names.
+
+    `where[A:B]` is those whose names are numbers from A on and below B, either of which may be left out: FFHQ's
+    training images are `ffhq[:60000]`, of which `ffhq/00000/00000.png` is the first.
+
+    Raises:
+        UsageError: no such folder or file, no image in it, or [A:B] with names that are no numbers.
+        ImageError: a packed set that is damaged.
+    """
+    part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", str(where), re.ASCII | re.DOTALL)
+    if part is None or Path(where).exists():
+        return _all_images(Path(where))
+    images = _all_images(Path(part[1]))
+    first, end = int(part[2] or 0), int(part[3]) if part[3] else None
+    picked = []
+    for image in images:
+        stem = image.stem
+        if not (stem.isascii() and stem.isdecimal()):
+            raise UsageError(f"{image}: [A:B] picks images whose names are numbers; leave it out, or this image")
+        if first <= int(stem) and (end is None or int(stem) < end):
+            picked.append(image)
+    if not picked:
+        raise UsageError(f"{where}: no image has a number from there; {part[1]} holds {len(images)} images")
+    return picked
+
+
+def _all_images(path: Path) -> list[Path] | list[PackedImage]:
+    if path.suffix == SUFFIX and not path.is_dir():
+        return Pack(path).images()
+    return find_images(path)
+
+
+def read_rgb8(image: Path | PackedImage) -> Tensor:
+    """An image as (3, H, W) uint8; deeper files are rounded to 8 bits, alpha is left out."""
+    return torch.from_numpy(read_pixels(image).transpose(2, 0, 1).copy())
+
+
+def read_pixels(image: Path | PackedImage) -> np.ndarray:
+    """The same as an array (H, W, 3); of a packed set it is a part of the mapped file, not to be written to."""
+    if isinstance(image, PackedImage):
+        return image.pixels
+    pixels = read_image(image).pixels
+    return np.rint(pixels / 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels

@@ -1,0 +1,125 @@
+"""Where the pixels of training images lie, and how windows of them come to the device."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serpent_ir.data.files import read_pixels
+from serpent_ir.data.pack import PackedImage
+from serpent_ir.data.packing import in_threads
+from serpent_ir.errors import UsageError
+from serpent_ir.memory import available, host_available
+
+Memory = Literal["auto", "device", "host", "stream"]
+
+_SHARE = 1 / 3  # of the free memory, what images may take; the rest is for the network, and for others
+_CHUNK = 1 << 26  # bytes of one copy to the device
+_READERS = 4  # threads that copy windows on the host, or wait for the disk
+
+
+class ImageStore:
+    """The pixels of many images, in uint8: on a CUDA device, in the host's memory, or of packed sets on the disk.
+
+    `memory` says which of them ("device", "host", "stream"), "auto" the first where they fit. For other devices they
+    stay where they were read to: files in memory, packed sets on the disk and as far as it goes in the system's cache.
+    """
+
+    def __init__(self, files: Sequence[Path | PackedImage], device: torch.device, memory: Memory = "auto"):
+        self.device = device
+        self._images = _read(files)
+        self.sizes = np.array([image.shape[:2] for image in self._images], dtype=np.int64)
+        """(n, 2): height and width of each."""
+        total = 3 * int(self.sizes.prod(1).sum())
+        self.memory = _choose(total, device) if memory == "auto" else memory
+        self._flat: Tensor | None = None
+        if device.type != "cuda":
+            self.memory = "stream"
+        elif self.memory == "device":
+            self._upload(total)
+        elif self.memory == "host":
+            self._images = [np.array(image) if isinstance(image, np.memmap) else image for image in self._images]
+        self._readers = ThreadPoolExecutor(_READERS) if device.type == "cuda" and self._flat is None else None
+
+    def read(
+        self, images: np.ndarray, tops: np.ndarray, lefts: np.ndarray, height: int, width: int
+    ) -> Callable[[], Tensor]:
+        """Begin to read windows; `images` (B,) says of which image each is, `tops` and `lefts` where in it.
+
+        What it returns is called for the windows, (B, height, width, 3) uint8 on the device.
+        """
+        if self._flat is not None:
+            widths = self.sizes[images, 1]
+            return lambda: self._gather(self._starts[images] + tops * widths + lefts, widths, height, width)
+        pinned = self._readers is not None
+        staged = torch.empty((len(images), height, width, 3), dtype=torch.uint8, pin_memory=pinned)
+        pixels = staged.numpy()
+
+        def copy(first: int, step: int) -> None:
+            for i in range(first, len(images), step):
+                top, left = tops[i], lefts[i]
+                pixels[i] = self._images[images[i]][top : top + height, left : left + width]
+
+        copying: list[Future[None]] = []
+        if self._readers is None:
+            copy(0, 1)
+        else:
+            copying = [self._readers.submit(copy, first, _READERS) for first in range(_READERS)]
+
+        def finish() -> Tensor:
+            for part in copying:
+                part.result()
+            return staged.to(self.device, non_blocking=True)
+
+        return finish
+
+    def _gather(self, starts: np.ndarray, widths: np.ndarray, height: int, width: int) -> Tensor:
+        assert self._flat is not None
+        start, stride = to_device(np.stack([starts, widths]), self.device)[:, :, None].unbind(0)
+        rows = start + torch.arange(height, device=self.device) * stride
+        return self._flat[rows[:, :, None] + torch.arange(width, device=self.device)]
+
+    def _upload(self, total: int) -> None:
+        """Move the pixels of all images into one tensor (pixels, 3) on the device."""
+        sizes = self.sizes.prod(1)
+        self._starts = np.cumsum(sizes) - sizes  # of each image, in pixels
+        self._flat = torch.empty((total // 3, 3), dtype=torch.uint8, device=self.device)
+        begin = 0
+        while begin < len(sizes):
+            end = max(begin + 1, int(np.searchsorted(self._starts, self._starts[begin] + _CHUNK // 3)))
+            chunk = np.concatenate([image.reshape(-1, 3) for image in self._images[begin:end]])
+            self._flat[self._starts[begin] :][: len(chunk)] = torch.from_numpy(chunk)
+            begin = end
+        self._images = []
+        torch.cuda.synchronize(self.device)  # other streams read it
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, copied behind what the device's current stream has queued, without waiting for it."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
+    """The pixels of each; files are decoded, packed images are not read yet."""
+    images: list[np.ndarray] = []
+    decoded, limit = 0, host_available()
+    for file, pixels in zip(files, in_threads(read_pixels, files), strict=True):
+        images.append(pixels)
+        if isinstance(file, Path):
+            decoded += pixels.nbytes
+            if decoded > 0.9 * limit:
+                raise UsageError(f"{file}: the images before it fill the memory; `serpent data pack` their folder")
+    return images
+
+
+def _choose(total: int, device: torch.device) -> Memory:
+    if total <= _SHARE * available(device):
+        return "device"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of them would keep a copy
+    return "host" if total * processes <= _SHARE * host_available() else "stream"

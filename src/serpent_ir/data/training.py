@@ -1,0 +1,181 @@
+"""Training images -> batches of (network input, clean), degraded, cropped and turned on the device."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serpent_ir.data.files import list_images
+from serpent_ir.data.store import ImageStore, Memory, to_device
+from serpent_ir.degradations import Degradation, ImageGenerators
+from serpent_ir.degradations.randomness import image_keys
+from serpent_ir.errors import ImageError
+
+# Devices where samples are made one by one: the last bits of a CPU's sums depend on how many images it does together.
+_APART = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A part of a batch whose windows have one shape: each holds a crop and what the crop depends on."""
+
+    places: np.ndarray  # (B,) in the batch
+    shape: tuple[int, int]
+    pixels: Callable[[], Tensor]  # what `ImageStore.read` returned
+    numbers: np.ndarray  # (B, 8) int64, as `_finish` takes them apart
+
+
+class TrainingSet:
+    """Images of folders and packed sets, and batches made of them.
+
+    An image is degraded as a whole and cropped after, so the border of a crop is blurred by what lies beyond it; what
+    is computed is the crop and what it depends on (`Degradation.margin`), and the numbers are the same. Everything
+    random about a sample is a function of the seed and its number alone: samples are the same however they are divided
+    over batches and processes (on a CPU to the last bit), and training can go on from any of them without saved
+    generators.
+
+    Args:
+        paths: what `list_images` takes. Files are decoded once, now; packed sets are mapped.
+        degradation: what is done to the images.
+        device: where batches are made.
+        memory: where the images lie, as `ImageStore` takes it.
+
+    Raises:
+        UsageError: as `list_images`; or images of folders that fill the memory.
+        ImageError: a file that cannot be read, or is smaller than the degradation takes.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], degradation: Degradation, device: torch.device, *, memory: Memory = "auto"
+    ):
+        self.files = [file for path in paths for file in list_images(path)]
+        self.degradation = degradation
+        self.device = device
+        self.store = ImageStore(self.files, device, memory)
+        self.sizes = self.store.sizes // degradation.scale * degradation.scale  # as Degradation.crop
+        self.check_crop(degradation.scale)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def check_crop(self, crop: int) -> None:
+        """Raise ImageError if some image is smaller than a square crop."""
+        for small in np.flatnonzero(self.sizes.min(1) < crop)[:1]:
+            height, width = self.store.sizes[small]
+            raise ImageError(
+                f"{self.files[small]}: {width}x{height} is smaller than the crop of {crop}; remove it or crop less"
+            )
+
+    def batch(self, samples: Sequence[int], crop: int, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Network input (B, C, crop, crop) and clean image (B, 3, crop, crop) of these samples, float32, on the device.
+
+        The input is degraded, has the clean image's size and is not clamped. Samples are numbered from 0 on; each
+        epoch, `len(self)` of them, takes every image once, in an order of its own.
+        """
+        return self.finish(self.begin(samples, crop, seed=seed), crop)
+
+    def begin(self, samples: Sequence[int], crop: int, *, seed: int) -> list[Windows]:
+        """The first half of `batch`: draw windows, and begin to read those that are not on the device."""
+        numbers = np.asarray(samples, dtype=np.int64)
+        images = self._images_of(numbers, seed)
+        sizes = self.sizes[images]
+        own = _generators(seed, 2 * numbers)  # of places and orientations; the degradation has others
+        corners = torch.stack([own.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
+        turns = own.below(8).numpy()
+        keys = _keys(seed, 2 * numbers + 1)
+        begins, ends = self._windows(corners, sizes, crop)
+        shapes = ends - begins
+        groups = []
+        for shape in np.unique(shapes, axis=0):
+            places = np.flatnonzero((shapes == shape).all(1))
+            for group in np.split(places, len(places)) if self.device.type in _APART else [places]:
+                begin, size = begins[group], sizes[group]
+                first, down, across = _orient(corners[group] - begin, turns[group], crop, shape[1])
+                scale = self.degradation.scale
+                table = np.column_stack([keys[group], begin // scale, size // scale, first, down, across])
+                pixels = self.store.read(images[group], begin[:, 0], begin[:, 1], *shape.tolist())
+                groups.append(Windows(group, tuple(shape.tolist()), pixels, table))
+        return groups
+
+    def finish(self, groups: list[Windows], crop: int) -> tuple[Tensor, Tensor]:
+        """The second half of `batch`: all that runs on the device, once the host has read what it has to."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = [self._finish(group, crop) for group in groups]
+            if len(parts) == 1:
+                return parts[0]
+            inputs, cleans = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            order = to_device(np.argsort(np.concatenate([group.places for group in groups])), self.device)
+            return inputs[order], cleans[order]
+
+    def _finish(self, group: Windows, crop: int) -> tuple[Tensor, Tensor]:
+        numbers = to_device(group.numbers, self.device)
+        keys, begins, sizes = numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5]
+        first, down, across = numbers[:, 5:, None, None].unbind(1)
+        pixels = group.pixels().permute(0, 3, 1, 2)
+        clean = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        degraded = self.degradation(clean, generator=ImageGenerators(keys, begins, sizes))
+        steps = torch.arange(crop, device=self.device)
+        places = first + down * steps[:, None] + across * steps  # (B, crop, crop), in the flattened window
+        return _take(self.degradation.network_input(degraded), places), _take(clean, places)
+
+    def _windows(self, corners: np.ndarray, sizes: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Begins and ends (B, 2) of what crops at these corners depend on: of one shape, where images are larger."""
+        margin, grid = self.degradation.margin, self.degradation.grid
+        if margin is None:
+            return np.zeros_like(sizes), sizes
+        side = _up(crop + 2 * margin + grid - 1, grid)
+        begins = np.clip((corners - margin) // grid * grid, 0, _up(np.maximum(sizes - side, 0), grid))
+        return begins, np.minimum(begins + side, sizes)
+
+    def _images_of(self, samples: np.ndarray, seed: int) -> np.ndarray:
+        epochs, offsets = np.divmod(samples, len(self))
+        images = np.empty_like(samples)
+        for epoch in np.unique(epochs).tolist():
+            images[epochs == epoch] = _epoch_order(len(self), seed, epoch)[offsets[epochs == epoch]]
+        return images
+
+
+def _orient(corners: np.ndarray, turns: np.ndarray, crop: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of crops in one of eight orientations: where the first pixel is in a flattened window of this width, and how far
+    it is from there to the next below, and to the next across; (B,) each."""
+    flip_rows, flip_columns, transpose = turns & 1, turns >> 1 & 1, turns >> 2
+    rows, columns = (corners + (crop - 1) * np.stack([flip_rows, flip_columns], 1)).T
+    down, across = width * (1 - 2 * flip_rows), 1 - 2 * flip_columns
+    return rows * width + columns, np.where(transpose, across, down), np.where(transpose, down, across)
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """Pixels (B, C, h, w) of x (B, C, H, W) at places (B, h, w) in its flattened images."""
+    index = places.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index).unflatten(2, places.shape[1:])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may cross from one epoch into the next
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which `count` images are drawn in an epoch."""
+    return np.random.Generator(np.random.PCG64([seed, 0, epoch])).permutation(count)
+
+
+@functools.lru_cache(maxsize=2)
+def _word(seed: int) -> int:
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
+
+
+def _keys(seed: int, numbers: np.ndarray) -> np.ndarray:
+    return image_keys(_word(seed), torch.from_numpy(numbers)).numpy()
+
+
+def _generators(seed: int, numbers: np.ndarray) -> ImageGenerators:
+    """Generators on the host, for numbers that belong to no place in an image."""
+    keys = torch.from_numpy(_keys(seed, numbers))
+    nowhere = keys.new_zeros(len(keys), 2)
+    return ImageGenerators(keys, nowhere, nowhere)
+
+
+def _up(sides, grid: int):
+    """To multiples of the grid, upwards."""
+    return -(-sides // grid) * grid

@@ -1,0 +1,126 @@
+"""Where the random numbers of a degradation come from: one generator for a batch, or one for each image of it.
+
+A `torch.Generator` draws in sequence, so what an image gets depends on its batch. `ImageGenerators` count instead: the
+number n of an image is a hash of its key and n, so it is the same in any batch, and a window of an image gets the noise
+that it has in the whole.
+"""
+
+import functools
+import importlib.util
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014): an odd step and a mixing of 64 bits, in the signed integers that torch has.
+_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
+_CALL = 1 << 44  # numbers between one call and the next; an image has fewer pixels
+
+KERNELS = {"cuda"}  # devices where a kernel of Triton makes normal numbers
+
+
+class ImageGenerators:
+    """A generator for each image of a batch, on one device. Each call draws anew, and calls come in a fixed order.
+
+    Args:
+        keys: (B,) int64, one for each image.
+        origins: (B, 2) int64: row and column where the window that is degraded begins in its image, in pixels of y.
+        sizes: (B, 2) int64: height and width of that whole image, in pixels of y.
+    """
+
+    def __init__(self, keys: Tensor, origins: Tensor, sizes: Tensor):
+        self.keys, self.origins, self.sizes = keys, origins, sizes
+        self.device = keys.device
+        self._calls = 0
+
+    def rand(self, *shape: int) -> Tensor:
+        """(B, *shape) float32 numbers of [0, 1)."""
+        return self._bits24(math.prod(shape)).float().mul_(2.0**-24).view(-1, *shape)
+
+    def below(self, bound: Tensor | int) -> Tensor:
+        """(B,) integers of [0, bound), for a bound up to 2^24, or one for each image."""
+        return self._bits24(1)[:, 0] * bound >> 24
+
+    def randn(self, channels: int, height: int, width: int) -> Tensor:
+        """(B, channels, height, width) float32 normal numbers, those of the window's pixels in the whole image."""
+        if self.device.type in KERNELS and _has_triton():
+            from serpent_ir.ops.triton_noise import normal  # one launch instead of thirty
+
+            start = self._next()
+            return normal(self.keys, self.origins, self.sizes, start, _STEP, channels, height, width)
+        pairs = -(-channels // 2)  # 64 bits make two numbers
+        rows, columns = self.coordinates(height, width)
+        first = (rows * self.sizes[:, 1, None, None] + columns) * pairs * _STEP + self._start()[:, :, None]
+        bits = _mix(first[:, None] + (torch.arange(pairs, device=self.device) * _STEP)[:, None, None])
+        # Box and Muller, from 32 bits each.
+        radius = ((bits >> 32) & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        angle = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :channels]
+
+    def coordinates(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Rows (B, height, 1) and columns (B, 1, width) of a window's pixels in the whole image."""
+        rows = self.origins[:, :1] + torch.arange(height, device=self.device)
+        columns = self.origins[:, 1:] + torch.arange(width, device=self.device)
+        return rows[:, :, None], columns[:, None, :]
+
+    def _bits24(self, count: int) -> Tensor:
+        bits = _mix(self._start() + torch.arange(count, device=self.device) * _STEP)
+        return (bits >> 40) & 0xFFFFFF
+
+    def _start(self) -> Tensor:
+        """(B, 1): what the first number of this call is mixed from."""
+        return self.keys[:, None] + self._next()
+
+    def _next(self) -> int:
+        self._calls += 1
+        return _wrapped(self._calls * _CALL * _STEP)
+
+
+Generator: TypeAlias = torch.Generator | ImageGenerators
+
+
+def image_keys(seed: int, numbers: Tensor) -> Tensor:
+    """A key for each of several int64 numbers, all different, by a seed of 64 bits."""
+    return _mix(numbers * _STEP + _wrapped(seed))
+
+
+def rand(generator: Generator, batch: int, *shape: int) -> Tensor:
+    """(batch, *shape) float32 numbers of [0, 1), on the generator's device."""
+    if isinstance(generator, ImageGenerators):
+        return generator.rand(*shape)
+    return torch.rand(batch, *shape, generator=generator, device=generator.device)
+
+
+def randint(generator: Generator, batch: int, low: int, high: int) -> Tensor:
+    """(batch,) integers of [low, high], on the generator's device."""
+    if isinstance(generator, ImageGenerators):
+        return low + generator.below(high + 1 - low)
+    return torch.randint(low, high + 1, (batch,), generator=generator, device=generator.device)
+
+
+def randn_like(x: Tensor, generator: Generator) -> Tensor:
+    """Normal numbers of x's shape (B, C, H, W), float32, on the generator's device."""
+    if isinstance(generator, ImageGenerators):
+        return generator.randn(*x.shape[1:])
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """64 well-mixed bits of each, in place."""
+    for shift, factor in _MIXING:
+        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)  # torch shifts in copies of the sign
+        if factor != 1:
+            x *= factor
+    return x
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _wrapped(x: int) -> int:
+    """An integer as its lowest 64 bits, signed."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
