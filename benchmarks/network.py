@@ -1,7 +1,7 @@
 """Milliseconds and memory of whole networks on a GPU, inference and training, beside the best public software.
 
     python benchmarks/network.py [--networks serpent_h] [--sizes 256 2048] --out benchmarks/results/network.h100.json
-    python benchmarks/tables.py                # benchmarks/RESULTS.md from the JSON files
+    python benchmarks/render.py                # benchmarks/RESULTS.md from the JSON files
 
 Inference: bfloat16 autocast, batch 1, a plain call `model(x)` and the same replayed from a CUDA graph. Training:
 forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it and without.

@@ -1,9 +1,11 @@
-"""Milliseconds and memory of one training step on a GPU by crop and batch, plain and as a CUDA graph, and of its data.
+"""Milliseconds, images per second and memory of a training step on GPUs by crop and batch, plain and as a CUDA graph.
 
     python benchmarks/train_step.py --data DIR [DIR ...] --out train_step.json
+    torchrun --nproc-per-node 2 benchmarks/train_step.py --model serpent_h --data DIR --out train_step.2.json
 
-Each figure is a median over CUDA events after a warm-up, all in one run. A step is what `serpent train` does: a batch
-cut and degraded on the device, forward under bfloat16 autocast, L1, backward, clipping, fused Adam, averaged weights.
+A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
+backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more, and run
+without graphs. `data_ms` is a batch by itself (median over CUDA events), `ms` the mean of 20 steps after a warm-up.
 """
 
 import argparse
@@ -15,23 +17,26 @@ from pathlib import Path
 
 import torch
 
-from serpent_ir import train
 from serpent_ir.recipe import Recipe, Stage
+from serpent_ir.training import trainer as engine
+from serpent_ir.training.plan import measure_stage
+from serpent_ir.training.step import own_stream
+from serpent_ir.training.workers import Workers
 
-STAGES = [Stage(64, 128, 1), Stage(128, 64, 1), Stage(256, 16, 1)]
+SIZES = [(64, 128), (128, 64), (256, 16), (128, 16)]
+"""Crops and batches of one GPU; the last is that of the bar on the share of data."""
 
 
-def median_ms(run, warmup: int, repeats: int) -> float:
-    for _ in range(warmup):
-        run()
+def median_ms(run, repeats: int = 15) -> float:
     times = []
-    for _ in range(repeats):
+    for number in range(repeats + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        if number >= 3:
+            times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 
@@ -50,27 +55,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--model", default="serpent_l")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows, kernels = [], {}
     folders = [str(folder) for folder in args.data]
-    for graph in (False, True):
-        train.CUDA_GRAPHS = graph
-        recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), STAGES)
-        with train.own_stream(torch.device("cuda")):
-            trainer = train.Trainer(recipe)
-            for stage in STAGES:
-                step = partial(trainer._train_step, stage, 0)
-                cut = partial(trainer.cache.batch, range(stage.batch), stage.crop, seed=0)
-                median_ms(step, 0, 5)  # compiles, and captures
-                torch.cuda.reset_peak_memory_stats()
-                row = {"model": args.model, "crop": stage.crop, "batch": stage.batch, "graph": graph}
-                row |= {"ms": median_ms(step, 1, args.repeats), "data_ms": median_ms(cut, 1, args.repeats)}
-                rows.append(row | {"gb": torch.cuda.max_memory_allocated() / 1e9})
+    workers = Workers("cuda")
+    stages = [Stage(crop, batch * workers.world, 1) for crop, batch in SIZES]
+    for graph in (False, True) if workers.world == 1 else (False,):
+        engine.CUDA_GRAPHS = graph
+        recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), stages, recompute=args.recompute)
+        with own_stream(workers.device):
+            trainer = engine.Trainer(recipe, workers=workers)
+            for stage in stages:
+                row = {"model": args.model, "gpus": workers.world, "crop": stage.crop, "batch": stage.batch}
+                row |= {"graph": graph, "recompute": args.recompute}
+                samples = workers.share(range(stage.batch))
+                cut = partial(trainer.data.batch, samples, stage.crop, seed=0)
+                try:
+                    seconds, memory = measure_stage(trainer, stage)
+                    row |= {"ms": 1000 * seconds, "images_per_second": stage.batch / seconds, "gb": memory / 1e9}
+                    row |= {"data_ms": median_ms(cut)}
+                except torch.OutOfMemoryError:
+                    row |= {"ms": None, "error": "out of memory"}
+                rows.append(row)
                 if args.profile and not graph:
-                    kernels[str(stage.crop)] = top_kernels(step)
+                    kernels[str(stage.crop)] = top_kernels(partial(trainer.train_step, *cut()))
+    if not workers.first:
+        return
     device = torch.cuda.get_device_name()
     args.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "steps": rows, "kernels": kernels}))
     for key, names in kernels.items():

@@ -1,4 +1,4 @@
-"""What benchmarks/network.py derives and benchmarks/tables.py writes; what they measure needs a GPU."""
+"""What benchmarks/network.py derives and benchmarks/render.py writes; what they measure needs a GPU."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def test_floors_of_the_issue(network: ModuleType) -> None:
 
 
 def test_results_are_written_from_the_files(tmp_path: Path) -> None:
-    tables = load("tables")
+    tables = load("render")
     nothing = {"graph_ms": None, "call_ms": None, "gb": None, "error": "out of memory"}
     figures = {"graph_ms": 100.0, "call_ms": 110.0, "gb": 5.0}
     gpu = {"device": "some GPU", "torch": "2", "triton": None}

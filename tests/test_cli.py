@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,10 +238,25 @@ def test_train_passes_config_and_overrides(monkeypatch, tmp_path):
     import serpent_ir.train
 
     calls = []
-    monkeypatch.setattr(serpent_ir.train, "train", lambda config, overrides: calls.append((config, list(overrides))))
-    assert serpent("train", tmp_path / "c.yaml", "steps=1", "lr=0.1").exit_code == 0
-    assert serpent("train", tmp_path / "c.yaml").exit_code == 0
-    assert calls == [(tmp_path / "c.yaml", ["steps=1", "lr=0.1"]), (tmp_path / "c.yaml", [])]
+    monkeypatch.setattr(serpent_ir.train, "train", lambda *given, **options: calls.append((given, options)))
+    assert serpent("train", tmp_path / "c.yaml", "steps=1", "lr=0.1", "--resume").exit_code == 0
+    assert serpent("train", tmp_path / "c.yaml", "--stop-after-minutes", 5, "--tensorboard").exit_code == 0
+    plain = {"resume": False, "stop_after_minutes": None, "tensorboard": False}
+    assert calls == [
+        ((tmp_path / "c.yaml", ["steps=1", "lr=0.1"]), {**plain, "resume": True}),
+        ((tmp_path / "c.yaml", ()), {**plain, "stop_after_minutes": 5.0, "tensorboard": True}),
+    ]
+
+
+def test_train_plans(tmp_path):
+    save_photo(tmp_path / "data" / "a.png", 24, 16)
+    save_recipe(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run")
+    shown = serpent("train", tmp_path / "recipe.yaml", "--dry-run", "--images", 60_000)
+    assert shown.exit_code == 0, shown.stderr
+    assert "serpent_b deblur, 60,000 training images, cpu" in shown.stdout
+    assert re.search(r"estimated: \d+\.\d\d hours", shown.stdout)
+    assert not (tmp_path / "run").exists()
+    assert "--images: it stands for" in serpent("train", tmp_path / "recipe.yaml", "--images", 5).stderr
 
 
 def test_what_was_trained_is_evaluated_and_restores(tmp_path):

@@ -1,5 +1,6 @@
-"""PSNR and SSIM against their formulas written out in float64, and against scikit-image."""
+"""PSNR and SSIM against their formulas written out in float64, and against scikit-image; LPIPS against torchmetrics."""
 
+import itertools
 import subprocess
 import sys
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from torch import nn
+from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from serpent_ir import metrics
-from serpent_ir.errors import UsageError
-from serpent_ir.metrics import eight_bits, psnr, ssim
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.metrics import Lpips, eight_bits, psnr, ssim
 
 
 def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,3 +131,45 @@ def test_gpu_equals_cpu():
         torch.testing.assert_close(
             metric(restored.cuda(), clean.cuda()).cpu(), metric(restored, clean), rtol=1e-9, atol=0
         )
+
+
+def backbone(name: str) -> nn.Sequential:
+    """The convolutional part of torchvision's AlexNet or VGG-16, which is not installed here."""
+    if name == "alex":
+        shapes = [(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
+        pooled, window = {0, 1, 4}, 3
+    else:
+        widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+        shapes = [(a, b, 3, 1, 1) for a, b in itertools.pairwise(widths)]
+        pooled, window = {1, 3, 6, 9, 12}, 2
+    layers = []
+    for i, (a, b, size, stride, padding) in enumerate(shapes):
+        layers += [nn.Conv2d(a, b, size, stride, padding), nn.ReLU()]
+        if i in pooled:
+            layers.append(nn.MaxPool2d(window, 2))
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("name", ["alex", "vgg"])
+def test_lpips_is_that_of_torchmetrics(name, tmp_path, monkeypatch):
+    """With random weights of the backbone: those for ImageNet are not here."""
+    torch.manual_seed(0)
+    features = backbone(name)
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, tmp_path / "weights.pth")
+    lpips = Lpips(tmp_path / "weights.pth", torch.device("cpu"))
+    restored, clean = pair(2, 3, 70, 96)
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *_: features)
+    reference = theirs._LPIPS(pretrained=True, net=name, pnet_rand=True).eval()
+    wanted = reference(eight_bits(restored).float(), eight_bits(clean).float(), normalize=True).flatten().double()
+    torch.testing.assert_close(lpips(restored, clean), wanted, rtol=1e-5, atol=1e-7)
+    assert lpips(clean, clean).tolist() == [0, 0]
+    with pytest.raises(UsageError, match="64x64"):
+        lpips(clean[..., :63], clean[..., :63])
+
+
+def test_lpips_refuses_other_files(tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "part.pth")
+    for name in ("text.pth", "part.pth", "none.pth"):
+        with pytest.raises(SerpentError, match=rf"{name}: (not torchvision's AlexNet|no such)"):
+            Lpips(tmp_path / name, torch.device("cpu"))

@@ -5,83 +5,67 @@ import math
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from serpent_ir import create_model
+from serpent_ir import create_model, list_models
 from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
-from serpent_ir.recipe import load_recipe
-from serpent_ir.train import Trainer, own_stream, train
-
-
-def draw_image(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth colours with a few hard edges."""
-    g = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 4, 4, generator=g)
-    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    image[..., height // 3 : height // 2, width // 4 :] = torch.rand(1, 3, 1, 1, generator=g)
-    return Image.fromarray((image[0].permute(1, 2, 0) * 255).byte().numpy())
+from serpent_ir.recipe import Recipe, Stage, load_recipe
+from serpent_ir.train import Trainer, own_stream, plan, train
+from serpent_ir.training.losses import create_loss
+from serpent_ir.training.recompute import recompute_blocks
+from serpent_ir.training.schedule import Schedule
+from serpent_ir.training.step import GraphedStep
+from training_files import TINY, draw_folders, draw_image, recipe_file
 
 
 @pytest.fixture
 def folders(tmp_path):
-    for name, sizes in {
-        "train": [(48, 48), (48, 40), (48, 48), (40, 48), (48, 48)],
-        "val": [(48, 40), (33, 57)],
-    }.items():
-        (tmp_path / name / "sub").mkdir(parents=True)
-        for i, size in enumerate(sizes):
-            draw_image(*size, seed=i).save(tmp_path / name / ("sub" if i == 1 else "") / f"{i}.png")
-    return tmp_path
+    return draw_folders(tmp_path)
 
 
-def recipe_file(folders, out="run", **changes):
-    recipe = {
-        "model": "serpent_b",
-        "task": "deblur",
-        "train": [str(folders / "train")],
-        "val": str(folders / "val"),
-        "out": str(folders / out),
-        "stages": [{"crop": 16, "batch": 4, "steps": 6}, {"crop": 32, "batch": 2, "steps": 4}],
-        "warmup": 2,
-        "val_every": 4,
-        "device": "cpu",
-    }
-    file = folders / f"{out}.yaml"
-    file.write_text(yaml.safe_dump({**recipe, **changes}))
-    return file
+def quiet_trainer(file, *overrides):
+    return Trainer(load_recipe(file, overrides), say=lambda line: None)
 
 
-def test_training_is_the_same_when_interrupted(folders):
+def rows_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_logs_and_leaves_what_it_should(folders):
+    stages = [{"crop": 32, "batch": 4, "steps": 60}]
+    file = recipe_file(folders, "learn", stages=stages, lr=5e-3, val_every=30, ema=0.9)
+    out = folders / "learn"
+    before = quiet_trainer(file)
+    untrained = evaluate_network(before.average, before.val_files, "deblur")
     torch.manual_seed(5)
-    whole = load_file(train(recipe_file(folders)))
     state = torch.get_rng_state()
-    trainer = Trainer(load_recipe(recipe_file(folders, "parts")), say=lambda line: None)
-    for _ in range(3):  # three steps that are lost, then a checkpoint at step 4 by hand
-        trainer._train_step(*trainer._place(trainer.step)[1:])
-        trainer.step += 1
-    trainer._train_step(*trainer._place(trainer.step)[1:])
-    trainer.step += 1
-    trainer.save()
-    trainer.step = 5
-    trainer._log("a row of a step that is lost", loss=0.5)
-    resumed = Trainer(load_recipe(recipe_file(folders, "parts")), say=lambda line: None)
-    assert resumed.step == 4
-    assert (folders / "parts" / "log.jsonl").read_text() == ""
-    parts = load_file(resumed.run())
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    weights = train(file, tensorboard=True)
     assert torch.equal(state, torch.get_rng_state()), "training must leave the global random state alone"
+    first, last = [row for row in rows_of(out) if "psnr" in row]
+    assert (first["step"], last["step"]) == (30, 60)
+    assert last["psnr"] > first["psnr"] > untrained["psnr"] + 1
+    assert math.isclose(last["input_psnr"], untrained["input_psnr"])
+    rows = [row for row in rows_of(out) if "loss" in row]
+    assert [row["step"] for row in rows] == [30, 50, 60]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    again = evaluate_network(create_model("serpent_b", checkpoint_path=weights, **TINY), before.val_files, "deblur")
+    assert again["psnr"] == last["psnr"]
+    assert json.loads((out / "recipe.json").read_text())["model_options"] == TINY
+    assert quiet_trainer(out / "recipe.json").schedule.steps == 60, "what was saved is a recipe"
+    assert list((out / "tensorboard").glob("events.*"))
+    with Image.open(out / "run.png") as plot, Image.open(out / "pictures" / "step-00000060.png") as strip:
+        assert plot.size == (960, 840)
+        assert strip.size == (3 * 48, 40 + 57)  # degraded, restored and clean of both images
+    assert not list(out.rglob("*.part"))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(folders):
-    trainer = Trainer(load_recipe(recipe_file(folders, warmup=4, lr=0.5)), say=lambda line: None)
-    rates = []
-    for trainer.step in range(11):
-        rates.append(trainer._lr())
+    schedule = quiet_trainer(recipe_file(folders, warmup=4, lr=0.5)).schedule
+    rates = [schedule.lr(step) for step in range(11)]
     assert rates[:4] == sorted(rates[:4])
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[0] == 0.5 / 4
@@ -89,45 +73,109 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(folders):
     assert rates[10] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] No space left")]
-)
-def test_a_full_disk_leaves_the_old_checkpoint_whole(folders, monkeypatch, error):
-    trainer = Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
-    trainer.save()
-    old = (folders / "run" / "state.pt").read_bytes()
-
-    def full_disk(_content, path, *_):
-        path.write_bytes(b"half of it")
-        raise error
-
-    trainer.step = 1
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(SerpentError, match=r"state\.pt: cannot be written .*No space"),
-    ):
-        patched.setattr("torch.save", full_disk)
-        trainer.save()
-    assert not list((folders / "run").glob("*.part"))
-    assert (folders / "run" / "state.pt").read_bytes() == old
-    load_file(folders / "run" / "weights.safetensors")
-    assert Trainer(load_recipe(recipe_file(folders)), say=lambda line: None).step == 0
+def test_the_schedule_is_a_function_of_the_step():
+    stages = [Stage(8, 4, steps=3), Stage(16, 2, epochs=5 / 3)]
+    recipe = Recipe("serpent_b", "deblur", [""], "", "", stages, val_every=4)
+    schedule = Schedule(recipe, tuple(recipe.steps_of(stage, 6) for stage in stages))
+    assert schedule.lengths == (3, 5)  # 10 samples in steps of 2
+    drawn = [sample for step in range(schedule.steps) for sample in schedule.samples(step)]
+    assert drawn == list(range(3 * 4 + 5 * 2))
+    assert [done for done in range(9) if schedule.validates(done)] == [3, 4, 8]
+    # After two steps of a second each: one step of 4 x 8 x 8 pixels, five of 2 x 16 x 16, which is twice as many.
+    assert schedule.seconds_left(2, 1.0) == 1 + 5 * 2
+    assert schedule.seconds_left(8, 1.0) == 0
+    assert [schedule.decay(step) for step in (0, 10**6)] == [0.1, recipe.ema]
 
 
-def test_training_learns_logs_and_leaves_loadable_weights(folders):
-    file = recipe_file(folders, "learn", stages=[{"crop": 32, "batch": 4, "steps": 40}], lr=2e-3, val_every=20, ema=0.9)
-    before = Trainer(load_recipe(file), say=lambda line: None)
-    untrained = evaluate_network(before.average, before.val_files, "deblur")
-    weights = train(file)
-    rows = [json.loads(line) for line in (folders / "learn" / "log.jsonl").read_text().splitlines()]
-    first, last = [row for row in rows if "psnr" in row]
-    assert (first["step"], last["step"]) == (20, 40)
-    assert last["psnr"] > first["psnr"] > untrained["psnr"] + 3
-    assert math.isclose(last["input_psnr"], untrained["input_psnr"])
-    assert create_model("serpent_b", checkpoint_path=weights).config.task == "deblur"
-    assert not list((folders / "learn").glob("*.part"))
-    with pytest.raises(SerpentError, match="holds a run of another recipe"):
-        train(recipe_file(folders, "learn", seed=1))
+@pytest.mark.parametrize(("name", "frequency"), [("l1", 0.0), ("l2", 0.0), ("charbonnier", 0.0), ("l1", 0.25)])
+def test_losses_and_their_gradients(name, frequency):
+    g = torch.Generator().manual_seed(0)
+    restored, clean = torch.rand(2, 2, 3, 6, 5, generator=g, dtype=torch.float64)
+    d = (restored - clean).requires_grad_()
+    expected = {"l1": d.abs(), "l2": d * d, "charbonnier": torch.sqrt(d * d + 1e-6)}[name].mean()
+    if frequency:
+        # The half of the spectrum that a real image has, written out.
+        rows, columns = torch.arange(6.0).double(), torch.arange(5.0).double()
+        left = torch.exp(-2j * math.pi * torch.outer(rows, rows) / 6)
+        right = torch.exp(-2j * math.pi * torch.outer(columns, columns[:3]) / 5)
+        spectrum = left @ d.to(torch.complex128) @ right / math.sqrt(30)
+        expected = expected + frequency * (spectrum.real.abs() + spectrum.imag.abs()).mean() / 2
+    expected.backward()
+    given = restored.float().requires_grad_()
+    loss = create_loss(name, frequency)(given, clean.float())
+    loss.backward()
+    assert given.grad is not None
+    assert d.grad is not None
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(given.grad.double(), d.grad, rtol=1e-4, atol=1e-6)
+
+
+def losses_of(trainer, steps=3):
+    losses, batches = [], trainer.batches()
+    for _ in range(steps):
+        trainer.train_step(*next(batches))
+        trainer.step += 1
+        losses.append(trainer.update.tally.take()[0])
+    return losses
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_batch(folders):
+    gradients = []
+    for parts in (1, 2, 4):
+        trainer = quiet_trainer(recipe_file(folders, f"parts{parts}", accumulate=parts, clip=1e9))
+        losses = losses_of(trainer, 1)
+        gradients.append([torch.tensor(losses), *(p.grad for p in trainer.network.parameters())])
+    for parts in gradients[1:]:
+        for whole, part in zip(gradients[0], parts, strict=True):
+            assert (part - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize(("model", "options"), [("serpent_b", TINY), ("unet_32", {"channels": 4, "pools": 2})])
+def test_recomputed_blocks_train_with_the_same_bits(folders, model, options):
+    trainers = [
+        quiet_trainer(recipe_file(folders, f"{model}{again}", model=model, model_options=options, recompute=again))
+        for again in (False, True)
+    ]
+    assert losses_of(trainers[0]) == losses_of(trainers[1])
+    for kept, again in zip(*(trainer.network.parameters() for trainer in trainers), strict=True):
+        assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_blocks_of_every_network_are_known(name):
+    with torch.device("meta"):
+        network = create_model(name)
+    recompute_blocks(network)
+    assert network.train()(torch.rand(1, 3, 64, 64, device="meta")).shape == (1, 3, 64, 64)
+
+
+def test_recomputing_keeps_less(folders):
+    kept = []
+    for again in (False, True):
+        trainer = quiet_trainer(recipe_file(folders, f"memory{again}", recompute=again))
+        size = [0]
+
+        def count(tensor, size=size):
+            size[0] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            trainer.network(torch.rand(2, 3, 32, 32))
+        kept.append(size[0])
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_a_plan_measures_every_stage_and_writes_nothing(folders):
+    stages = [{"crop": 16, "batch": 4, "steps": 6}, {"crop": 32, "batch": 4, "epochs": 2}]
+    file = recipe_file(folders, stages=stages, val_every=4)
+    measured = plan(file, images=1000)
+    assert [(s.steps, s.images) for s in measured.stages] == [(6, 24), (500, 2000)]
+    assert (measured.images, measured.validations) == (1000, 506 // 4 + 2)
+    assert all(stage.seconds > 0 and stage.memory > 0 for stage in measured.stages)
+    by_hand = sum(s.steps * s.seconds for s in measured.stages) + measured.validations * measured.validation_seconds
+    assert measured.hours == pytest.approx(by_hand / 3600)
+    assert [s.steps for s in plan(file).stages] == [6, 2]  # 5 images
+    assert not (folders / "run").exists()
 
 
 def test_what_training_refuses(folders):
@@ -137,29 +185,33 @@ def test_what_training_refuses(folders):
         train(recipe_file(folders, val="/nowhere"))
     with pytest.raises(UsageError, match=r"unknown model 'serpent_b\.sr8'; valid: serpent_b"):
         train(recipe_file(folders, model="serpent_b.sr8"))
+    with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
+        train(recipe_file(folders, model_options={"width": 3}))
     assert not (folders / "run").exists(), "what is refused leaves no folder behind"
     with pytest.raises(SerpentError, match=r"0\.png: cannot be made a folder .*choose another out="):
         train(recipe_file(folders, out="train/0.png"))
-    with pytest.raises(SerpentError, match=r"the loss is (nan|inf) at step"):
+    with pytest.raises(SerpentError, match=r"not finite in 5 steps in a row"):
         train(recipe_file(folders, "wild", lr=1e30, clip=1e30))
 
 
 def test_a_bad_validation_image_is_found_before_training(folders):
     (folders / "val" / "x.png").write_bytes((folders / "val" / "0.png").read_bytes()[:-40])
     with pytest.raises(ImageError, match=r"x\.png"):
-        Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
+        quiet_trainer(recipe_file(folders))
     draw_image(9, 30, 0).save(folders / "val" / "x.png")
     with pytest.raises(ImageError, match=r"x\.png: 9x30 px is too small to compare"):
-        Trainer(load_recipe(recipe_file(folders)), say=lambda line: None)
+        quiet_trainer(recipe_file(folders))
 
 
-def test_a_damaged_checkpoint_is_one_line(folders):
-    (folders / "run").mkdir()
-    Trainer(load_recipe(recipe_file(folders)), say=lambda line: None).save()
-    state = folders / "run" / "state.pt"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(SerpentError, match=r"state\.pt: is damaged \(\w+\); remove it to start anew"):
-        train(recipe_file(folders))
+def test_a_run_may_start_from_other_weights(folders):
+    first = quiet_trainer(recipe_file(folders, "first")).run(stop_after_minutes=0)
+    on = quiet_trainer(recipe_file(folders, "on", start=str(first)))
+    for name, tensor in load_file(first).items():
+        assert torch.equal(on.network.state_dict()[name], tensor), name
+    shipped = {"model": "serpent_l", "start": "serpent_l.sr8", "model_options": {}}
+    assert quiet_trainer(recipe_file(folders, "l", **shipped)).step == 0
+    with pytest.raises(UsageError, match=r"start: serpent_l\.sr8 holds no weights of serpent_b"):
+        quiet_trainer(recipe_file(folders, "bad", start="serpent_l.sr8"))
 
 
 def test_evaluation_reports_means_and_repeats(folders):
@@ -192,28 +244,53 @@ def test_evaluation_scores_an_identity_network_as_its_input(folders):
     assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured on one")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured where there is one")
-def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch):
+@needs_gpu
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"recompute": True}, {"frequency": 0.1}])
+def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch, changes):
     losses = {}
     for graphs in (False, True):
-        monkeypatch.setattr("serpent_ir.train.CUDA_GRAPHS", graphs)
-        recipe = load_recipe(recipe_file(folders, f"graphs{graphs}", device="cuda"))
-        steps = []
+        monkeypatch.setattr("serpent_ir.training.trainer.CUDA_GRAPHS", graphs)
         with own_stream(torch.device("cuda")):
-            trainer = Trainer(recipe, say=lambda line: None)
-            while trainer.step < trainer.steps:
-                steps.append(trainer._train_step(*trainer._place(trainer.step)[1:]).item())
-                trainer.step += 1
-        losses[graphs] = steps
+            trainer = quiet_trainer(recipe_file(folders, f"graphs{graphs}", device="cuda", model_options={}, **changes))
+            assert isinstance(trainer.call, GraphedStep) == graphs
+            losses[graphs] = losses_of(trainer, trainer.schedule.steps)
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
 
 
-def test_a_run_may_start_from_other_weights(folders):
-    first = train(recipe_file(folders, "first"))
-    on = Trainer(load_recipe(recipe_file(folders, "on", start=str(first))))
-    for name, tensor in load_file(first).items():
-        assert torch.equal(on.network.state_dict()[name], tensor), name
-    assert Trainer(load_recipe(recipe_file(folders, "l", model="serpent_l", start="serpent_l.sr8"))).step == 0
-    with pytest.raises(UsageError, match=r"start: serpent_l\.sr8 holds no weights of serpent_b"):
-        Trainer(load_recipe(recipe_file(folders, "bad", start="serpent_l.sr8")))
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_that_cannot_be_captured_is_called():
+    device = torch.device("cuda")
+    with own_stream(device):
+        total = torch.zeros((), device=device)
+        step = GraphedStep(lambda x: total.add_(x.sum().item()) and None)
+        for _ in range(3):
+            step(torch.ones(2, device=device))
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            step(torch.ones(2, device=device))
+        step(torch.ones(2, device=device))
+        assert total.item() == 10
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_step_skips_what_is_not_finite(folders):
+    stages = [{"crop": 16, "batch": 4, "steps": 8}]
+    with own_stream(torch.device("cuda")):
+        trainer = quiet_trainer(recipe_file(folders, device="cuda", stages=stages))
+        losses_of(trainer, 5)  # the last from the graph
+        weights = [p.clone() for p in trainer.network.parameters()]
+        adam = [x.clone() for state in trainer.optimizer.state.values() for x in state.values()]
+        degraded, clean = next(trainer.batches())
+        degraded[0, 0, 0, 0] = float("nan")
+        trainer.call(degraded, clean)
+        assert trainer.update.tally.take()[1] == 1
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.network.parameters(), strict=True))
+        now = [x for state in trainer.optimizer.state.values() for x in state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(adam, now, strict=True))
+        losses_of(trainer, 1)
+        assert not torch.equal(weights[0], next(trainer.network.parameters()))

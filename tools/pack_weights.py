@@ -91,6 +91,8 @@ def main() -> None:
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     name = f"{recipe['model']}.{create_degradation(recipe['task']).name}"
     state, metadata = load_weights(args.run / "weights.safetensors")
+    for stage, steps in zip(recipe["stages"], json.loads(metadata.get("steps", "[]")), strict=False):
+        stage["steps"] = steps  # which a recipe may give in epochs
     if int(metadata["step"]) != sum(stage["steps"] for stage in recipe["stages"]):
         raise SystemExit(f"{args.run}: stopped at step {metadata['step']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
+"""PSNR, SSIM and LPIPS of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +12,10 @@ from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
-from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
+from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
+
+FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
 
 def evaluate(
@@ -24,6 +26,7 @@ def evaluate(
     weights: Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    lpips_weights: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Degrade every image of a folder, restore it, and compare with the clean one.
@@ -36,12 +39,14 @@ def evaluate(
         weights: file as `load_model` takes it, instead of the weights that ship as `model`.
         device: as `serpent_ir.inference.pick_device` takes.
         seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
+        lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it, to measure LPIPS, too.
         progress: called with (images done, images in all).
 
     Returns:
         model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
         network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An infinite
-        PSNR (identical images) is left out of a mean, unless all are.
+        PSNR (identical images) is left out of a mean, unless all are. With `lpips_weights` also lpips and input_lpips,
+        and lpips_net, "alex" or "vgg".
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
@@ -52,8 +57,11 @@ def evaluate(
         )
     if (scale := getattr(network, "scale", 1)) != 1:
         raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
-    network = network.to(pick_device(device))
-    result = evaluate_network(network, list_images(data), degradation.name, seed=seed, progress=progress)
+    target = pick_device(device)
+    lpips = Lpips(lpips_weights, target) if lpips_weights else None
+    network = network.to(target)
+    files = list_images(data)
+    result = evaluate_network(network, files, degradation.name, seed=seed, lpips=lpips, progress=progress)
     return {"model": model, "task": task, **result, "data": str(data)}
 
 
@@ -63,6 +71,7 @@ def evaluate_network(
     task: str,
     *,
     seed: int = 0,
+    lpips: Lpips | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """As `evaluate`, for a network that is already on its device."""
@@ -71,21 +80,35 @@ def evaluate_network(
     images = []
     for index, file in enumerate(files):
         clean = read_clean(file, degradation).to(device)
-        degraded = degradation(clean, generator=evaluation_generator(seed, index))
-        given = degradation.network_input(degraded)
-        restored = degradation.combine(run_network(network, given), given)
-        given = given[:, :3]
-        row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
-        row |= {"input_psnr": psnr(given, clean), "input_ssim": ssim(given, clean)}
-        images.append({"file": str(file), **{key: value.item() for key, value in row.items()}})
+        row, given, restored = evaluate_image(network, clean, degradation, seed=seed, index=index)
+        if lpips is not None:
+            row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+        images.append({"file": str(file), **row})
         if progress:
             progress(index + 1, len(files))
-    means = {key: _mean([row[key] for row in images]) for key in ("psnr", "ssim", "input_psnr", "input_ssim")}
+    means = {key: mean_figure([row[key] for row in images]) for key in images[0] if key != "file"}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"n": len(images), "seed": seed, **means, "device": name, "images": images}
+    net = {} if lpips is None else {"lpips_net": lpips.name}
+    return {"n": len(images), "seed": seed, **means, **net, "device": name, "images": images}
 
 
-def _mean(figures: list[float]) -> float:
+def evaluate_image(
+    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
+
+    `clean` (1, 3, H, W) lies on the network's device.
+    """
+    degraded = degradation(clean, generator=evaluation_generator(seed, index))
+    given = degradation.network_input(degraded)
+    restored = degradation.combine(run_network(network, given), given)
+    image = given[:, :3]
+    row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
+    row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
+    return {key: value.item() for key, value in row.items()}, given, restored
+
+
+def mean_figure(figures: list[float]) -> float:
     """The mean; identical images, whose PSNR is infinite, are left out of it unless there are no others.
 
     `photo` leaves some images untouched, and one of them would make the mean of all infinite.

@@ -1,14 +1,19 @@
-"""PSNR and SSIM, with one protocol for every number in this project.
+"""PSNR, SSIM and LPIPS, with one protocol for every number in this project.
 
 RGB images in [0, 1]; both are clamped and rounded to the 8 bits of a saved file first; no border is cropped and nothing
-is converted to luminance; one value per image, which the caller averages over images. Computed in float64, so that the
-device does not show. torchmetrics is imported at the first call: it brings matplotlib where that is installed.
+is converted to luminance; one value per image, which the caller averages over images. PSNR and SSIM are computed in
+float64, so that the device does not show. torchmetrics is imported at the first call: it brings matplotlib, if it can.
 """
 
+import importlib.util
+import pickle
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import SerpentError, UsageError
 
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
@@ -49,6 +54,74 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
             f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} px; this one is {width}x{height} px"
         )
     return torch.stack([_ssim_of_one(a, b) for a, b in zip(restored.split(1), clean.split(1), strict=True)])
+
+
+class Lpips:
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1): 0 for identical images, lower is nearer.
+
+    `weights` is a local copy of torchvision's AlexNet or VGG-16 for ImageNet (`alexnet-owt-7be5be79.pth`,
+    `vgg16-397923af.pth`); which of the two is seen from its shapes. The learned weights of the distance are those that
+    torchmetrics ships.
+
+    Raises SerpentError for a file that is not one of these.
+    """
+
+    # Of each convolution in `features`: number in the file, stride, padding, the max pooling before it as (size,
+    # stride), and whether the distance looks at what comes out.
+    LAYERS = (
+        ("alex", [(0, 4, 2, None, True), (3, 1, 2, (3, 2), True), (6, 1, 1, (3, 2), True), (8, 1, 1, None, True),
+                  (10, 1, 1, None, True)]),
+        ("vgg", [(i, 1, 1, (2, 2) if i in (5, 10, 17, 24) else None, i in (2, 7, 14, 21, 28))
+                 for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]),
+    )  # fmt: skip
+    SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
+    LEAST = 64  # side of the smallest image
+
+    def __init__(self, weights: Path, device: torch.device):
+        try:
+            state = torch.load(weights, map_location=device, weights_only=True)
+            first = state["features.0.weight"].shape
+        except FileNotFoundError:
+            raise SerpentError(f"{weights}: no such weights file") from None
+        except (KeyError, TypeError, AttributeError, OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise SerpentError(f"{weights}: not torchvision's AlexNet or VGG-16 (a .pth file)") from None
+        self.name, self.layers = self.LAYERS[0 if first[-1] == 11 else 1]
+        try:
+            self.weights = {i: (state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for i, *_ in self.layers}
+        except KeyError as error:
+            raise SerpentError(f"{weights}: not torchvision's AlexNet or VGG-16 (it has no {error})") from None
+        package = importlib.util.find_spec("torchmetrics")
+        assert package is not None and package.origin is not None
+        heads = Path(package.origin).parent / "functional" / "image" / "lpips_models" / f"{self.name}.pth"
+        learned = torch.load(heads, map_location=device, weights_only=True)
+        self.heads = [learned[f"lin{i}.model.1.weight"] for i in range(5)]
+
+    @torch.no_grad()
+    def __call__(self, restored: Tensor, clean: Tensor) -> Tensor:
+        """Distance of each image: (B, 3, H, W) twice, in [0, 1], rounded to 8 bits -> (B,) float64 on their device.
+
+        Raises UsageError if the shapes differ or a side is under 64 px.
+        """
+        _check_shapes(restored, clean)
+        if min(clean.shape[-2:]) < self.LEAST:
+            raise UsageError(f"LPIPS needs images of at least {self.LEAST}x{self.LEAST} px")
+        pairs = zip(restored.split(1), clean.split(1), strict=True)
+        return torch.stack([self._distance(a, b) for a, b in pairs])
+
+    def _distance(self, restored: Tensor, clean: Tensor) -> Tensor:
+        shift, scale = (clean.new_tensor(values).view(3, 1, 1).float() for values in (self.SHIFT, self.SCALE))
+        x = (2 * eight_bits(torch.cat([restored, clean])).float().to(clean.device) - 1 - shift) / scale
+        total = torch.zeros((), dtype=torch.float64, device=clean.device)
+        heads = iter(self.heads)
+        for i, stride, padding, pool, seen in self.layers:
+            if pool is not None:
+                x = F.max_pool2d(x, kernel_size=pool[0], stride=pool[1])
+            x = F.conv2d(x, *self.weights[i], stride=stride, padding=padding).relu()
+            if seen:
+                unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
+                difference = (unit[:1] - unit[1:]).square()
+                total += F.conv2d(difference, next(heads)).double().mean()
+        return total
 
 
 def eight_bits(image: Tensor) -> Tensor:

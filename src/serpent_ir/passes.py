@@ -54,6 +54,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the ways in which PyTorch runs out of memory."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a network's parameters are; the CPU for one that has none."""
     return next(model.parameters(), torch.empty(0)).device
@@ -333,8 +339,7 @@ def _says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Itera
         yield
         return
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in str(error) for sign in _MEMORY_SIGNS):
+        if not is_out_of_memory(error):
             raise
     # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
     raise OutOfMemoryError(

@@ -1,5 +1,6 @@
-"""Counting a network by the paper's convention: 1 MAC = 2 FLOPs, and the norms count too."""
+"""What a network costs: counted by the paper's convention (1 MAC = 2 FLOPs, norms count too), and measured."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from serpent_ir.errors import UsageError
+from serpent_ir.figures import short
+from serpent_ir.measure import OUT_OF_MEMORY, Cell, Worker
+from serpent_ir.memory import available
+from serpent_ir.models import create_model
 from serpent_ir.ops.cpu import NORM_GATE
+from serpent_ir.passes import pick_device, pick_precision
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
@@ -62,3 +69,144 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
             hook.remove()
     flops = counter.get_total_flops() + 2 * norm_macs
     return Counts(sum(p.numel() for p in model.parameters()), flops // 2, flops)
+
+
+PAPER_IMAGES = 60_000
+"""Training images of FFHQ as the paper has them: an epoch."""
+SLOWEST = 5
+"""A call that is expected to take so many times the seconds of a cell is not tried."""
+STARTING = 120
+"""Seconds that a process may take for its first call: imports, and kernels that are compiled."""
+
+_KINDS = {"infer": "inference", "train": "training"}
+
+
+def profile(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    batch: int = 1,
+    train: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    seconds: float = 2.0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Count and measure networks on square images, each measurement in a process of its own.
+
+    Args:
+        names: networks, as `create_model` takes them.
+        sizes: sides in pixels.
+        batch: images in a pass.
+        train: measure a training step (forward, L1 loss, backward, Adam), too.
+        device: as `pick_device` takes it.
+        precision: as `pick_precision` takes it.
+        seconds: for about so long the calls of a cell are timed; `SLOWEST` times as much is the longest call tried.
+        progress: called with (cells done, cells in all, a line about the last one).
+
+    Returns:
+        One object for each size and network: model, size, batch, device (its name), precision, torch, threads (None on
+        a GPU), params, macs and flops (of one image), infer_ms (median of plain calls), infer_range_ms (10th and 90th
+        percentile), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph; None elsewhere), images_per_s
+        (of plain calls), infer_gb (peak, 1e9 bytes, weights included); with `train` the same of a step as train_*, and
+        train_s_per_60k (seconds for 60,000 images; from the graph where there is one, as `serpent train` runs). What
+        could not be measured is None, beside `error`: "inference: out of memory", say, also where a smaller size says
+        so already; `notes` holds what else is to be known.
+
+    Raises:
+        UsageError: an unknown network, device or precision, or a size or batch below 1.
+    """
+    target = pick_device(device)
+    dtype = pick_precision(precision, target)
+    if batch < 1 or any(size < 1 for size in sizes):
+        raise UsageError("sizes and the batch must be at least 1")
+    for name in names:
+        _on_meta(name)  # an unknown one is better refused now
+    kinds = ["infer", "train"] if train else ["infer"]
+    rows = []
+    done, total = 0, len(names) * len(sizes) * len(kinds)
+    # Of each network and kind, the size measured last: what the next one takes is expected from it.
+    last: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+    with Worker(fresh=target.type == "cpu") as worker:
+        for size in sorted(sizes):
+            for name in names:
+                row = _counted(name, size, batch, target, dtype)
+                for kind in kinds:
+                    cell = Cell(kind, name, size, batch, device, precision, seconds)
+                    error = _too_much(cell, *last.get((name, kind), (0, {})), target)
+                    result = {"error": error} if error else worker(cell, STARTING + 4 * SLOWEST * seconds)
+                    if not error:
+                        last[name, kind] = size, result
+                    _add(row, kind, batch, result)
+                    done += 1
+                    if progress:
+                        progress(done, total, f"{name} {size} {_KINDS[kind]}: {_told(result)}")
+                rows.append(row)
+    return rows
+
+
+def _on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):  # nothing is allocated or initialised
+        return create_model(name)
+
+
+def _counted(name: str, size: int, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    model = _on_meta(name)
+    counts = count(model, size, size, channels=getattr(getattr(model, "config", None), "in_channels", 3))
+    on_gpu = device.type == "cuda"
+    return {
+        "model": name,
+        "size": size,
+        "batch": batch,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "precision": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "params": counts.params,
+        "macs": counts.macs,
+        "flops": counts.flops,
+        **dict.fromkeys(("infer_ms", "infer_range_ms", "infer_graph_ms", "infer_graph_range_ms", "images_per_s")),
+        "infer_gb": None,
+        **dict.fromkeys(("train_ms", "train_range_ms", "train_graph_ms", "train_graph_range_ms", "train_s_per_60k")),
+        "train_gb": None,
+    }
+
+
+def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.device) -> str:
+    """Why a cell is not worth a try, from what the same took at a smaller size; "" where it is."""
+    if not result:
+        return ""
+    if "error" in result:
+        return f"{result['error']} (at {size} already)"
+    growth = (cell.size / size) ** 2
+    call = growth * result["ms"] / 1e3
+    if call > SLOWEST * cell.seconds:
+        return f"skipped: a call would take about {short(call)} s, as {size} says"
+    if device.type == "cuda":  # says itself what does not fit; a computer begins to swap before it does
+        return ""
+    need, free = growth * (result["gb"] or 0), available(device) / 1e9
+    return f"{OUT_OF_MEMORY}: about {need:.1f} GB expected, as {size} says; {free:.1f} are free" if need > free else ""
+
+
+def _add(row: dict[str, Any], kind: str, batch: int, result: dict[str, Any]) -> None:
+    if "error" in result:
+        told = f"{_KINDS[kind]}: {result['error']}"
+        row["error"] = f"{row['error']}; {told}" if "error" in row else told
+        return
+    for key in ("ms", "range_ms", "graph_ms", "graph_range_ms", "gb"):
+        row[f"{kind}_{key}"] = result.get(key)
+    notes = [f"{_KINDS[kind]}: {result[key]}" for key in ("graph_note", "gb_note") if key in result]
+    if notes:
+        row["notes"] = row.get("notes", []) + notes
+    if kind == "infer":
+        row["images_per_s"] = 1e3 * batch / result["ms"]
+    else:
+        row["train_s_per_60k"] = PAPER_IMAGES / batch * (result.get("graph_ms") or result["ms"]) / 1e3
+
+
+def _told(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return result["error"]
+    gb = "" if result["gb"] is None else f", {result['gb']:.2f} GB"
+    graph = f", {short(result['graph_ms'])} ms from a CUDA graph" if result.get("graph_ms") else ""
+    return f"{short(result['ms'])} ms{graph}{gb}"

@@ -17,6 +17,8 @@ from serpent_ir.cli.models import models as models
 from serpent_ir.cli.export import export as export
 from serpent_ir.cli.demo import demo as demo
 from serpent_ir.cli.video import video as video
+from serpent_ir.cli.profile import profile as profile
+from serpent_ir.cli.report import report as report
 # isort: on
 
 

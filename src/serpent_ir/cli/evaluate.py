@@ -21,7 +21,7 @@ from serpent_ir.cli.shell import (
 )
 
 
-@shell_command("Measure PSNR and SSIM. The clean images of a folder are degraded, restored and compared.")
+@shell_command("Measure PSNR, SSIM and LPIPS. The clean images of a folder are degraded, restored and compared.")
 def evaluate(
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder of clean images.")],
     task: Task,
@@ -29,6 +29,13 @@ def evaluate(
     weights: Weights = None,
     seed: Seed = 0,
     device: Device = "auto",
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure LPIPS, too, with this copy of torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print what `serpent_ir.evaluate.evaluate` measures: as a table of means, or the whole as one JSON object.
@@ -39,14 +46,17 @@ def evaluate(
 
     with progress_of("evaluated") as progress:
         result = evaluate(
-            data, task, model_name(name, weights, task), weights=weights, device=device, seed=seed, progress=progress
-        )
+            data, task, model_name(name, weights, task), weights=weights, device=device, seed=seed,
+            lpips_weights=lpips_weights, progress=progress,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(finite(result), allow_nan=False))
         return
-    rows = [
-        (label, f"{result[prefix + 'psnr']:.2f}", f"{result[prefix + 'ssim']:.4f}")
-        for label, prefix in (("input", "input_"), ("restored", ""))
-    ]
-    title = f"{weights or result['model']}, {task}, {result['n']} images"
-    print_table(title, ("", "PSNR (dB)", "SSIM"), rows)
+    columns, rows = ["", "PSNR (dB)", "SSIM"], []
+    for label, prefix in (("input", "input_"), ("restored", "")):
+        rows.append([label, f"{result[prefix + 'psnr']:.2f}", f"{result[prefix + 'ssim']:.4f}"])
+        if lpips_weights is not None:
+            rows[-1].append(f"{result[prefix + 'lpips']:.4f}")
+    if lpips_weights is not None:
+        columns.append(f"LPIPS ({result['lpips_net']})")
+    print_table(f"{weights or result['model']}, {task}, {result['n']} images", columns, rows)

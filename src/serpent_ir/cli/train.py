@@ -1,12 +1,15 @@
 """serpent train."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serpent_ir.cli.shell import shell_command
+from serpent_ir.cli.shell import print_table, say, shell_command
 from serpent_ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from serpent_ir.training.plan import Plan
 
 
 @shell_command("Train a network by a recipe. Recipes are in configs/; key=value replaces a key, as seed=1.")
@@ -15,13 +18,59 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Keys of the recipe to set.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder out=, if there is one.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what it would take, by a few steps of each stage, and write nothing."),
+    ] = False,
+    images: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: as if there were N training images.")
+    ] = None,
+    stop_after_minutes: Annotated[
+        float | None, typer.Option(min=0, metavar="MINUTES", help="Save, validate and end after so long.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's event files, too.")] = False,
 ) -> None:
     """Train a network; see `serpent_ir.train.train`, which raises for a recipe with an unknown or ill-typed key."""
-    from serpent_ir.train import train
+    import serpent_ir.train
+    from serpent_ir.training.stopping import StoppedError
 
+    if images is not None and not dry_run:
+        raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
     try:
-        train(config, overrides or ())
+        if dry_run:
+            plan = serpent_ir.train.plan(config, overrides or (), images=images)
+            if plan.first:
+                _show(plan)
+            return
+        serpent_ir.train.train(
+            config, overrides or (), resume=resume, stop_after_minutes=stop_after_minutes, tensorboard=tensorboard
+        )
+    except StoppedError as stopped:
+        if str(stopped):  # one of several processes speaks
+            say(f"serpent: {stopped}")
+        raise typer.Exit(stopped.status) from None
     except ModuleNotFoundError as error:
         if error.name != "yaml":
             raise
         raise UsageError("reading a recipe needs PyYAML: pip install 'serpent-ir[train]'") from None
+
+
+def _show(plan: "Plan") -> None:
+    rows = []
+    for number, stage in enumerate(plan.stages, 1):
+        figures = [f"{stage.crop}", f"{stage.batch}", f"{stage.steps:,}", f"{stage.images:,}"]
+        measured = [
+            f"{1000 * stage.seconds:.4g}",
+            f"{stage.batch / stage.seconds:.4g}",
+            f"{stage.memory / 1e9:.2f}",
+            f"{stage.steps * stage.seconds / 3600:.2f}",
+        ]
+        rows.append([f"{number}", *figures, *([stage.error] if stage.error else measured)])
+    title = f"{plan.model} {plan.task}, {plan.images:,} training images, {plan.workers} ({plan.device})"
+    columns = ("stage", "crop", "batch", "steps", "images", "ms a step", "images/s", "GB", "hours")
+    print_table(title, columns, rows)
+    validation = plan.validations * plan.validation_seconds / 3600
+    print(f"estimated: {plan.hours:.2f} hours, {validation:.2f} of them for {plan.validations} validations")

@@ -1,0 +1,135 @@
+"""Write benchmarks/RESULTS.md from the JSON files of benchmarks/network.py and benchmarks/scan.py.
+
+python benchmarks/render.py
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import network
+import scan
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "RESULTS.md"
+
+
+def networks(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = [
+        "# Whole networks on a GPU",
+        "",
+        "Written by `python benchmarks/render.py` from `benchmarks/results/network.*.json`; do not edit.",
+        "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
+        f"on an H100, measured before this project began ({network.SOURCE}), not in the same run; *x* is how often",
+        "it exceeds ours. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
+        "what an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares",
+        "(2.99 TB/s), as `floors` in `benchmarks/network.py` counts them.",
+    ]
+    for record in records:
+        lines += [
+            "",
+            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}",
+            "",
+            *((record["note"], "") if "note" in record else ()),
+            "Inference, batch 1:",
+            "",
+            "| network, size | graph | public | x | call | call / graph | GB | exponentials | bytes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record["inference"]:
+            public = network.PUBLIC_GRAPH.get((row["name"], row["size"]))
+            floor = row.get("floors") or {}
+            cells = [f"{row['name']} {row['size']}", _told(row, "graph_ms"), _number(public)]
+            cells += [_ratio(public, row["graph_ms"]), _number(row["call_ms"]), _ratio(row["call_ms"], row["graph_ms"])]
+            cells += [_number(row["gb"]), _number(floor.get("exponentials_ms")), _number(floor.get("bytes_ms"))]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += [
+            "",
+            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called:",
+            "",
+            "| network, batch x size | graph | public | x | call | GB | public | x |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record["training"]:
+            ms, gb = network.PUBLIC_STEP.get((row["name"], row["batch"], row["size"]), (None, None))
+            cells = [f"{row['name']} {row['batch']} x {row['size']}", _told(row, "graph_ms"), _number(ms)]
+            cells += [_ratio(ms, row["graph_ms"]), _number(row["call_ms"])]
+            cells += [_number(row["gb"]), _number(gb), _ratio(gb, row["gb"])]
+            lines.append(f"| {' | '.join(cells)} |")
+        if record.get("kernels"):
+            told = (f"{row['name']} {row['ours']} ({row['plain']})" for row in record["kernels"])
+            lines += [
+                "",
+                "Kernels of a pass at 256x256, and (of the plain network around the same scan): " + ", ".join(told),
+            ]
+    return lines
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:#.3g}".rstrip(".")
+
+
+def _told(row: dict[str, Any], key: str) -> str:
+    return row.get("error") or _number(row[key])
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a and b else ""
+
+
+def scans(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "# The scan alone",
+        "",
+        "From `benchmarks/results/scan.*.json`. Milliseconds by CUDA graph, from u and proj to the summed y, and its",
+        f"backward pass. *public*: cross scan, dt projection, scan and merge ({scan.SOURCE}), of the backward pass the",
+        "scan alone; *prototype*: the throwaway CUDA prototype of that issue. *floor*: the exponentials of one forward",
+        "pass (4 directions, N states and the step size) at the 4171 G/s that an H100 makes; a walk that is cut into",
+        "chunks makes them twice.",
+    ]
+    for record in records:
+        lines += [
+            "",
+            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}, {record['dtype']}",
+            "",
+            "| backend | batch x H x W x d_inner, N | forward | public | x | prototype | floor | backward | public | x "
+            "| backward / forward |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record["rows"]:
+            batch, height, width, d = row["shape"]
+            level = [figures[0] for figures in scan.LEVELS].index(d)
+            prototypes = scan.PROTOTYPE_FORWARD.get((batch, height << level))
+            prototype = prototypes[level] if prototypes else None
+            floor = 4e3 * batch * height * width * d * (row["d_state"] + 1) / network.EXPONENTIALS
+            forward, backward = (row[f"{way}_graph_ms"] or row[f"{way}_events_ms"] for way in ("forward", "backward"))
+            public, public_back = row.get("public_forward_ms"), row.get("public_backward_ms")
+            cells = [
+                row["name"],
+                f"{batch} x {height} x {width} x {d}, {row['d_state']}",
+                _number(forward),
+                _number(public),
+            ]
+            cells += [
+                _ratio(public, forward),
+                _number(prototype),
+                _number(floor),
+                _number(backward),
+            ]
+            cells += [_number(public_back), _ratio(public_back, backward), _ratio(backward, forward)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def render(folder: Path = FOLDER / "results") -> str:
+    """RESULTS.md from the files of a folder."""
+    read = [
+        [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}.*.json"))] for kind in ("network", "scan")
+    ]
+    return "\n".join(networks(read[0]) + scans(read[1])) + "\n"
+
+
+if __name__ == "__main__":
+    RESULTS.write_text(render())

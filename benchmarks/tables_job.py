@@ -1,0 +1,176 @@
+"""What benchmarks/tables.py does for one network, in a process of its own: time a step; or probe, train and evaluate.
+
+    python benchmarks/tables_job.py JOB.json        # a `Job`; the result goes to its file `result`
+
+It knows of training what anybody does: `serpent_ir.train.train` of a recipe file, and the run's log.jsonl.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serpent_ir.data import find_images
+from serpent_ir.errors import SerpentError
+from serpent_ir.evaluate import evaluate_network
+from serpent_ir.inference import pick_device
+from serpent_ir.measure import OUT_OF_MEMORY
+from serpent_ir.metrics import Lpips
+from serpent_ir.models import create_model
+from serpent_ir.passes import is_out_of_memory
+from serpent_ir.train import train
+
+WINDOWS = 3  # of steps that are timed; the first one compiles and captures, and does not count
+
+
+@dataclass(frozen=True)
+class Job:
+    what: str  # "time" or "train"
+    model: str
+    task: str
+    crop: int
+    batch: int
+    train: list[str]  # folders (or packed sets) of clean images
+    val: dict[str, str]  # name -> folder; the network is evaluated on all of them
+    curve: str  # name of the one that is looked at during training
+    curve_images: int  # of it, evenly spread
+    minutes: float
+    probe_seconds: float
+    lrs: list[float]
+    seed: int
+    device: str
+    timing_steps: int
+    step_ms: float  # of `train`: what `time` found
+    val_every: int  # of `train`: steps
+    lpips_weights: str | None
+    runs: str | None  # folder where runs are kept; None: they go
+    result: str
+
+
+def main() -> None:
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    try:
+        result = time_step(job) if job.what == "time" else train_and_evaluate(job)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = {"error": OUT_OF_MEMORY}
+    except SerpentError as error:
+        result = {"error": str(error)}
+    Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def time_step(job: Job) -> dict[str, Any]:
+    """Milliseconds of a step of `serpent train`, data and all."""
+    window = max(1, job.timing_steps // WINDOWS)
+    with tempfile.TemporaryDirectory() as folder:
+        val = _some_images(job.val[job.curve], 1, Path(folder, "val"))
+        rows = _train(job, Path(folder, "run"), val, lr=job.lrs[-1], steps=WINDOWS * window, val_every=window)
+    return {"step_ms": statistics.median(row["ms"] for row in rows if "ms" in row and row["step"] > window)}
+
+
+def train_and_evaluate(job: Job) -> dict[str, Any]:
+    """The better learning rate by short runs, the run, and its weights on all sets of images."""
+    budget = job.minutes * 60
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(job.runs, f"{job.task}.{job.model}") if job.runs else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        val = _some_images(job.val[job.curve], job.curve_images, Path(temporary, "val"))
+        probes = []
+        for lr in job.lrs if len(job.lrs) > 1 else []:
+            steps = _steps(job.probe_seconds, job.step_ms)
+            rows = _train(job, folder / f"probe-{lr:g}", val, lr=lr, steps=steps, val_every=steps, optional=True)
+            probes.append({"lr": lr, **(_curve(rows, job.batch)[-1] if rows else {"psnr": None})})
+        lr = max(probes, key=lambda probe: probe["psnr"] or -math.inf)["lr"] if probes else job.lrs[0]
+        rows = _train(job, folder / "run", val, lr=lr, steps=_steps(budget, job.step_ms), val_every=job.val_every)
+        curve = _curve(rows, job.batch)
+        device = pick_device(job.device)
+        network = create_model(f"{job.model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
+        network = network.to(device)
+        lpips = Lpips(Path(job.lpips_weights), device) if job.lpips_weights else None
+        evaluation = {}
+        for name, images in job.val.items():
+            evaluation[name] = evaluate_network(
+                network, find_images(Path(images)), job.task, seed=job.seed, lpips=lpips
+            )
+            del evaluation[name]["images"]
+        seen = len(find_images(val))
+    about = {key: getattr(job, key) for key in ("model", "task", "crop", "batch", "minutes", "probe_seconds", "seed")}
+    return about | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "train": job.train,
+        "params": sum(p.numel() for p in network.parameters()),
+        "lr": lr,
+        "probes": probes,
+        "step_ms": job.step_ms,
+        "steps": rows[-1]["step"],
+        "images": curve[-1]["images"],
+        "seconds": curve[-1]["seconds"],
+        "curve_set": job.curve,
+        "curve_images": seen,
+        "curve": curve,
+        "evaluation": evaluation,
+    }
+
+
+def _steps(seconds: float, ms: float) -> int:
+    return max(1, round(1e3 * seconds / ms))
+
+
+def _train(
+    job: Job, out: Path, val: Path, *, lr: float, steps: int, val_every: int, optional: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of the run's log; with `optional` none for a run that failed, as at too high a learning rate."""
+    recipe = {
+        "model": job.model, "task": job.task, "train": job.train, "val": str(val), "out": str(out), "lr": lr,
+        "keep": 1,
+        "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed, "device": job.device,
+        "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
+    }  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)  # one that was cut off
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.parent / f"{out.name}.yaml"
+    file.write_text(json.dumps(recipe, indent=1))  # which is YAML
+    try:
+        train(file)
+    except SerpentError:
+        if not optional:
+            raise
+        return []
+    return [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+
+
+def _curve(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
+    """What the validations of a run say of its averaged weights."""
+    return [
+        {"images": batch * row["step"], "seconds": row["seconds"], "psnr": row["psnr"], "ssim": row["ssim"]}
+        for row in rows
+        if row.get("psnr") is not None
+    ]
+
+
+def _some_images(source: str, count: int, folder: Path) -> Path:
+    """A folder with so many images of another, evenly spread."""
+    files = find_images(Path(source))
+    folder.mkdir()
+    for i in range(min(count, len(files))):
+        file = files[i * len(files) // min(count, len(files))]
+        shutil.copy(file, folder / f"{i:04d}{file.suffix}")
+    return folder
+
+
+def write(job: Job, file: Path) -> None:
+    file.write_text(json.dumps(dataclasses.asdict(job), indent=1))
+
+
+if __name__ == "__main__":
+    main()

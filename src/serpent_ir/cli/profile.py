@@ -1,0 +1,80 @@
+"""serpent profile."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serpent_ir.cli.shell import Device, print_table, progress_of, say, shell_command
+from serpent_ir.errors import UsageError
+
+Names = Annotated[
+    list[str] | None,
+    typer.Option("-n", "--name", help="A network; may be repeated.  [default: the eight of the paper]"),
+]
+Precision = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16.")]
+Seconds = Annotated[
+    float, typer.Option(min=0.01, help="About so long the calls of each figure are timed; longer calls want more.")
+]
+
+
+@shell_command("Measure networks: parameters, MACs and FLOPs, time and memory of inference and training.")
+def profile(
+    name: Names = None,
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, as 256,512,1024.")] = "256",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass.")] = 1,
+    train: Annotated[bool, typer.Option("--train", help="Measure a training step, too.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seconds: Seconds = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of raw figures.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the figures into this folder, too.")] = None,
+) -> None:
+    """Print what `serpent_ir.profiling.profile` measures; "out of memory" is a result like any other."""
+    from serpent_ir.report import COLUMNS, about, draw, markdown, table
+
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown: give one of them")
+    if plot is not None:
+        from serpent_ir.figures import new_figure
+
+        new_figure(1, 1)  # what is missing is better said before minutes of measuring
+    rows = measured(name, sizes_of(size), batch, train, device, precision, seconds)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif as_markdown:
+        print(f"{about(rows)}; 1 MAC = 2 FLOPs, 1 GB = 1e9 bytes\n")
+        print("\n".join(markdown(rows)))
+    else:
+        cells = table(rows)
+        kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in cells)]
+        print_table(about(rows), [COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in cells])
+    if plot is not None:
+        plot.mkdir(parents=True, exist_ok=True)
+        say(f"{len(draw(plot, rows, []))} figures are in {plot}")
+
+
+def sizes_of(text: str) -> list[int]:
+    """The numbers of "256,512"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--size {text}: sides in pixels with commas between, as 256,512") from None
+
+
+def measured(
+    names: list[str] | None, sizes: list[int], batch: int, train: bool, device: str, precision: str, seconds: float
+) -> list[dict[str, Any]]:
+    """As `profile`, with progress shown; without names the networks of the paper."""
+    from serpent_ir.models import list_models
+    from serpent_ir.paper import NAMES
+    from serpent_ir.profiling import profile
+
+    names = names or [name for name in NAMES if name in list_models()]
+    with progress_of("measured") as progress:
+        return profile(
+            names, sizes, batch=batch, train=train, device=device, precision=precision, seconds=seconds,
+            progress=progress,
+        )  # fmt: skip

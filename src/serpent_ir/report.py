@@ -1,0 +1,296 @@
+"""The paper's efficiency figures redrawn from a profile, and a page that sets it beside the paper's numbers."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from serpent_ir import figures, paper
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.image import replacing
+
+Rows = list[dict[str, Any]]
+
+NEEDED = ("model", "size", "batch", "device", "precision", "params", "macs", "flops")
+MEASURED = ("infer_ms", "infer_gb", "train_ms", "train_gb")
+SETTING = ("device", "precision", "batch")
+VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces512/val"}}
+"""The set of ours that stands beside a table of the paper."""
+
+
+def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
+    """Draw all figures that the rows of a profile, and the runs of a comparison of networks, allow; and `report.md`.
+
+    Rows of one device, precision and batch are drawn: those of the first; a UserWarning says what is left out.
+
+    Raises:
+        UsageError: no rows, or matplotlib is missing.
+    """
+    if not rows:
+        raise UsageError("there is nothing to draw: a profile without rows")
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = {key: rows[0][key] for key in SETTING}
+    others = [row for row in rows if any(row[key] != setting[key] for key in SETTING)]
+    if others:
+        warnings.warn(
+            f"{len(others)} rows of another device, precision or batch than the first row's are left out", stacklevel=2
+        )
+    rows = [{**dict.fromkeys(MEASURED), **row} for row in rows if row not in others]
+    files = draw(folder, rows, runs)
+    with replacing(folder / "report.md") as file:
+        file.write(page(rows, runs, files).encode())
+    return [*files, folder / "report.md"]
+
+
+def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
+    """The rows of profiles (`serpent profile --json`) and the runs of comparisons (`benchmarks/tables.py`).
+
+    Raises SerpentError for a file that is neither.
+    """
+    rows, runs = [], []
+    for file in files:
+        try:
+            content = json.loads(file.read_text())
+        except OSError as error:
+            raise SerpentError(f"{file}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise SerpentError(f"{file}: not JSON ({error})") from None
+        if isinstance(content, list) and all(isinstance(row, dict) and row.keys() >= set(NEEDED) for row in content):
+            rows += content
+        elif isinstance(content, dict) and isinstance(content.get("runs"), list):
+            runs += sorted(content["runs"], key=lambda run: run["minutes"])  # the longest counts
+        else:
+            raise SerpentError(
+                f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
+            )
+    return rows, runs
+
+
+def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
+    """The figures alone, as PNG and SVG; their files."""
+    told = about(rows)
+    sizes = sorted({row["size"] for row in rows})
+    files = figures.save(partial(figures.over_resolution, rows, told), folder, "resolution")
+    for size in sizes:
+        files += figures.save(partial(figures.bars, rows, size, told), folder, f"networks_{size}")
+    for size in sizes:
+        if ours := _measured_quality(rows, runs, size):
+            files += figures.save(
+                partial(figures.quality_over_time, ours, size, f"{told}. PSNR: ours, on {VAL['deblur'][size]}"),
+                folder, f"psnr_ms_{size}",
+            )  # fmt: skip
+        if printed := _printed_quality(rows, size):
+            files += figures.save(
+                partial(figures.quality_over_time, printed, size, f"ours, {told}. PSNR: as the paper prints it"),
+                folder, f"psnr_ms_{size}_paper",
+            )  # fmt: skip
+    return files
+
+
+def about(rows: Rows) -> str:
+    """What all rows have in common, in a line."""
+    row = rows[0]
+    if row["device"] == "cpu":
+        device = f"CPU, {row['threads']} threads" if row.get("threads") else "CPU"
+    else:
+        device = row["device"]
+    graph = ", from CUDA graphs" if any(r.get("infer_graph_ms") for r in rows) else ""
+    batch = "" if row["batch"] == 1 else f", batch {row['batch']}"
+    return f"{device}, {row['precision']}{batch}{graph}"
+
+
+def _ms(row: dict[str, Any]) -> float | None:
+    ms = row.get("infer_graph_ms") or row["infer_ms"]
+    return ms and ms / row["batch"]
+
+
+def _measured_quality(rows: Rows, runs: Rows, size: int) -> list[tuple[str, float, float]]:
+    data = VAL["deblur"].get(size)
+    psnr = {
+        run["model"]: run["evaluation"][data]["psnr"]
+        for run in runs
+        if run["task"] == "deblur" and data in run.get("evaluation", {})
+    }
+    return _with_times(rows, psnr, size)
+
+
+def _printed_quality(rows: Rows, size: int) -> list[tuple[str, float, float]]:
+    psnr = {row.model: row.psnr for row in paper.TABLES if (row.task, row.size) == ("deblur", size)}
+    return _with_times(rows, psnr, size)
+
+
+def _with_times(rows: Rows, psnr: dict[str, float], size: int) -> list[tuple[str, float, float]]:
+    times = {row["model"]: ms for row in rows if row["size"] == size and (ms := _ms(row)) is not None}
+    return [(model, times[model], psnr[model]) for model in figures.in_order(psnr.keys() & times.keys())]
+
+
+def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
+    """report.md."""
+    lines = [
+        "# What the networks cost",
+        "",
+        f"Measured on: {about(rows)}" + (f", PyTorch {rows[0]['torch']}" if "torch" in rows[0] else "") + ".",
+        "1 MAC = 2 FLOPs; 1 GB = 1e9 bytes. Memory is the peak with weights and images, training with gradients and",
+        "Adam's moments. Written by `serpent report`; *the paper* is Sepehri, Fabian and Soltanolkotabi: Serpent.",
+        "",
+        "## Over resolution (the paper's Figure 1)",
+        "",
+        "![MACs and training memory over resolution](resolution.png)",
+        "",
+        "A cross: the network is out of memory at the next size.",
+        "",
+    ]
+    for size in sorted({row["size"] for row in rows}):
+        which = {256: " (the paper's Figure 6)", 512: " (its Figure 7)"}.get(size, "")
+        lines += [f"## At {size}x{size}{which}", "", f"![Costs at {size}](networks_{size}.png)", ""]
+        for file in files:
+            if file.suffix == ".png" and file.stem in (f"psnr_ms_{size}", f"psnr_ms_{size}_paper"):
+                whose = "as the paper prints it" if file.stem.endswith("paper") else "measured here"
+                lines += [f"![PSNR, {whose}, over milliseconds measured here]({file.name})", ""]
+    lines += _beside_the_tables(rows) + _claims(rows) + _quality(runs)
+    lines += ["## Every figure", "", *markdown(rows), ""]
+    return "\n".join(lines)
+
+
+def _beside_the_tables(rows: Rows) -> list[str]:
+    ours = {(row["model"], row["size"]): row for row in rows}
+    lines = []
+    for printed in paper.TABLES:
+        row = ours.get((printed.model, printed.size))
+        if row is None or printed.gmacs is None:
+            continue
+        cells = [printed.table, f"{figures.label_of(printed.model)} {printed.size}", f"{printed.gmacs}"]
+        lines.append(_line([*cells, f"{row['macs'] / 1e9:.1f}", f"{printed.train_gb}", _training_memory(row)]))
+    if row := ours.get(paper.DOES_NOT_TRAIN):
+        name, size = paper.DOES_NOT_TRAIN
+        cells = ["section 4.3", f"{figures.label_of(name)} {size}", "", f"{row['macs'] / 1e9:.1f}", "more than 80"]
+        lines.append(_line([*cells, _training_memory(row)]))
+    if not lines:
+        return []
+    return [
+        "## Beside the paper's Table 1",
+        "",
+        "| place | network, size | GMACs, paper (headed GFLOPS) | here | training GB, paper | here |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *lines,
+        "",
+        "The paper gives neither its batches' precision nor what its memory figure includes; batch 1 on an H100. The",
+        "standard SwinIR counts more than the paper prints; it is not tuned to match.",
+        "",
+    ]
+
+
+def _training_memory(row: dict[str, Any]) -> str:
+    gb = row["train_gb"]
+    return figures.short(gb) if gb is not None else figures.why_missing(row, "training")
+
+
+def _claims(rows: Rows) -> list[str]:
+    ours = {(row["model"], row["size"]): row for row in rows}
+    lines = []
+    for claim in paper.CLAIMS:
+        both = [ours.get((model, claim.size)) for model in (claim.model, claim.other)]
+        if None in both:
+            continue
+        a, b = (row.get(claim.figure) if row else None for row in both)
+        ratio = (
+            "not measured" if a is None or b is None else f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"
+        )
+        words = f"{claim.words} ({claim.said})" if claim.said else claim.words
+        lines.append(_line([words, str(claim.size), claim.place, claim.printed, ratio]))
+    for size, hours in paper.GPU_HOURS.items():
+        row = ours.get(("serpent_h", size))
+        if row and (seconds := row.get("train_s_per_60k")):
+            words = f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages; here all at full size)"
+            here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
+            lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
+    if not lines:
+        return []
+    head = ["what the paper says of", "size", "place", "paper", "here"]
+    return ["## Beside the paper's text", "", _line(head), _line(["---"] * len(head)), *lines, ""]
+
+
+def _quality(runs: Rows) -> list[str]:
+    if not runs:
+        return []
+    lines = []
+    for task, sizes in VAL.items():
+        for size, data in sizes.items():
+            printed = {row.model: row for row in paper.TABLES if (row.task, row.size) == (task, size)}
+            mine = {run["model"]: run for run in runs if run["task"] == task and data in run.get("evaluation", {})}
+            for model in figures.in_order(printed.keys() | mine.keys() if mine else set()):
+                there = printed.get(model)
+                cells = [f"{task} {size}", figures.label_of(model)]
+                cells += [f"{there.psnr:.2f}", f"{there.ssim:.4f}", f"{there.lpips:.4f}"] if there else [""] * 3
+                if run := mine.get(model):
+                    here = run["evaluation"][data]
+                    lpips = here.get("lpips")
+                    cells += [f"{here['psnr']:.2f}", f"{here['ssim']:.4f}", f"{lpips:.4f}" if lpips else "no weights"]
+                    cells += [f"{run['seconds'] / 60:.1f} min"]
+                else:
+                    cells += [""] * 4
+                lines.append(_line(cells))
+    if not lines:
+        return []
+    head = ["task, size", "network", "PSNR, paper", "SSIM", "LPIPS", "PSNR, here", "SSIM", "LPIPS", "trained here"]
+    return [
+        "## Quality beside the paper's Tables 1 and 2",
+        "",
+        "Not the same data and not the same training: the paper trains for 60 epochs of FFHQ (95 GPU hours for",
+        "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces.",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
+        *lines,
+        "",
+    ]
+
+
+COLUMNS = (
+    "network", "size", "parameters (M)", "GMACs", "GFLOPs", "inference (ms)", "from a graph (ms)", "images/s",
+    "memory (GB)", "training step (ms)", "from a graph, step (ms)", "training memory (GB)", "s / 60,000 images",
+    "not measured",
+)  # fmt: skip
+
+
+def table(rows: Rows) -> list[list[str]]:
+    """The cells of `COLUMNS`, a row each; times with half the width between their 10th and 90th percentile."""
+    lines = []
+    for row in rows:
+        cells = [row["model"], str(row["size"]), f"{row['params'] / 1e6:.3f}"]
+        cells += [f"{row['macs'] / 1e9:.3f}", f"{row['flops'] / 1e9:.3f}"]
+        cells += [
+            _time(row, "infer"),
+            _time(row, "infer_graph"),
+            _number(row.get("images_per_s")),
+            _number(row["infer_gb"]),
+        ]
+        cells += [_time(row, "train"), _time(row, "train_graph"), _number(row["train_gb"])]
+        cells += [_number(row.get("train_s_per_60k")), row.get("error", "")]
+        lines.append(cells)
+    return lines
+
+
+def markdown(rows: Rows) -> list[str]:
+    """The lines of a Markdown table; columns without any figure are left out."""
+    cells = table(rows)
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in cells)]
+    head = [COLUMNS[i] for i in kept]
+    return [_line(head), _line(["---"] * len(head)), *(_line([line[i] for i in kept]) for line in cells)]
+
+
+def _time(row: dict[str, Any], key: str) -> str:
+    ms, spread = row.get(f"{key}_ms"), row.get(f"{key}_range_ms")
+    if ms is None:
+        return ""
+    return f"{figures.short(ms)} ± {figures.short((spread[1] - spread[0]) / 2)}" if spread else figures.short(ms)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else figures.short(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

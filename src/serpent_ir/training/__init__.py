@@ -1,0 +1,14 @@
+"""The training of a recipe, a part a file; `serpent_ir.train.train` puts them together.
+
+schedule      what step number n is: its stage, samples and learning rate
+losses        the distance of restored from clean
+step          forward, backward and Adam, captured in a CUDA graph where one process has a GPU
+recompute     blocks that keep their input alone
+workers       the processes that train together
+checkpoints   folders of hashed files, whole or not there
+validation    PSNR, SSIM and pictures
+report        log, progress and pictures of a run
+stopping      signals and time limits
+trainer       the loop
+plan          what a run would take, measured without training
+"""

@@ -1,0 +1,130 @@
+"""What a run would take: every stage measured by a few steps on this machine, nothing written."""
+
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from serpent_ir.data import Prefetcher
+from serpent_ir.recipe import Stage
+from serpent_ir.training.step import GraphedStep
+from serpent_ir.training.trainer import Trainer
+from serpent_ir.training.validation import validate
+
+WARMUP = GraphedStep.WARMUP + 3
+"""Steps on a GPU before the clock starts: kernels are compiled and the graph is captured."""
+TIMED = 20
+"""Steps on a GPU that are timed together, the data of one being made while another runs."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. Memory in bytes is the most that was allocated on a GPU, or the process's peak on a CPU."""
+
+    crop: int
+    batch: int
+    steps: int
+    images: int  # samples drawn in all
+    seconds: float  # of a step; NaN where it did not fit
+    memory: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    task: str
+    images: int  # of the training set
+    workers: str
+    first: bool  # whether this process is the one that should show it
+    device: str
+    stages: list[StagePlan]
+    validations: int
+    validation_seconds: float  # of one
+
+    @property
+    def hours(self) -> float:
+        """Estimate for the whole run, validations included; NaN where a stage does not fit."""
+        training = sum(stage.steps * stage.seconds for stage in self.stages)
+        return (training + self.validations * self.validation_seconds) / 3600
+
+
+def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
+    """Measure the stages of a trainer that has not begun; its weights are of no use after.
+
+    `images` stands for the number of training images, which decides the steps of stages given in epochs.
+    """
+    recipe, device = trainer.recipe, trainer.device
+    images = images or len(trainer.data)
+    lengths = [recipe.steps_of(stage, images) for stage in recipe.stages]
+    stages = []
+    for stage, length in zip(recipe.stages, lengths, strict=True):
+        error = ""
+        try:
+            seconds, memory = measure_stage(trainer, stage)
+        except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            seconds, memory = float("nan"), 0
+            error = f"does not fit: raise accumulate, which is {recipe.accumulate}" + (
+                "" if recipe.recompute else ", or set recompute=true"
+            )
+        stages.append(StagePlan(stage.crop, stage.batch, length, length * stage.batch, seconds, memory, error))
+    total = sum(lengths)
+    ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
+    validations = len(ends | set(range(recipe.val_every, total + 1, recipe.val_every)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Plan(
+        recipe.model,
+        recipe.task,
+        images,
+        trainer.workers.told(),
+        trainer.workers.first,
+        name,
+        stages,
+        validations,
+        _validation_seconds(trainer),
+    )
+
+
+def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
+    """Seconds of a step with its data, and peak memory (see `StagePlan`). The trainer's weights are of no use after."""
+    samples = trainer.workers.share(range(stage.batch))
+    batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
+    cuda = trainer.device.type == "cuda"
+    warmup, timed = (WARMUP, TIMED) if cuda else (1, 1)
+    start = 0.0
+    for number in range(warmup + timed):
+        if cuda and number == 1:  # the first step frees the graph of the stage before
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        if number == warmup:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+        trainer.train_step(*next(batches))
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / timed
+    return seconds, torch.cuda.max_memory_allocated(trainer.device) if cuda else _peak()
+
+
+def _peak() -> int:
+    """Most memory that this process ever had, in bytes; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _validation_seconds(trainer: Trainer) -> float:
+    """Of all images, by a few of them, the first of which is not counted."""
+    few = trainer.val_files[: 3 * trainer.workers.world]
+    validate(trainer.average, few, trainer.degradation, trainer.workers)
+    start = time.perf_counter()
+    validate(trainer.average, few, trainer.degradation, trainer.workers)
+    return (time.perf_counter() - start) * len(trainer.val_files) / len(few)

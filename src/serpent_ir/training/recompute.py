@@ -1,0 +1,32 @@
+"""Activation checkpointing: blocks that keep their input alone and compute the rest again on the way back."""
+
+import functools
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from serpent_ir.errors import UsageError
+
+BLOCKS = {
+    "Serpent": "VSSBlock",
+    "UNet": "ConvBlock",
+    "SwinIR": "SwinLayer",
+    "Restormer": "TransformerBlock",
+}
+"""Of each kind of network, the modules that hold most of what the way back needs."""
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Make the blocks of a network compute themselves again in the backward pass. The results are the same bits.
+
+    Selective: what lies between blocks (embedding, merging, expanding, head, skips) is kept, since it is small or cheap
+    to keep. Raises UsageError for a network whose blocks are not known.
+    """
+    kind = type(network).__name__
+    blocks = [module for module in network.modules() if type(module).__name__ == BLOCKS.get(kind)]
+    if not blocks:
+        raise UsageError(f"recompute: the blocks of {kind} are not known; leave it out")
+    for block in blocks:
+        # No block draws random numbers, and reading the generator's state would make a GPU wait.
+        again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = again

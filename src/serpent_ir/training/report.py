@@ -1,0 +1,164 @@
+"""What a run shows and leaves: lines or a bar, log.jsonl, TensorBoard, pictures and a plot; of the first process."""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.image import Picture, to_pixels, write_image
+from serpent_ir.training.checkpoints import replace_file
+
+Say = Callable[[str], None]
+
+PICTURE = 256
+"""Longest side in pixels of an image on a strip; of larger ones the middle is shown."""
+
+
+def say(line: str) -> None:
+    """Print a line on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Report:
+    """The log of a run in its folder, and its words.
+
+    Args:
+        out: the run's folder.
+        say: where lines go.
+        first: whether this process is the one that reports; the others are silent.
+        tensorboard: write event files, too.
+    """
+
+    def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False):
+        self.out, self.log, self.first, self._say = out, out / "log.jsonl", first, say
+        tensorboard = tensorboard and first
+        self._writer = _event_writer(out / "tensorboard") if tensorboard else None
+        self._bar: Any = None
+
+    def cut(self, step: int) -> None:
+        """Leave out what was logged after a step, and a last row that was never finished."""
+        if not self.first:
+            return
+        rows = read_rows(self.log)
+        replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step).encode())
+
+    def showing(self, total: int, bar: bool) -> AbstractContextManager[object]:
+        """While training: a bar, where `bar` and the error output is a terminal."""
+        if not bar or not sys.stderr.isatty():
+            return nullcontext()
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[now]}", markup=False))
+        progress = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False), transient=True)
+        task = progress.add_task("", total=total, now="")
+        self._bar = lambda **fields: progress.update(task, **fields)
+        self._say = progress.console.print if self._say is say else self._say
+        return progress
+
+    def at(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar(completed=step)
+
+    def row(self, step: int, told: str, row: dict[str, Any], *, now: str = "") -> None:
+        """Append a row to the log and say `told`, or show `now` in the bar, where both are."""
+        if not self.first:
+            return
+        line = json.dumps({"step": step, **{key: _finite(value) for key, value in row.items()}})
+        try:
+            with self.log.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise SerpentError(
+                f"{self.log}: cannot be written ({error.strerror}); make room and go on with --resume"
+            ) from None
+        if self._writer:
+            for key, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+        if now and self._bar:
+            self._bar(now=now)
+        else:
+            self._say(told)
+
+    def pictures(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Write degraded | restored | clean images (1, 3, H, W), a row each, as `pictures/step-NUMBER.png`."""
+        if not rows or not self.first:
+            return
+        strips = [torch.cat([_middle(image) for image in row], -1) for row in rows]
+        width = max(strip.shape[-1] for strip in strips)
+        strips = [torch.nn.functional.pad(strip, (0, width - strip.shape[-1], 0, 0), value=1.0) for strip in strips]
+        sheet = torch.cat(strips, -2).nan_to_num()
+        folder = self.out / "pictures"
+        folder.mkdir(exist_ok=True)
+        write_image(folder / f"step-{step:08d}.png", Picture(to_pixels(sheet, np.uint8)))
+        if self._writer:
+            self._writer.add_image("degraded, restored, clean", sheet[0].clamp(0, 1), step)
+
+    def plot(self) -> None:
+        """Draw loss, learning rate and PSNR of the whole run as `run.png`."""
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator, NullLocator
+        except ModuleNotFoundError:
+            self._say("no plot of the run without matplotlib: pip install 'serpent-ir[train]'")
+            return
+        rows = read_rows(self.log)
+        losses, scores = [r for r in rows if r.get("loss")], [r for r in rows if "psnr" in r]
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        upper.plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=1)
+        upper.set(ylabel="loss", yscale="log")
+        upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
+        upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
+        lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".")
+        lower.set(ylabel="validation PSNR (dB)", xlabel="step")
+        for before, after in itertools.pairwise(losses):
+            if before["stage"] != after["stage"]:
+                upper.axvline(before["step"], color="grey", lw=0.5)
+                lower.axvline(before["step"], color="grey", lw=0.5)
+        figure.savefig(self.out / "run.png", dpi=120)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+def read_rows(log: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without one that a kill cut short."""
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise UsageError("--tensorboard needs TensorBoard: pip install 'serpent-ir[tensorboard]'") from None
+    return SummaryWriter(str(folder))
+
+
+def _middle(image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    top, left = max(0, (height - PICTURE) // 2), max(0, (width - PICTURE) // 2)
+    return image[..., top : top + PICTURE, left : left + PICTURE].float().cpu()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

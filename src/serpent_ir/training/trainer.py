@@ -1,0 +1,370 @@
+"""The loop: batches, steps, averaged weights, validation, checkpoints; resumable at any step."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from serpent_ir.data import Prefetcher, TrainingSet, list_images
+from serpent_ir.degradations import create_degradation
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.evaluate import read_clean
+from serpent_ir.models import WEIGHTS_DIR, create_model, list_models, load_weights
+from serpent_ir.passes import pick_precision
+from serpent_ir.recipe import Recipe
+from serpent_ir.training import report, stopping
+from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
+from serpent_ir.training.losses import create_loss
+from serpent_ir.training.recompute import recompute_blocks
+from serpent_ir.training.report import Report
+from serpent_ir.training.schedule import Schedule
+from serpent_ir.training.step import GraphedStep, Step
+from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError
+from serpent_ir.training.validation import validate
+from serpent_ir.training.workers import Workers
+
+LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
+CUDA_GRAPHS = True  # a step of many small kernels is otherwise bound by the host that launches them
+MOST_SKIPPED = 5  # steps in a row whose loss is not finite, after which training stops
+
+FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
+"""Keys of a recipe that say where and how it runs; a run may go on with others. The rest decide the result."""
+
+
+class Trainer:
+    """The training of one recipe. On a CUDA device build it and call it inside `own_stream`.
+
+    Args:
+        recipe: what to train.
+        say: takes a line for people; by default stderr, with a bar where that is a terminal.
+        workers: the processes that train; by default those that the environment names.
+        tensorboard: write event files, too.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        say: report.Say = report.say,
+        *,
+        workers: Workers | None = None,
+        tensorboard: bool = False,
+    ):
+        if recipe.model not in list_models():
+            raise UsageError(f"unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
+        self.recipe = recipe
+        self.workers = workers or Workers(recipe.device)
+        self.device = self.workers.device
+        self.say = say if self.workers.first else _nothing
+        self.with_bar, self.tensorboard = self.workers.first and say is report.say, tensorboard
+        parts = self.workers.world * recipe.accumulate
+        for number, stage in enumerate(recipe.stages):
+            if stage.batch % parts:
+                raise UsageError(
+                    f"stages.{number}.batch is {stage.batch}; it must be a multiple of {parts}: "
+                    f"{self.workers.world} process(es) x accumulate={recipe.accumulate}"
+                )
+        self.out = Path(recipe.out)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep)
+        self.degradation = create_degradation(recipe.task)
+        self.val_files = list_images(recipe.val)
+        for file in self.val_files[self.workers.rank :: self.workers.world]:
+            read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
+        self.data = TrainingSet(recipe.train, self.degradation, self.device)
+        for stage in recipe.stages:
+            self.data.check_crop(stage.crop)
+        self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
+        self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
+        self.score: dict[str, float] = {}  # of the last validation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            network = _starting_network(recipe)
+        self.network = network.to(self.device).train()
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        if recipe.recompute:
+            recompute_blocks(self.network)
+        self.optimizer = self._create_optimizer()
+        self.update = Step(
+            self.workers.wrap(self.network),
+            self.optimizer,
+            create_loss(recipe.loss, recipe.frequency),
+            self.workers,
+            clip=recipe.clip,
+            dtype=pick_precision(recipe.precision, self.device),
+            parts=recipe.accumulate,
+        )
+        graphs = CUDA_GRAPHS and self.device.type == "cuda" and self.workers.world == 1
+        self.call = GraphedStep(self.update) if graphs else self.update
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        on_gpu = self.device.type == "cuda"
+        # On a GPU a tensor: a number would be frozen into the graph.
+        lr = torch.tensor(self.recipe.lr, device=self.device) if on_gpu else self.recipe.lr
+        fused = self.device.type in ("cuda", "cpu")
+        return torch.optim.Adam(self.network.parameters(), lr=lr, fused=fused, capturable=on_gpu)
+
+    def run(self, *, resume: bool = False, stop_after_minutes: float | None = None) -> Path:
+        """Train from the current step to the last one, or for so long; return the file of the averaged weights.
+
+        Raises:
+            UsageError: the folder holds a run, and `resume` is not set.
+            StoppedError: a signal asked for it; the run was saved.
+            SerpentError: a run of another recipe, losses that are not finite, a full disk.
+        """
+        stop = Stop(stop_after_minutes)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.recipe.seed)
+            self._open(resume)
+            recipe = self.recipe
+            self.say(
+                f"{recipe.model} {recipe.task}: {self.schedule.steps} steps in {len(recipe.stages)} stage(s) on "
+                f"{self.workers.told()}; {len(self.data)} training and {len(self.val_files)} validation images"
+            )
+            try:
+                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
+                    self._loop(stop)
+                if self.step == self.schedule.steps and self.workers.first:
+                    self._finish()
+                self.workers.leave()
+            finally:
+                self.report.close()
+        return self.out / "weights.safetensors"
+
+    def _loop(self, stop: Stop) -> None:
+        batches = self.batches()
+        since, first_step = time.perf_counter(), self.step
+        waited = batches.waited
+        while self.step < self.schedule.steps:
+            asked = self.workers.most(stop.asked())
+            ends, due = asked > SAVE, False
+            if not ends:
+                self.train_step(*next(batches))
+                self.step += 1
+                self.report.at(self.step)
+                due = self.schedule.validates(self.step)
+            if self.step > first_step and (ends or due or self.step % LOG_EVERY == 0):
+                spent = time.perf_counter() - since
+                self.seconds += spent
+                self._log(spent / (self.step - first_step), (batches.waited - waited) / spent)
+                since, first_step, waited = time.perf_counter(), self.step, batches.waited
+            self._check_finite()
+            if asked or due:
+                begun = time.perf_counter()
+                path = self.save()
+                if due or asked == OUT_OF_TIME:
+                    self._validate(path)
+                stop.saved = time.monotonic()
+                since += time.perf_counter() - begun
+            if ends:
+                self.workers.from_first(None)  # the others wait until it is written
+                line = f"{stopping.told(asked)} at step {self.step} of {self.schedule.steps}; {self.out} is saved"
+                if asked != OUT_OF_TIME:
+                    told = f"{line}; go on with --resume" if self.workers.first else ""
+                    raise StoppedError(told, stopping.status(asked))
+                self.say(f"{line}; go on with --resume")
+                return
+
+    def batches(self) -> Prefetcher:
+        """This process's shares of the batches (degraded, clean) from the current step on."""
+        steps = range(self.step, self.schedule.steps)
+        requests = (
+            (self.workers.share(self.schedule.samples(step)), self.schedule.place(step)[1].crop) for step in steps
+        )
+        return Prefetcher(self.data, requests, seed=self.recipe.seed)
+
+    def train_step(self, degraded: Tensor, clean: Tensor) -> None:
+        """The current step, on its batch; the loss goes to `update.tally`."""
+        lr = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.call(degraded, clean)
+        pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
+        torch._foreach_lerp_(*pairs, 1 - self.schedule.decay(self.step))  # pyright: ignore[reportPrivateImportUsage]
+
+    def save(self) -> Path | None:
+        """Write a checkpoint and the averaged weights; the first process does."""
+        if not self.workers.first:
+            return None
+        groups = {
+            "average": self.average.state_dict(),
+            "network": self.network.state_dict(),
+            "adam": optimizer_tensors(self.optimizer),
+            "generators": self._generators(),
+        }
+        facts = {
+            "steps": self.schedule.lengths,
+            "seconds": self.seconds,
+            "samples": self.schedule.samples(self.step).start if self.step < self.schedule.steps else None,
+            "images": self._images(),
+            "workers": self.workers.told(),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+        path = self.checkpoints.save(self.step, groups, facts)
+        self._write_weights()
+        return path
+
+    def _images(self) -> dict[str, Any]:
+        """What tells training sets apart, wherever they lie and whether or not they are packed."""
+        return {"count": len(self.data), "sizes": hashlib.sha256(self.data.sizes.tobytes()).hexdigest()}
+
+    def _write_weights(self) -> None:
+        metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
+        metadata["steps"] = json.dumps(self.schedule.lengths)
+        weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+        # As bytes, since safetensors would make a file that its owner alone can read.
+        replace_file(self.out / "weights.safetensors", save(weights, metadata))
+
+    def _generators(self) -> dict[str, Tensor]:
+        """PyTorch's generators. Samples need none: they are functions of their numbers."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def _open(self, resume: bool) -> None:
+        """Make the run's folder, or go on from its newest checkpoint that is whole."""
+        first = self.workers.first
+        if first:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SerpentError(
+                    f"{self.out}: cannot be made a folder ({error.strerror}); choose another out="
+                ) from None
+            self.checkpoints.clean()
+            self._check_folder(resume)
+        found = self.workers.from_first(self.checkpoints.newest(self.say) if first and resume else None)
+        if found is not None:
+            self._go_on(found)
+        elif resume:
+            self.say(f"{self.out}: holds no checkpoint to go on from; starting anew")
+        self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard)
+        if first:
+            recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
+            replace_file(self.out / "recipe.json", recipe.encode())
+        self.report.cut(self.step)
+        if found is not None and found.score is None and self.schedule.validates(self.step):
+            self._validate(found.path)  # which a kill prevented
+
+    def _check_folder(self, resume: bool) -> None:
+        """Refuse to write over a run."""
+        checkpoints, weights = self.checkpoints.paths(), self.out / "weights.safetensors"
+        if resume and weights.exists() and not checkpoints:
+            raise UsageError(f"{self.out}: holds weights, and no checkpoint to go on from; choose another out=")
+        if not resume and (checkpoints or weights.exists() or report.read_rows(self.out / "log.jsonl")):
+            raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
+
+    def _go_on(self, found: Checkpoint) -> None:
+        then, now = found.facts["recipe"], dataclasses.asdict(self.recipe)
+        differ = [key for key in now if then.get(key) != now[key]]
+        if others := [key for key in differ if key not in FREE_TO_CHANGE]:
+            raise SerpentError(f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=")
+        if found.facts["images"] != self._images():
+            raise SerpentError(
+                f"{self.out}: was trained on {found.facts['images']['count']} images, and the {len(self.data)} of "
+                "train now are others; choose another out="
+            )
+        try:
+            self.network.load_state_dict(found.groups["network"])
+            self.average.load_state_dict(found.groups["average"])
+            load_optimizer(self.optimizer, found.groups["adam"])
+        except (RuntimeError, ValueError, KeyError):
+            raise SerpentError(
+                f"{found.path}: is of another version of {self.recipe.model}; choose another out="
+            ) from None
+        self.step, self.seconds = found.step, found.facts["seconds"]
+        self.score = found.score or {}
+        torch.set_rng_state(found.groups["generators"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in found.groups["generators"]:
+            torch.cuda.set_rng_state(found.groups["generators"]["cuda"], self.device)
+        line = f"going on from step {self.step} of {found.path}"
+        if found.facts["workers"] != self.workers.told():
+            line += f", made on {found.facts['workers']}: here the same up to rounding"
+        if "train" in differ:
+            line += "; train moved: the same images are expected there"
+        self.say(line)
+
+    def _check_finite(self) -> None:
+        """Stop after several steps in a row that were skipped. A GPU is asked when the loss is read anyway."""
+        if self.device.type == "cuda" and self.step % LOG_EVERY and not self.schedule.validates(self.step):
+            return
+        if self.update.tally.in_a_row() < MOST_SKIPPED:
+            return
+        path = self.save()
+        raise SerpentError(
+            f"{self.out}: loss or gradient were not finite in {MOST_SKIPPED} steps in a row, by step {self.step}; the "
+            f"weights from before are in {path}; lower lr and train again, or --resume to try other samples"
+        )
+
+    def _log(self, seconds: float, share: float) -> None:
+        """Log the steps since the last time, which took so long each, and this share of it waiting for data."""
+        number, stage, _ = self.schedule.place(self.step - 1)
+        loss, skipped = self.update.tally.take()
+        rate = stage.batch / seconds
+        row = {
+            "stage": number + 1,
+            "crop": stage.crop,
+            "loss": loss,
+            "lr": self.schedule.lr(self.step - 1),
+            "ms": 1000 * seconds,
+            "images_per_second": rate,
+            "waited_for_data": share,
+            "skipped": skipped,
+            "seconds": round(self.seconds, 1),
+        }
+        left = f"{_duration(self.schedule.seconds_left(self.step, seconds))} left"
+        texts = [f"{rate:.4g} images/s", f"loss {loss:.4g}"]
+        texts += [f"PSNR {self.score['psnr']:.2f}"] if self.score else []
+        texts += [f"{skipped} skipped"] if skipped else []
+        stage_told = f"stage {number + 1}/{len(self.recipe.stages)}"
+        told = [f"step {self.step}/{self.schedule.steps}", f"{stage_told} ({stage.batch} x {stage.crop} px)", *texts]
+        told += [f"{share:.1%} waiting for data", left]
+        self.report.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
+
+    def _validate(self, path: Path | None) -> None:
+        means, pictures = validate(self.average, self.val_files, self.degradation, self.workers)
+        self.score = means
+        if self.workers.first and path is not None and math.isfinite(means["psnr"]):
+            self.checkpoints.score(path, means)
+        line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
+        told = line.format(self.step, self.schedule.steps, **means)
+        self.report.row(self.step, told, {**means, "seconds": round(self.seconds, 1)})
+        self.report.pictures(self.step, pictures)
+
+    def _finish(self) -> None:
+        self._write_weights()  # once more: a kill may have come between them and the last checkpoint
+        self.report.plot()
+        best = self.checkpoints.best()
+        self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}; the best checkpoint is {best}")
+
+
+def _nothing(line: str) -> None:
+    pass
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _starting_network(recipe: Recipe) -> nn.Module:
+    """A fresh network, or with the weights that the recipe starts from."""
+    options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
+    network = create_model(recipe.model, **options)
+    if recipe.start:
+        shipped = recipe.start in list_models(pretrained=True)
+        state, _ = load_weights(WEIGHTS_DIR / f"{recipe.start}.safetensors" if shipped else recipe.start)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            raise UsageError(f"start: {recipe.start} holds no weights of {recipe.model}") from None
+    return network
