@@ -50,7 +50,6 @@ ImageNet: non-commercial research and education.
 ## Limits
 
 {limits}
-Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that.
 """
 
 TASK_TEXT = {
@@ -62,21 +61,24 @@ TASK_TEXT = {
 
 ONE_STRENGTH = """\
 Trained for one degradation at one strength: a Gaussian blur of 3.0 pixels (`deblur`) or an 8-fold reduction (`sr8`),
-with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed."""
+with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed.
+Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that."""
 LIMITS = {
     "deblur": ONE_STRENGTH,
     "sr8": ONE_STRENGTH,
     "photo": """\
 Made for the synthetic chain above, up to its strengths. Motion blur, discs of a lens out of focus, the coloured or
 smeared noise of a sensor, JPEG before the blur and images that were enlarged are none of it. Clean images were JPEG
-files of high quality themselves.""",
+files of high quality themselves. The faces that were seen are of people that the collections above favour; details that
+it adds may reflect that.""",
 }
 
 
 def _told(run: dict[str, Any]) -> str:
     """A line of the card on one run."""
     stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
-    return f"- **Run**: {stages}; learning rate {run['lr']:g}; {run['minutes']:.1f} minutes on one {run['device']}."
+    cost = f"{run['minutes']:.1f} minutes on one {run['device']}"
+    return f"- **Run** (`{run['task']}`): {stages}; learning rate {run['lr']:g}; {cost}."
 
 
 def main() -> None:
@@ -109,10 +111,11 @@ def main() -> None:
     training = {key: value for key, value in recipe.items() if key not in of_the_machine}
     training["train"] = args.train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
     training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
-    runs = [training]
     if recipe.get("start"):  # the run went on from weights whose card stands here
         training["before"] = json.loads((WEIGHTS_DIR / f"{recipe['start']}.json").read_text())["training"]
-        runs.insert(0, training["before"])
+    runs = [training]
+    while "before" in runs[0]:
+        runs.insert(0, runs[0]["before"])
     card = {"name": name, "training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"

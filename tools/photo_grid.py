@@ -26,7 +26,8 @@ TEXT = """
 ## At which strengths
 
 Every {every}th image of {data} ({n} images) with the blur, the noise and then the JPEG of each cell, rounded to 8 bits:
-input PSNR → PSNR, means in dB. {worse} of {cells} cells got worse; in brackets: on how many of the {n} images.
+input PSNR → PSNR, means in dB. {worse} of {cells} cells got worse. In brackets: how many
+of the {n} images did, by more than 0.05 dB.
 
 | blur (px), noise | no JPEG | JPEG 75 | JPEG 30 |
 | --- | --- | --- | --- |
