@@ -94,6 +94,7 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
             "",
             f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}, {record['dtype']}",
             "",
+            *((record["note"], "") if "note" in record else ()),
             "| backend | batch x H x W x d_inner, N | forward | public | x | prototype | floor | backward | public | x "
             "| backward / forward |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -123,12 +124,29 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def plans(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in records:
+        lines += ["", "# The paper's training of Serpent-H, planned", "", f"{record['device']}. {record['note']}", ""]
+        lines += [
+            "| recipe | crop x batch: steps, ms a step, GB | hours | the paper's | x |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for plan in record["plans"]:
+            told = (f"{s['crop']} x {s['batch']}: {s['steps']:,}, {s['ms']:g}, {s['gb']:g}" for s in plan["stages"])
+            hours, paper = plan["hours"], plan["paper_hours"]
+            cells = [plan["recipe"], "; ".join(told), _number(hours), _number(paper), _ratio(paper, hours)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def render(folder: Path = FOLDER / "results") -> str:
     """RESULTS.md from the files of a folder."""
-    read = [
-        [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}.*.json"))] for kind in ("network", "scan")
-    ]
-    return "\n".join(networks(read[0]) + scans(read[1])) + "\n"
+
+    def read(kind: str) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}.*.json"))]
+
+    return "\n".join(networks(read("network")) + scans(read("scan")) + plans(read("plan"))) + "\n"
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     """
     device = pick_device(cell.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     try:
         # Graphs cannot be captured on the default stream, and autograd remembers where it met a parameter.
         with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
