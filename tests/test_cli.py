@@ -75,6 +75,8 @@ def test_models_as_a_process_warns_in_one_plain_line():
         sum(p.numel() for p in create_model(f"serpent_{x}").parameters()) for x in "blh"
     ]
     assert all(isinstance(row["tasks"], list) for row in rows.values())
+    figures = {row["name"]: row["evaluations"] for row in result["weights"]}
+    assert all(row["psnr"] > row["input_psnr"] for row in figures["serpent_l.photo"])
     assert result["backends"]["cpu"] == "torch"
     (line,) = (line for line in run.stderr.splitlines() if "cpu tensors" in line)
     assert line.startswith("serpent: warning: ")
@@ -228,6 +230,8 @@ def test_infinite_figures_are_null_in_json(monkeypatch, tmp_path):
 def test_models_prints_every_network_and_device():
     shown = serpent("models").stdout
     assert all(text in shown for text in ("serpent_b", "serpent_l", "serpent_h", "3.920 M", "the scan on cpu: "))
+    assert "serpent_l.photo (default)" in shown
+    assert "29.06" in shown  # dB, of serpent_l.deblur
 
 
 def test_train_passes_config_and_overrides(monkeypatch, tmp_path):

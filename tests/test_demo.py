@@ -127,7 +127,7 @@ def test_a_photo_is_restored_as_the_command_does(page, tmp_path):
     deep = np.asarray(Image.open(tmp_path / "photo.png")).astype(np.uint16) * 257 + 3
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     for name in ("photo.png", "deep.png"):
-        restore([tmp_path / name], tmp_path / f"by-command-{name}", name="serpent_l.deblur")
+        restore([tmp_path / name], tmp_path / f"by-command-{name}")  # both by default
         upload(page, "photo", tmp_path / name)
         page.get_by_role("button", name="Restore", exact=True).click()
         page.locator(".told").get_by_text("140x128 pixels in").wait_for(timeout=60_000)
@@ -148,6 +148,7 @@ def test_degrade_and_restore_tells_the_gain(page, tmp_path):
     Image.fromarray(data.astronaut()[60:188, 160:288]).save(tmp_path / "clean.png")
     page.get_by_role("tab", name="Degrade and restore").click()
     upload(page, "clean", tmp_path / "clean.png")
+    page.get_by_role("radio", name=re.compile("^Blurred")).check()
     page.get_by_role("button", name="Degrade and restore").click()
     told = page.locator(".told").get_by_text("PSNR")
     told.wait_for(timeout=60_000)

@@ -45,7 +45,7 @@ def test_a_recipe_trains_and_evaluates(task, photos, tmp_path):
     from serpent_ir.cli import train
 
     overrides = [f"train=[{photos}]", f"val={photos}", f"out={tmp_path / 'run'}", "device=cpu", "model=serpent_b"]
-    overrides.append("stages=[{crop: 32, batch: 2, steps: 2}]")
+    overrides += ["stages=[{crop: 32, batch: 2, steps: 2}]", "start=''"]  # photo's goes on from weights of serpent_l
     train(RECIPES / f"serpent_l.{task}.yaml", overrides)
     weights = tmp_path / "run" / "weights.safetensors"
     model = serpent_ir.create_model("serpent_b", checkpoint_path=weights)

@@ -6,23 +6,23 @@ import pytest
 import skimage.data
 import torch
 
-from serpent_ir import create_degradation, create_model, list_models
-from serpent_ir.degradations import evaluation_generator
+from serpent_ir import Restorer, create_degradation, create_model, list_models, restore
+from serpent_ir.degradations import add_noise, evaluation_generator
+from serpent_ir.degradations.blur import blur_each
 from serpent_ir.image import to_tensor
 from serpent_ir.inference import run_network
 from serpent_ir.metrics import psnr, ssim
-from serpent_ir.models import WEIGHTS_DIR, load_weights
+from serpent_ir.models import DEFAULT_WEIGHTS, WEIGHTS_DIR, load_weights
 
 # Where no C compiler is, the scan says once that a slower one serves.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:serpent_ir"),
-    pytest.mark.parametrize("name", list_models(pretrained=True)),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
+each = pytest.mark.parametrize("name", list_models(pretrained=True))
 
 LEAST = {"serpent_l.deblur": 28.5}  # dB on faces256/val
 GAIN = {"deblur": 2.0, "sr8": 0.5}  # dB on a photo that no network was trained on
 
 
+@each
 def test_files_are_float16_and_say_what_they_are(name):
     network, _, task = name.partition(".")
     state, metadata = load_weights(WEIGHTS_DIR / f"{name}.safetensors")
@@ -33,6 +33,7 @@ def test_files_are_float16_and_say_what_they_are(name):
     assert (WEIGHTS_DIR / "LICENSE").stat().st_size > 0
 
 
+@each
 def test_the_card_says_what_an_evaluation_measured(name):
     rows = {row["data"]: row for row in json.loads((WEIGHTS_DIR / f"{name}.json").read_text())["evaluations"]}
     assert rows.keys() >= {"faces256/val", "natural/val"}
@@ -46,6 +47,7 @@ def test_the_card_says_what_an_evaluation_measured(name):
     assert rows["faces256/val"]["psnr"] >= LEAST.get(name, 0)
 
 
+@each
 def test_a_photo_is_restored(name):
     task = name.partition(".")[2]
     degradation = create_degradation(task)
@@ -54,3 +56,29 @@ def test_a_photo_is_restored(name):
     restored = run_network(create_model(name, pretrained=True), given)
     assert psnr(restored, clean).item() > psnr(given, clean).item() + GAIN.get(task, 0)
     assert ssim(restored, clean).item() > ssim(given, clean).item()
+
+
+def test_the_card_of_photo_tells_every_strength_and_where_it_does_harm():
+    grid = json.loads((WEIGHTS_DIR / "serpent_l.photo.json").read_text())["grid"]
+    text = (WEIGHTS_DIR / "serpent_l.photo.md").read_text()
+    cells = {(cell["blur"], cell["noise"], cell["jpeg"]): cell for cell in grid["cells"]}
+    assert len(cells) == 36
+    untouched = cells.pop((0, 0.0, None))
+    assert f"undegraded → {untouched['psnr']:.1f}" in text
+    for cell in cells.values():
+        figures = f"{cell['input_psnr']:.2f} → {cell['psnr']:.2f}"
+        assert figures in text
+        assert (f"**{figures}: worse**" in text) == (cell["psnr"] < cell["input_psnr"])
+    assert grid["undegraded"]["n"] == 161
+    assert grid["undegraded"]["psnr"] >= 38  # the bar
+
+
+def test_the_default_leaves_a_good_photo_alone_and_mends_a_poor_one():
+    clean = to_tensor(skimage.data.astronaut()[:192, 128:320].copy())
+    restorer = Restorer(device="cpu")
+    assert restorer.model.config.task == DEFAULT_WEIGHTS.partition(".")[2] == "photo"
+    assert psnr(restorer(clean), clean).item() > 38
+    poor = add_noise(blur_each(clean, torch.tensor([1.0])), 0.03, evaluation_generator(0, 0)).clamp(0, 1)
+    mended = restore(poor, device="cpu")
+    assert torch.equal(mended, restorer(poor))
+    assert psnr(mended, clean).item() > psnr(poor, clean).item() + 1

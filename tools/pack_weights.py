@@ -1,8 +1,9 @@
 """Turn a training run into weights that ship: float16 safetensors, their evaluation as JSON, and a model card.
 
-    python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...]
+    python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...] [--train WHAT ...] [--notes FILE]
 
-RUN is the folder of `serpent train`. The float16 file is what gets evaluated, on every folder of --data.
+RUN is the folder of `serpent train`. The float16 file is what gets evaluated, on every folder of --data; `photo` is
+also measured at a grid of strengths, on the last of them.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from photo_grid import measure, told
 from safetensors.torch import save
 
 from serpent_ir import create_degradation
@@ -37,7 +39,7 @@ RGB, [0, 1], clamped and rounded to 8 bits, no crop, per image and then averaged
 | images | n | input PSNR | PSNR | input SSIM | SSIM |
 | --- | --- | --- | --- | --- | --- |
 {rows}
-
+{grid}
 ## Training images
 
 Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab London Set.
@@ -47,21 +49,36 @@ ImageNet: non-commercial research and education.
 
 ## Limits
 
-Trained for one degradation at one strength: a Gaussian blur of 3.0 pixels (`deblur`) or an 8-fold reduction (`sr8`),
-with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed.
-Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that.
+{limits}
 """
 
 TASK_TEXT = {
     "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
     "sr8": "8 times smaller by antialiased bicubic, and Gaussian noise of standard deviation 0.05",
+    "photo": "Gaussian blur of up to 3 px, Gaussian noise of up to 0.06 and JPEG of quality 30 to 100, in that order, "
+    "of strengths that it is not told; each is left out of 30 % of images, all three of 1 in 37",
+}
+
+ONE_STRENGTH = """\
+Trained for one degradation at one strength: a Gaussian blur of 3.0 pixels (`deblur`) or an 8-fold reduction (`sr8`),
+with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed.
+Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that."""
+LIMITS = {
+    "deblur": ONE_STRENGTH,
+    "sr8": ONE_STRENGTH,
+    "photo": """\
+Made for the synthetic chain above, up to its strengths. Motion blur, discs of a lens out of focus, the coloured or
+smeared noise of a sensor, JPEG before the blur and images that were enlarged are none of it. Clean images were JPEG
+files of high quality themselves. The faces that were seen are of people that the collections above favour; details that
+it adds may reflect that.""",
 }
 
 
 def _told(run: dict[str, Any]) -> str:
     """A line of the card on one run."""
     stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
-    return f"- **Run**: {stages}; learning rate {run['lr']:g}; {run['minutes']:.1f} minutes on one {run['device']}."
+    cost = f"{run['minutes']:.1f} minutes on one {run['device']}"
+    return f"- **Run** (`{run['task']}`): {stages}; learning rate {run['lr']:g}; {cost}."
 
 
 def main() -> None:
@@ -69,6 +86,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--trained-on", required=True, help="name of the device, for the card")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders to evaluate on")
+    parser.add_argument("--train", nargs="+", help="what the recipe's folders held, where their names do not say")
+    parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
@@ -80,6 +99,8 @@ def main() -> None:
         raise SystemExit(f"{args.run}: stopped at step {metadata['step']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
     file.write_bytes(save({key: tensor.half() for key, tensor in state.items()}, metadata))
+    network = create_model(recipe["model"], checkpoint_path=file)
+    grid = measure(network, args.data[-1], args.run / "grid.jsonl") if recipe["task"] == "photo" else None
     evaluations = []
     for folder in args.data:
         result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
@@ -88,20 +109,21 @@ def main() -> None:
         print(json.dumps(evaluations[-1]))
     of_the_machine = ("out", "val", "val_every", "device")
     training = {key: value for key, value in recipe.items() if key not in of_the_machine}
-    training["train"] = ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
+    training["train"] = args.train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
     training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
-    runs = [training]
     if recipe.get("start"):  # the run went on from weights whose card stands here
         training["before"] = json.loads((WEIGHTS_DIR / f"{recipe['start']}.json").read_text())["training"]
-        runs.insert(0, training["before"])
-    card = {"name": name, "training": training, "evaluations": evaluations}
+    runs = [training]
+    while "before" in runs[0]:
+        runs.insert(0, runs[0]["before"])
+    card = {"name": name, "training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
     rows = [row.format(**evaluation) for evaluation in evaluations]
     text = CARD.format(
         **{key: recipe[key] for key in ("model", "task", "warmup", "clip", "ema", "seed")},
         name=name,
-        params=sum(p.numel() for p in create_model(recipe["model"]).parameters()) / 1e6,
+        params=sum(p.numel() for p in network.parameters()) / 1e6,
         task_text=TASK_TEXT[recipe["task"]],
         data=" and ".join(training["train"]),
         runs="\n".join(_told(run) for run in runs),
@@ -109,6 +131,8 @@ def main() -> None:
         megabytes=file.stat().st_size / 1e6,
         device=evaluations[0]["device"],
         rows="\n".join(rows),
+        grid=(told(grid) if grid else "") + (f"\n{args.notes.read_text()}" if args.notes else ""),
+        limits=LIMITS[recipe["task"]],
     )
     (WEIGHTS_DIR / f"{name}.md").write_text(text)
     shutil.move(file, WEIGHTS_DIR / file.name)

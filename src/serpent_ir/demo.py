@@ -33,11 +33,11 @@ PREVIEW = 1600
 QUEUE = 8
 """People who may wait; the next one is asked to come back."""
 TASKS = {
+    "photo": "An everyday photo: a little blurred, noisy or compressed",
     "deblur": "Blurred: out of focus, a standard deviation of 3 pixels, with noise",
     "sr8": "Small: make it 8 times larger",
     "denoise": "Noisy",
     "jpeg": "JPEG artefacts",
-    "photo": "An everyday photo",
 }
 """What the page says of a task. Inpainting needs a mask, which it has no way to give."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
-from serpent_ir.models import create_model
+from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.passes import (
     Work,
     available_devices,
@@ -46,7 +46,7 @@ _LOWEST, _HIGHEST = -1.0, 2.0
 
 def restore(
     image: ImageT,
-    model: nn.Module,
+    model: nn.Module | str = DEFAULT_WEIGHTS,
     *,
     tile: str | int | None = "auto",
     tile_overlap: int = 32,
@@ -68,7 +68,7 @@ def restore(
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;
             or a tensor (3, H, W) or (B, 3, H, W), uint8 or float. Floats are in [0, 1] (noise may leave it a little).
         model: maps (B, 3, H, W) to the same; its `config.task` names the degradation that it undoes. It is put in
-            evaluation mode and back.
+            evaluation mode and back. Or the name of weights, which are then read for this one image.
         tile: "auto", "none" or None (whole, whatever it takes), or the side of a tile in pixels of the output.
         tile_overlap: pixels of the output that neighbouring tiles share, at least.
         device: "auto" is where the model is; by another name (`cpu`, `cuda`, `cuda:1`, `mps`) the model is moved there,
@@ -101,14 +101,14 @@ class Restorer:
     prediction of memory is for one.
 
     Args:
-        model: a network, as for `restore`; or the name of weights (`serpent_l.deblur`), loaded onto `device`.
+        model: a network, as for `restore`; or the name of weights, loaded onto `device`: by default `serpent_l.photo`.
         tile, tile_overlap, precision: as for `restore`.
         device: as for `restore`; with a name of weights "auto" is the best device of this machine.
     """
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str = DEFAULT_WEIGHTS,
         *,
         tile: str | int | None = "auto",
         tile_overlap: int = 32,

@@ -7,20 +7,24 @@ from serpent_ir.cli.shell import Json, print_table, shell_command
 
 @shell_command("List networks and weights. Also what runs the scan on each device of this machine.")
 def models(as_json: Json = False) -> None:
-    """Print the networks (parameters, tasks with weights) and the scan backend of each device of this machine.
+    """Print the networks, the weights with the PSNR of their cards, and the scan backend of each device here.
 
-    In JSON: `models`, a list of {name, params (raw count), tasks}, and `backends`, device -> backend.
+    In JSON: `models`, a list of {name, params (raw count), tasks}; `weights`, a list of {name, evaluations} as in their
+    cards; and `backends`, device -> backend.
     """
     import torch
 
     from serpent_ir.inference import available_devices
-    from serpent_ir.models import create_model, list_models
+    from serpent_ir.models import DEFAULT_WEIGHTS, WEIGHTS_DIR, create_model, list_models
     from serpent_ir.ops import default_backend
 
     tasks: dict[str, list[str]] = {name: [] for name in list_models()}
-    for weights in list_models(pretrained=True):
-        network, _, task = weights.partition(".")
+    weights = []
+    for name in list_models(pretrained=True):
+        network, _, task = name.partition(".")
         tasks.setdefault(network, []).append(task)
+        card = json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
+        weights.append({"name": name, "evaluations": card["evaluations"]})
     rows = []
     for name in list_models():
         with torch.device("meta"):  # nothing is allocated or initialised
@@ -28,9 +32,20 @@ def models(as_json: Json = False) -> None:
         rows.append({"name": name, "params": params, "tasks": tasks[name]})
     backends = {device: default_backend(torch.device(device)) for device in available_devices()}
     if as_json:
-        print(json.dumps({"models": rows, "backends": backends}))
+        print(json.dumps({"models": rows, "weights": weights, "backends": backends}))
         return
+    psnrs = ("input_psnr", "psnr")
     columns = ("network", "parameters", "tasks with weights")
     print_table("", columns, [(r["name"], f"{r['params'] / 1e6:.3f} M", ", ".join(r["tasks"]) or "-") for r in rows])
+    figures = [
+        (
+            w["name"] + (" (default)" if w["name"] == DEFAULT_WEIGHTS else ""),
+            e["data"],
+            *(f"{e[key]:.2f}" for key in psnrs),
+        )
+        for w in weights
+        for e in w["evaluations"]
+    ]
+    print_table("", ("weights", "images", "input PSNR", "PSNR (dB)"), figures)
     for device, backend in backends.items():
         print(f"the scan on {device}: {backend}")

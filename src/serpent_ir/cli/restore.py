@@ -53,7 +53,7 @@ def restore(
     Args:
         inputs: as `serpent_ir.batch.plan` takes them.
         output: the same.
-        name: weights that ship (default `serpent_l.deblur`), or the network that `weights` are for.
+        name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
         device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
         precision: as for `serpent_ir.restore`.

@@ -35,7 +35,7 @@ TASK_CHANNELS = {"inpaint": 4}
 """Input channels that a task brings, where they are not the image's three."""
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
-DEFAULT_WEIGHTS = "serpent_l.deblur"
+DEFAULT_WEIGHTS = "serpent_l.photo"
 
 
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
