@@ -181,6 +181,44 @@ def test_the_policy_keeps_the_last_and_the_best(tmp_path):
     assert found.groups["network"]["x"].tolist() == [7.0, 7.0]
 
 
+def test_a_step_that_is_saved_is_not_saved_again(folders):
+    file, checkpoints = recipe_file(folders, keep=1), folders / "run" / "checkpoints"
+    quiet_trainer(file).run(stop_after_minutes=0)
+
+    def files() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in checkpoints.rglob("*")}
+
+    before, rows = files(), logged(folders / "run")
+    assert (checkpoints / "step-00000000" / "score.json") in before
+    (folders / "run" / "weights.safetensors").unlink()
+    quiet_trainer(file).run(resume=True, stop_after_minutes=0)
+    assert files() == before
+    assert logged(folders / "run") == rows, "it was validated again"
+    assert (folders / "run" / "weights.safetensors").exists()
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(1, {"network": {"x": torch.zeros(1)}}, {})
+    rename = Path.rename
+
+    def die(path, target):
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", die)
+        kept.save(1, {"network": {"x": torch.ones(1)}}, {})
+    for value in (0.0, 1.0):
+        kept.clean()
+        found = kept.newest(lambda line: None)
+        assert found is not None
+        assert found.groups["network"]["x"].item() == value
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+        kept.save(1, {"network": {"x": torch.ones(1)}}, {})
+
+
 def test_large_groups_are_cut_into_parts(tmp_path):
     tensors = {f"x{i}": torch.full((1 << 20,), float(i)) for i in range(9)}  # 4 MiB each, 3 to a part
     path = Checkpoints(tmp_path, keep=1).save(1, {"adam": tensors | {"huge": torch.zeros(5 << 20)}}, {})

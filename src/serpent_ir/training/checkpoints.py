@@ -29,6 +29,9 @@ from serpent_ir.errors import SerpentError
 PART_BYTES = 15 << 20
 """Most bytes of tensors in a file; one tensor that is larger has a file of its own. Fits where 16 MiB is the limit."""
 
+ASIDE = ".aside"
+"""Ends the name of a checkpoint while another of its step takes its place."""
+
 Groups = dict[str, dict[str, Tensor]]
 
 
@@ -72,12 +75,14 @@ class Checkpoints:
             body = {"format": 1, "step": step, **facts, "files": files}
             _write(temporary / "manifest.json", json.dumps({**body, "sha256": _seal(body)}, indent=1).encode())
             _sync_folder(temporary)
-            if path.exists():  # the same step again, after a validation that was cut short
-                _remove(path)
+            aside = path.with_name(path.name + ASIDE)
+            if path.exists():  # the same step again; `clean` puts it back if a kill comes before the new one is there
+                path.rename(aside)
             temporary.rename(path)
             _sync_folder(self.folder)
+            shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self.clean()
             last = self.paths()
             there = f"{last[-1].name} is untouched; " if last else ""
             reason = error.strerror or str(error)
@@ -121,7 +126,13 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what an interrupted write or removal left behind."""
+        """Put right what an interrupted write or removal left behind."""
+        for aside in self.folder.glob(f"step-*{ASIDE}"):
+            path = aside.with_name(aside.name.removesuffix(ASIDE))
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(path)
         for path in self.folder.glob("step-*.part"):
             shutil.rmtree(path, ignore_errors=True)
 

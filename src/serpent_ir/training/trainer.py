@@ -83,6 +83,8 @@ class Trainer:
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         self.score: dict[str, float] = {}  # of the last validation
+        self.saved: tuple[int, Path] | None = None  # step and checkpoint last written or gone on from
+        self.validated = -1  # step of the last validation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             network = _starting_network(recipe)
@@ -159,7 +161,7 @@ class Trainer:
             if asked or due:
                 begun = time.perf_counter()
                 path = self.save()
-                if due or asked == OUT_OF_TIME:
+                if (due or asked == OUT_OF_TIME) and self.validated != self.step:
                     self._validate(path)
                 stop.saved = time.monotonic()
                 since += time.perf_counter() - begun
@@ -193,9 +195,15 @@ class Trainer:
         torch._foreach_lerp_(*pairs, 1 - self.schedule.decay(self.step))  # pyright: ignore[reportPrivateImportUsage]
 
     def save(self) -> Path | None:
-        """Write a checkpoint and the averaged weights; the first process does."""
+        """Write a checkpoint, unless this step has one, and the averaged weights; the first process does."""
         if not self.workers.first:
             return None
+        if self.saved is None or self.saved[0] != self.step:
+            self.saved = self.step, self._write_checkpoint()
+        self._write_weights()
+        return self.saved[1]
+
+    def _write_checkpoint(self) -> Path:
         groups = {
             "average": self.average.state_dict(),
             "network": self.network.state_dict(),
@@ -210,9 +218,7 @@ class Trainer:
             "workers": self.workers.told(),
             "recipe": dataclasses.asdict(self.recipe),
         }
-        path = self.checkpoints.save(self.step, groups, facts)
-        self._write_weights()
-        return path
+        return self.checkpoints.save(self.step, groups, facts)
 
     def _images(self) -> dict[str, Any]:
         """What tells training sets apart, wherever they lie and whether or not they are packed."""
@@ -252,7 +258,7 @@ class Trainer:
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())
         self.report.cut(self.step)
-        if found is not None and found.score is None and self.schedule.validates(self.step):
+        if found is not None and self.validated != self.step and self.schedule.validates(self.step):
             self._validate(found.path)  # which a kill prevented
 
     def _check_folder(self, resume: bool) -> None:
@@ -282,7 +288,9 @@ class Trainer:
                 f"{found.path}: is of another version of {self.recipe.model}; choose another out="
             ) from None
         self.step, self.seconds = found.step, found.facts["seconds"]
-        self.score = found.score or {}
+        self.saved = found.step, found.path
+        if found.score is not None:
+            self.score, self.validated = found.score, found.step
         torch.set_rng_state(found.groups["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in found.groups["generators"]:
             torch.cuda.set_rng_state(found.groups["generators"]["cuda"], self.device)
@@ -332,7 +340,7 @@ class Trainer:
 
     def _validate(self, path: Path | None) -> None:
         means, pictures = validate(self.average, self.val_files, self.degradation, self.workers)
-        self.score = means
+        self.score, self.validated = means, self.step
         if self.workers.first and path is not None and math.isfinite(means["psnr"]):
             self.checkpoints.score(path, means)
         line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
