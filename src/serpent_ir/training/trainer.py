@@ -18,7 +18,7 @@ from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import read_clean
 from serpent_ir.models import WEIGHTS_DIR, create_model, list_models, load_weights
-from serpent_ir.passes import pick_precision
+from serpent_ir.passes import is_out_of_memory, pick_precision
 from serpent_ir.recipe import Recipe
 from serpent_ir.training import report, stopping
 from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
@@ -132,13 +132,31 @@ class Trainer:
             )
             try:
                 with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
-                    self._loop(stop)
+                    self._loop_in_memory(stop)
                 if self.step == self.schedule.steps and self.workers.first:
                     self._finish()
                 self.workers.leave()
             finally:
                 self.report.close()
         return self.out / "weights.safetensors"
+
+    def _loop_in_memory(self, stop: Stop) -> None:
+        """The loop; says in one line what did not fit."""
+        try:
+            self._loop(stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            number, stage, _ = self.schedule.place(min(self.step, self.schedule.steps - 1))
+            recipe, parts = self.recipe, 2 * self.recipe.accumulate
+            remedies = (
+                [] if any(s.batch % (self.workers.world * parts) for s in recipe.stages) else [f"accumulate={parts}"]
+            )
+            remedies += [] if recipe.recompute else ["recompute=true"]
+            raise SerpentError(
+                f"stages.{number}: crop {stage.crop} with batch {stage.batch} does not fit in the memory of "
+                f"{self.workers.told()}; go on with --resume and " + (" or ".join(remedies) or "more processes")
+            ) from None
 
     def _loop(self, stop: Stop) -> None:
         batches = self.batches()
@@ -307,7 +325,7 @@ class Trainer:
             return
         if self.update.tally.in_a_row() < MOST_SKIPPED:
             return
-        path = self.save()
+        path = self.workers.from_first(self.save())
         raise SerpentError(
             f"{self.out}: loss or gradient were not finite in {MOST_SKIPPED} steps in a row, by step {self.step}; the "
             f"weights from before are in {path}; lower lr and train again, or --resume to try other samples"
