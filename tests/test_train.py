@@ -261,6 +261,12 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch, changes):
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
 
 
+def test_other_devices_need_no_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    with own_stream(torch.device("cpu")), own_stream(torch.device("mps")):
+        pass
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_a_step_that_cannot_be_captured_is_called():
@@ -287,7 +293,9 @@ def test_a_captured_step_skips_what_is_not_finite(folders):
         adam = [x.clone() for state in trainer.optimizer.state.values() for x in state.values()]
         degraded, clean = next(trainer.batches())
         degraded[0, 0, 0, 0] = float("nan")
-        trainer.call(degraded, clean)
+        average = [p.clone() for p in trainer.average.parameters()]
+        trainer.train_step(degraded, clean)
+        assert all(torch.equal(a, b) for a, b in zip(average, trainer.average.parameters(), strict=True))
         assert trainer.update.tally.take()[1] == 1
         assert all(torch.equal(a, b) for a, b in zip(weights, trainer.network.parameters(), strict=True))
         now = [x for state in trainer.optimizer.state.values() for x in state.values()]

@@ -374,8 +374,12 @@ def test_steps_that_are_not_finite_are_skipped_and_end_training(folders, monkeyp
     weights = {name: x.clone() for name, x in trainer.network.state_dict().items()}
     adam = trainer.optimizer.state_dict()["state"]
     adam = {(i, name): x.clone() for i, state in adam.items() for name, x in state.items()}
+    average = [x.clone() for x in trainer.average.parameters()]
+    assert not any(x.requires_grad for x in average), "autograd follows the average"
+    assert any(not torch.equal(a, b) for a, b in zip(average, trainer.network.parameters(), strict=True))
     poisoned[:] = [0]
     trainer.train_step(*next(batches))
+    assert all(torch.equal(a, b) for a, b in zip(average, trainer.average.parameters(), strict=True))
     assert all(torch.equal(weights[name], x) for name, x in trainer.network.state_dict().items())
     now = trainer.optimizer.state_dict()["state"]
     assert all(torch.equal(x, now[i][name]) for (i, name), x in adam.items())

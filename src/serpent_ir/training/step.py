@@ -18,7 +18,7 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
 
     Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
     """
-    return torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None)
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 Result = TypeVar("Result", Tensor, None)
@@ -73,6 +73,9 @@ class Step:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.clip, self.dtype, self.parts = clip, dtype, parts
         self.tally = Tally(workers.device)
+        self.good = torch.ones(
+            (), device=workers.device
+        )  # 0 where the last step was skipped; a graph writes to it, too
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -96,6 +99,7 @@ class Step:
         elif not bad:
             self.optimizer.step()
         self.tally.add(loss, bad)
+        self.good.copy_(1 - bad)
 
 
 class GraphedStep(Generic[Result]):

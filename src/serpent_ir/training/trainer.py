@@ -209,8 +209,13 @@ class Trainer:
             else:
                 group["lr"] = lr
         self.call(degraded, clean)
-        pairs = tuple(self.average.parameters()), tuple(self.network.parameters())
-        torch._foreach_lerp_(*pairs, 1 - self.schedule.decay(self.step))  # pyright: ignore[reportPrivateImportUsage]
+        # A skipped step leaves the average where it is, too, which the device decides: the host need not wait.
+        weight = self.update.good * (1 - self.schedule.decay(self.step))
+        average = [x.data for x in self.average.parameters()]  # else autograd keeps a graph of all steps
+        network = [x.data for x in self.network.parameters()]
+        change = torch._foreach_sub(network, average)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(average, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def save(self) -> Path | None:
         """Write a checkpoint, unless this step has one, and the averaged weights; the first process does."""
