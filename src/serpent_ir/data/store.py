@@ -108,7 +108,7 @@ def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
     """The pixels of each; files are decoded, packed images are not read yet."""
     images: list[np.ndarray] = []
-    decoded, limit = 0, host_available()
+    decoded, limit = 0, host_available() / _processes()  # each of them reads all
     for file, pixels in zip(files, in_threads(read_pixels, files), strict=True):
         images.append(pixels)
         if isinstance(file, Path):
@@ -121,5 +121,9 @@ def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
 def _choose(total: int, device: torch.device) -> Memory:
     if total <= _SHARE * available(device):
         return "device"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of them would keep a copy
-    return "host" if total * processes <= _SHARE * host_available() else "stream"
+    return "host" if total * _processes() <= _SHARE * host_available() else "stream"
+
+
+def _processes() -> int:
+    """How many of this host train, each with images of its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
