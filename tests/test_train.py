@@ -261,6 +261,26 @@ def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch, changes):
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
 
 
+def test_validation_computes_in_the_recipes_precision(folders, monkeypatch):
+    asked = []
+
+    def note(network, x, *, precision):
+        asked.append(precision)
+        return x[:, :3]
+
+    monkeypatch.setattr("serpent_ir.evaluate.run_network", note)
+    quiet_trainer(recipe_file(folders, precision="bfloat16")).run(stop_after_minutes=0)
+    assert asked == ["bfloat16"] * 2
+
+
+def test_the_memory_of_a_host_is_shared_by_its_processes(folders, monkeypatch):
+    monkeypatch.setattr("serpent_ir.data.store.host_available", lambda: 60_000)  # five images take 33,000
+    assert len(quiet_trainer(recipe_file(folders)).data) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="fill the memory"):
+        quiet_trainer(recipe_file(folders))
+
+
 def test_other_devices_need_no_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", None)
     with own_stream(torch.device("cpu")), own_stream(torch.device("mps")):

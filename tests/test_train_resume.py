@@ -181,6 +181,19 @@ def test_the_policy_keeps_the_last_and_the_best(tmp_path):
     assert found.groups["network"]["x"].tolist() == [7.0, 7.0]
 
 
+def test_scores_of_other_images_are_not_compared(folders):
+    quiet_trainer(recipe_file(folders)).run(stop_after_minutes=0)
+    score = folders / "run" / "checkpoints" / "step-00000000" / "score.json"
+    easy = json.loads(score.read_text()) | {"psnr": 99.0}
+    assert (easy["val"], easy["val_images"]) == (str(folders / "val"), 2)
+    score.write_text(json.dumps(easy))
+    trainer = quiet_trainer(recipe_file(folders, keep=1, val=str(folders / "train")))
+    assert trainer.checkpoints.best() is None
+    trainer.run(resume=True)
+    assert not score.exists()
+    assert trainer.checkpoints.best() in trainer.checkpoints.paths()
+
+
 def test_a_step_that_is_saved_is_not_saved_again(folders):
     file, checkpoints = recipe_file(folders, keep=1), folders / "run" / "checkpoints"
     quiet_trainer(file).run(stop_after_minutes=0)

@@ -93,15 +93,15 @@ def evaluate_network(
 
 
 def evaluate_image(
-    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0
+    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0, precision: str = "auto"
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
 
-    `clean` (1, 3, H, W) lies on the network's device.
+    `clean` (1, 3, H, W) lies on the network's device; `precision` is as `run_network` takes it.
     """
     degraded = degradation(clean, generator=evaluation_generator(seed, index))
     given = degradation.network_input(degraded)
-    restored = degradation.combine(run_network(network, given), given)
+    restored = degradation.combine(run_network(network, given, precision=precision), given)
     image = given[:, :3]
     row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
     row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}

@@ -43,15 +43,19 @@ class Checkpoint:
     step: int
     facts: dict[str, Any]
     groups: Groups
-    score: dict[str, float] | None
+    score: dict[str, Any] | None
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder that is made when the first is written."""
+    """The checkpoints of a run, in a folder that is made when the first is written.
 
-    def __init__(self, folder: Path, keep: int):
+    `of` says what scores are of (the validation images); those of something else are not compared with them.
+    """
+
+    def __init__(self, folder: Path, keep: int, of: dict[str, Any] | None = None):
         self.folder = folder
         self.keep = keep
+        self.of = of or {}
 
     def paths(self) -> list[Path]:
         """All that are there, whole or damaged, in the order of their steps."""
@@ -92,15 +96,20 @@ class Checkpoints:
         self._prune()
         return path
 
-    def score(self, path: Path, score: dict[str, float]) -> None:
+    def score(self, path: Path, score: dict[str, Any]) -> None:
         """Note the validation of a checkpoint; the best PSNR is kept beside the last ones."""
-        replace_file(path / "score.json", json.dumps(score).encode())
+        replace_file(path / "score.json", json.dumps(score | self.of).encode())
         self._prune()
 
     def best(self) -> Path | None:
         """The one of the highest validation PSNR, the latest of equals."""
-        scored = [(score["psnr"], path) for path in self.paths() if (score := _score(path)) is not None]
+        scores = [(_score(path), path) for path in self.paths()]
+        scored = [(score["psnr"], path) for score, path in scores if score is not None and self.comparable(score)]
         return max(scored)[1] if scored else None
+
+    def comparable(self, score: dict[str, Any]) -> bool:
+        """Whether a score is of the same images as those that this run makes."""
+        return all(score.get(key) == value for key, value in self.of.items())
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest that is whole, None where there is none at all.
@@ -191,7 +200,7 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, body.pop("step"), body, groups, _score(path))
 
 
-def _score(path: Path) -> dict[str, float] | None:
+def _score(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads((path / "score.json").read_bytes())
     except (OSError, ValueError):

@@ -124,7 +124,7 @@ def _peak() -> int:
 def _validation_seconds(trainer: Trainer) -> float:
     """Of all images, by a few of them, the first of which is not counted."""
     few = trainer.val_files[: 3 * trainer.workers.world]
-    validate(trainer.average, few, trainer.degradation, trainer.workers)
+    validate(trainer.average, few, trainer.degradation, trainer.workers, trainer.recipe.precision)
     start = time.perf_counter()
-    validate(trainer.average, few, trainer.degradation, trainer.workers)
+    validate(trainer.average, few, trainer.degradation, trainer.workers, trainer.recipe.precision)
     return (time.perf_counter() - start) * len(trainer.val_files) / len(few)

@@ -72,9 +72,10 @@ class Trainer:
                     f"{self.workers.world} process(es) x accumulate={recipe.accumulate}"
                 )
         self.out = Path(recipe.out)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep)
         self.degradation = create_degradation(recipe.task)
         self.val_files = list_images(recipe.val)
+        of = {"val": recipe.val, "val_images": len(self.val_files)}
+        self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         for file in self.val_files[self.workers.rank :: self.workers.world]:
             read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
         self.data = TrainingSet(recipe.train, self.degradation, self.device)
@@ -312,7 +313,7 @@ class Trainer:
             ) from None
         self.step, self.seconds = found.step, found.facts["seconds"]
         self.saved = found.step, found.path
-        if found.score is not None:
+        if found.score is not None and self.checkpoints.comparable(found.score):
             self.score, self.validated = found.score, found.step
         torch.set_rng_state(found.groups["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in found.groups["generators"]:
@@ -362,7 +363,7 @@ class Trainer:
         self.report.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
 
     def _validate(self, path: Path | None) -> None:
-        means, pictures = validate(self.average, self.val_files, self.degradation, self.workers)
+        means, pictures = validate(self.average, self.val_files, self.degradation, self.workers, self.recipe.precision)
         self.score, self.validated = means, self.step
         if self.workers.first and path is not None and math.isfinite(means["psnr"]):
             self.checkpoints.score(path, means)

@@ -15,7 +15,11 @@ PICTURES = 3
 
 
 def validate(
-    network: nn.Module, files: Sequence[Path | PackedImage], degradation: Degradation, workers: Workers
+    network: nn.Module,
+    files: Sequence[Path | PackedImage],
+    degradation: Degradation,
+    workers: Workers,
+    precision: str = "auto",
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """Means over all images, as `serpent evaluate` gives them, and (degraded, restored, clean) of a few.
 
@@ -24,7 +28,7 @@ def validate(
     rows, pictures = {}, []
     for index in range(workers.rank, len(files), workers.world):
         clean = read_clean(files[index], degradation).to(workers.device)
-        rows[index], given, restored = evaluate_image(network, clean, degradation, index=index)
+        rows[index], given, restored = evaluate_image(network, clean, degradation, index=index, precision=precision)
         if workers.first and len(pictures) < PICTURES:
             pictures.append([image.cpu() for image in (given[:, :3], restored, clean)])
     everyone = {index: row for part in workers.gather(rows) for index, row in part.items()}
