@@ -187,6 +187,15 @@ def test_what_training_refuses(folders):
         train(recipe_file(folders, model="serpent_b.sr8"))
     with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
         train(recipe_file(folders, model_options={"width": 3}))
+    for options, told in [
+        ({"dim": "abc"}, "model_options.dim: expected an integer above zero, got str 'abc'"),
+        ({"dim": True}, "model_options.dim: expected an integer above zero, got bool True"),
+        ({"blocks": [1, 0]}, r"model_options.blocks: expected a list of integers above zero, got list \[1, 0\]"),
+        ({"blocks": 2}, "model_options.blocks: expected a list of integers above zero, got int 2"),
+        ({"task": "sr8"}, "model_options.task: the recipe's own key task says it"),
+    ]:
+        with pytest.raises(UsageError, match=rf"run\.yaml: {told}"):
+            train(recipe_file(folders, model_options=options))
     assert not (folders / "run").exists(), "what is refused leaves no folder behind"
     with pytest.raises(SerpentError, match=r"0\.png: cannot be made a folder .*choose another out="):
         train(recipe_file(folders, out="train/0.png"))

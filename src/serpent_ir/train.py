@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serpent_ir.recipe import load_recipe
+from serpent_ir.training.options import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
 from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer
@@ -40,6 +41,7 @@ def train(
         SerpentError: a run of another recipe, losses that are not finite, a full disk, a process that is gone.
     """
     recipe = load_recipe(config, overrides)
+    check_model_options(recipe, config)
     workers = Workers(recipe.device)
     with workers.together(), own_stream(workers.device):
         trainer = Trainer(recipe, workers=workers, tensorboard=tensorboard)
@@ -55,6 +57,7 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
         images: plan for a training set of so many images instead, from which the recipe's epochs follow.
     """
     recipe = load_recipe(config, overrides)
+    check_model_options(recipe, config)
     workers = Workers(recipe.device)
     with workers.together(), own_stream(workers.device):
         return make_plan(Trainer(recipe, workers=workers), images)
