@@ -46,8 +46,8 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",
-            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public one",
-            "is called (a loop of one's own gets the time of a call, which the host bounds on small batches):",
+            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public",
+            "one is called (a loop of one's own gets the time of a call, which the host bounds on small batches):",
             "",
             "| network, batch x size | graph | public | x | call | x | GB | public | x |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
