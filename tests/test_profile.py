@@ -74,6 +74,20 @@ def test_out_of_memory_is_a_result(kind, monkeypatch):
     assert measure.measure(cell)["ms"] > 0
 
 
+def test_any_error_is_a_result(monkeypatch):
+    class OutOfResources(Exception):  # Triton's is no RuntimeError
+        pass
+
+    def fail(name):
+        raise OutOfResources("out of resource: shared memory")
+
+    monkeypatch.setattr(measure, "create_model", fail)
+    # A device without streams of its own, as MPS.
+    monkeypatch.setattr(measure, "pick_device", lambda name: torch.device("meta"))
+    error = measure.measure(Cell("infer", "serpent_b", 16, 1, "auto", "auto", 0.01))["error"]
+    assert error == "out of resource: shared memory"
+
+
 def test_what_does_not_fit_is_null_and_the_rest_goes_on(monkeypatch):
     answers = {
         ("serpent_b", 32, "infer"): {"ms": 2.0, "range_ms": [1.0, 3.0], "gb": 0.5},
