@@ -11,8 +11,8 @@ that the slowest network reached; the learning rate of the others is not down by
 
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
 with other --minutes new tables stand beside the old ones; other settings are refused. --out gets
-results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`, because it is about these networks, these data and
-these tables, and wants the repository beside it.
+results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`,
+because it is about these networks, these data and these tables, and wants the repository beside it.
 """
 
 import argparse
