@@ -243,6 +243,8 @@ def test_a_report_with_missing_points(tmp_path):
     assert "| Table 1, top | Serpent-B 256 | 1.4 | 1.4 | 2.8 | 2 |" in page
     assert "| Table 1, bottom | Restormer 512 | 161.9 | 161.9 | 28.5 | out of memory |" in page
     assert "| FLOPS of SwinIR-B over Serpent-B | 512 | abstract, 4.3 | 150 x | 173.8 x |" in page
+    assert "| training memory of Serpent-H over Restormer (the size is not said: 256 here) | 256 | 4.3 |" in page
+    assert page.count("the clause names no network") == 1
     assert "| deblur 256 | Serpent-B | 28.44 | 0.8054 | 0.3041 | 27.12 | 0.8000 | no weights | 2.5 min |" in page
     for name in names:
         assert f"({name}.png)" in page

@@ -221,6 +221,8 @@ def _claims(rows: Rows) -> list[str]:
         row = ours.get(("serpent_h", size))
         if row and (seconds := row.get("train_s_per_60k")):
             words = f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages; here all at full size)"
+            if size == 512:
+                words += " (the clause names no network: Serpent-H by context)"
             here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
             lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
     if not lines:
