@@ -151,6 +151,7 @@ def folder(tmp_path_factory):
             "grey": create_model("restormer_24", **{**TINY["restormer_24"], "out_channels": 1}),
             "dual": create_model("restormer_24", dim=8, blocks=(1,) * 4, dual_pixel=True, in_channels=6),
             "unet": create_model("unet_32", channels=2),
+            "two": create_model("unet_32", channels=2, in_channels=1, out_channels=2),
             "short": create_model("serpent_b", blocks=(1, 1)),
         }
     for name, model in weights.items():
@@ -209,6 +210,7 @@ def test_restore_with_a_unet_that_names_no_task(folder, tmp_path):
         ("x4", ("-n", "swinir_180"), "x4.pth: not weights of swinir_180: conv_after_body.bias is (12,), not (180,); "),
         ("x4", ("--tile", "48"), "a tile of 48 px; this network needs a multiple of 32"),
         ("dual", (), "this network takes 6 channels; an image file has three"),
+        ("two", (), "this network returns 2 channels for 1: no image of the same kind"),
         ("short", (), "short.pth: does not say which task it is for; load_model(FILE, task=TASK) takes it, in Python"),
     ],
 )
