@@ -24,9 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serpent_ir.models import as_built, create_model
-from serpent_ir.models.serpent import Serpent
+from serpent_ir.models.fused import FUSED_CHANNELS
+from serpent_ir.models.serpent import Serpent, VSSBlock
 from serpent_ir.train import GraphedStep, own_stream
 
 NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
@@ -79,6 +81,38 @@ def floors(name: str, batch: int, side: int) -> dict[str, float]:
     numbers += positions * 2 * dim + 2 * 3 * batch * side**2 * 2  # patch embedding and head; the images are float32
     numbers += sum(positions / 4**i * (dim << i) * (1.5 + 2.5) for i in range(levels))  # merging; expanding and skip
     return {"exponentials_ms": 1e3 * exponentials / EXPONENTIALS, "bytes_ms": 1e3 * 2 * numbers / BANDWIDTH}
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of the maps that operators read and write; the scan's, views and weights are left out."""
+
+    def __init__(self, positions: int):
+        super().__init__()
+        self.positions, self.bytes = positions, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and "ss2d" not in str(func):
+            tensors = [x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, Tensor)]
+            self.bytes += sum(x.nbytes for x in tensors if x.numel() and x.numel() % self.positions == 0)
+        return out
+
+
+def block_bytes(c: int) -> tuple[int, int]:
+    """Bytes a position that a block of c channels moves around its scan, in bfloat16 without gradients: the plain
+    definition, each operator reading its inputs and writing its outputs once; and the fused kernels."""
+    side = 67  # a number of positions that no weight's size is a multiple of
+    traffic = _Traffic(side * side)
+    block = VSSBlock(c).to("meta", torch.bfloat16)
+    with torch.no_grad(), traffic:
+        block(torch.empty(1, side, side, c, device="meta", dtype=torch.bfloat16))
+    d, J = 2 * c, block.ss2d.x_proj.weight.shape[0]
+    # Up to 64 channels: norm and product; convolution and product; gate, product, residual. Wider, the library's
+    # products stand between norm, convolution and gate.
+    narrow = (c + d) + (2 * d + J) + (2 * c + d)
+    wide = 2 * c + (c + 2 * d) + 2 * d + (d + J) + 3 * d + (d + 2 * c)
+    return traffic.bytes // traffic.positions, 2 * (narrow if c <= FUSED_CHANNELS else wide)
 
 
 def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:

@@ -46,15 +46,16 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",
-            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called:",
+            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public",
+            "one is called (a loop of one's own gets the time of a call, which the host bounds on small batches):",
             "",
-            "| network, batch x size | graph | public | x | call | GB | public | x |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| network, batch x size | graph | public | x | call | x | GB | public | x |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in record["training"]:
             ms, gb = network.PUBLIC_STEP.get((row["name"], row["batch"], row["size"]), (None, None))
             cells = [f"{row['name']} {row['batch']} x {row['size']}", _told(row, "graph_ms"), _number(ms)]
-            cells += [_ratio(ms, row["graph_ms"]), _number(row["call_ms"])]
+            cells += [_ratio(ms, row["graph_ms"]), _number(row["call_ms"]), _ratio(ms, row["call_ms"])]
             cells += [_number(row["gb"]), _number(gb), _ratio(gb, row["gb"])]
             lines.append(f"| {' | '.join(cells)} |")
         if record.get("kernels"):
@@ -63,7 +64,12 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
                 "",
                 "Kernels of a pass at 256x256, and (of the plain network around the same scan): " + ", ".join(told),
             ]
-    return lines
+    counts = (f"{c} channels {ours} ({plain})" for c in (32, 64, 128, 256) for plain, ours in [network.block_bytes(c)])
+    lines += [
+        "",
+        "Bytes a position that a block moves around its scan, and (by the plain definition, an operator at a time):",
+    ]
+    return [*lines, ", ".join(counts)]
 
 
 def _number(x: float | None) -> str:

@@ -54,7 +54,7 @@ def test_results_are_written_from_the_files(tmp_path: Path) -> None:
     text = tables.render(tmp_path)
     assert "| serpent_h 2048 | 100 | 463 | 4.63 | 110 | 1.10 | 5.00 |" in text
     assert "| unet_32 2048 | out of memory | 58.1 |" in text
-    assert "| serpent_b 16 x 128 | 100 | 52.0 | 0.52 | 110 | 5.00 | 1.28 | 0.26 |" in text
+    assert "| serpent_b 16 x 128 | 100 | 52.0 | 0.52 | 110 | 0.47 | 5.00 | 1.28 | 0.26 |" in text
     assert "serpent_b 120 (480)" in text
     assert "256, 22 | 0.0710 | 0.142 | 2.00 | 0.0920 | 0.0231 | 0.213 | 0.590 | 2.77 | 3.00 |" in text
     assert tables.render() == tables.RESULTS.read_text()

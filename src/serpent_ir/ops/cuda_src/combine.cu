@@ -58,7 +58,9 @@ __device__ __forceinline__ void combine_segment(const CombineArgs& a) {
     }
     if (FOLD) {
         *whole = fmaf(ex2(A * sum), before, state);
-        if (n == 0) a.segment_dt[(walk * a.segments + segment) * D + ch] = until + sum;
+        // By the state; of the segment that it leaves out, by the adjoint, which sums the other way round.
+        const bool whose = adjoint ? segment == (down ? a.segments - 1 : 0) : true;
+        if (n == 0 && whose) a.segment_dt[(walk * a.segments + segment) * D + ch] = until + sum;
         return;
     }
 #pragma unroll 8
