@@ -10,9 +10,9 @@ evaluated on three sets. Rows at equal numbers of images are read from the valid
 that the slowest network reached; the learning rate of the others is not down by then.
 
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
-with other --minutes new tables stand beside the old ones. --out gets results.json, which `serpent report --from` reads,
-and results.md. This is a benchmark, and no command of `serpent`, because it is about these networks, these data and
-these tables, and wants the repository beside it.
+with other --minutes new tables stand beside the old ones; other settings are refused. --out gets
+results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`,
+because it is about these networks, these data and these tables, and wants the repository beside it.
 """
 
 import argparse
@@ -34,8 +34,12 @@ from typing import Any
 import torch
 
 import tables_job
+from serpent_ir.data import find_images
+from serpent_ir.errors import SerpentError
 from serpent_ir.figures import in_order, label_of
+from serpent_ir.inference import pick_device
 from serpent_ir.measure import OUT_OF_MEMORY
+from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
 from tables_job import Job
@@ -53,21 +57,14 @@ EXTRA = 90  # seconds that a network takes beside training: imports, images, eva
 
 def main() -> None:
     args = arguments()
-    data = Path(args.data)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.time_limit
+    jobs = [job_of(task, args) for task in args.tasks]
+    refuse_what_cannot_be(jobs, args.lrs, folder)
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.device, Path(temporary))
-        for task in args.tasks:
-            crop, batch, sets, curve = TASKS[task]
-            job = Job(
-                what="time", model="", task=task, crop=args.crop or crop, batch=args.batch or batch,
-                train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
-                curve=curve, curve_images=args.curve_images, minutes=args.minutes, probe_seconds=args.probe_seconds,
-                lrs=[], seed=args.seed, device=args.device, timing_steps=args.timing_steps, step_ms=0, val_every=0,
-                lpips_weights=args.lpips_weights, runs=args.keep_runs, result="",
-            )  # fmt: skip
+        for job in jobs:
             run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
     results = json.loads((folder / "results.json").read_text())
@@ -110,6 +107,52 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def job_of(task: str, args: argparse.Namespace) -> Job:
+    """What all jobs of a task have in common."""
+    crop, batch, sets, curve = TASKS[task]
+    data = Path(args.data)
+    return Job(
+        what="time", model="", task=task, crop=args.crop or crop, batch=args.batch or batch,
+        train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
+        curve=curve, curve_images=args.curve_images, minutes=args.minutes, probe_seconds=args.probe_seconds,
+        lrs=[], seed=args.seed, device=args.device, timing_steps=args.timing_steps, step_ms=0, val_every=0,
+        lpips_weights=args.lpips_weights, runs=args.keep_runs, result="",
+    )  # fmt: skip
+
+
+def refuse_what_cannot_be(jobs: list[Job], lrs: list[float] | None, folder: Path) -> None:
+    """End with one line for what would fail after minutes of training, or would mix results of other settings."""
+    try:
+        for images in {path for job in jobs for path in job.val.values()}:
+            find_images(Path(images))
+        if jobs[0].lpips_weights:
+            Lpips(Path(jobs[0].lpips_weights), torch.device("cpu"))
+    except SerpentError as error:
+        sys.exit(f"tables.py: error: {error}")
+    for job in jobs:
+        for file in sorted(place_of(job, folder).glob("*.json")):
+            now = settings(job, rates(file.name.split(".")[0], lrs))
+            before = json.loads(file.read_text()).get("settings", {})
+            if _settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
+                told = "; ".join(f"{key} {before.get(key, 'not noted')}, now {now[key]}" for key in other)
+                sys.exit(f"tables.py: error: {file}: of other settings ({told}); give another --out or remove it")
+
+
+def place_of(job: Job, folder: Path) -> Path:
+    return folder / f"{job.task}.{job.minutes:g}min"
+
+
+def rates(name: str, lrs: list[float] | None) -> list[float]:
+    return lrs or RATES.get(name.partition("_")[0], [1e-3, 3e-4])
+
+
+def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
+    """What has to be the same of results that stand in one table, and of those that are gone on from."""
+    device = pick_device(job.device)
+    about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "train", "probe_seconds", "curve_images")}
+    return about | {"lrs": lrs, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+
+
 class Devices:
     """Jobs wait here for a free GPU (or for the CPU, which is one); each runs in a process that sees that one alone."""
 
@@ -148,7 +191,7 @@ class Devices:
 def run_task(
     job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
 ) -> None:
-    place = folder / f"{job.task}.{job.minutes:g}min"
+    place = place_of(job, folder)
     place.mkdir(exist_ok=True)
     wanted = [name for name in in_order(set(networks)) if not _settled(place / f"{name}.json")]
     for name in networks:
@@ -159,21 +202,18 @@ def run_task(
         with ThreadPoolExecutor(devices.count) as pool:
             list(pool.map(work, names))
 
-    def rates(name: str) -> list[float]:
-        return lrs or RATES.get(name.partition("_")[0], [1e-3, 3e-4])
-
     def time_one(name: str) -> None:
         file = place / f"{name}.time.json"
         if not _settled(file):
-            timing = dataclasses.replace(job, model=name, lrs=rates(name))
-            _keep(devices(timing, place / f"{name}.log", until, EXTRA), file, job, name)
+            timing = dataclasses.replace(job, model=name, lrs=rates(name, lrs))
+            _keep(devices(timing, place / f"{name}.log", until, EXTRA), file, timing)
 
     def train_one(name: str) -> None:
         training = dataclasses.replace(
-            job, what="train", model=name, lrs=rates(name), step_ms=times[name], val_every=val_every
+            job, what="train", model=name, lrs=rates(name, lrs), step_ms=times[name], val_every=val_every
         )
         takes = EXTRA + 60 * job.minutes + job.probe_seconds * len(training.lrs)
-        _keep(devices(training, place / f"{name}.log", until, takes), place / f"{name}.json", job, name)
+        _keep(devices(training, place / f"{name}.log", until, takes), place / f"{name}.json", training)
 
     each(time_one, networks)
     files = {name: place / f"{name}.time.json" for name in networks}
@@ -191,7 +231,8 @@ def _settled(file: Path) -> bool:
     return file.exists() and json.loads(file.read_text()).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
 
 
-def _keep(result: dict[str, Any] | None, file: Path, job: Job, name: str) -> None:
+def _keep(result: dict[str, Any] | None, file: Path, job: Job) -> None:
+    name = job.model
     if result is None:
         say(f"{job.task} {name}: no time left")
         return
@@ -203,6 +244,7 @@ def _keep(result: dict[str, Any] | None, file: Path, job: Job, name: str) -> Non
     else:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
+    result = {**result, "settings": settings(job, job.lrs)}
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -74,6 +74,20 @@ def test_out_of_memory_is_a_result(kind, monkeypatch):
     assert measure.measure(cell)["ms"] > 0
 
 
+def test_any_error_is_a_result(monkeypatch):
+    class OutOfResources(Exception):  # noqa: N818 - Triton's is no RuntimeError
+        pass
+
+    def fail(name):
+        raise OutOfResources("out of resource: shared memory")
+
+    monkeypatch.setattr(measure, "create_model", fail)
+    # A device without streams of its own, as MPS.
+    monkeypatch.setattr(measure, "pick_device", lambda name: torch.device("meta"))
+    error = measure.measure(Cell("infer", "serpent_b", 16, 1, "auto", "auto", 0.01))["error"]
+    assert error == "out of resource: shared memory"
+
+
 def test_what_does_not_fit_is_null_and_the_rest_goes_on(monkeypatch):
     answers = {
         ("serpent_b", 32, "infer"): {"ms": 2.0, "range_ms": [1.0, 3.0], "gb": 0.5},
@@ -103,6 +117,46 @@ def test_what_does_not_fit_is_null_and_the_rest_goes_on(monkeypatch):
     assert rows[0]["train_gb"] is None
     assert rows[0]["infer_ms"] == 2.0
     assert rows[2]["notes"] == ["inference: not told"]
+
+
+def test_what_died_says_nothing_of_larger_sizes(monkeypatch):
+    answers = [{"error": "it died (status -11)"}, {"error": "stopped after 160 s"}, {"error": "out of memory"}]
+    monkeypatch.setattr(Worker, "__call__", lambda self, cell, limit: answers.pop(0))
+    rows = profile(["serpent_b"], [32, 64, 96, 128], device="cpu")
+    told = ["it died (status -11)", "stopped after 160 s", "out of memory", "out of memory (at 96 already)"]
+    assert [row["error"] for row in rows] == [f"inference: {error}" for error in told]
+
+
+def test_a_report_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(self, cell, limit):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((cell.model, cell.size, cell.kind))
+        if cell.kind == "train":
+            return {"error": "out of memory"}
+        return {"ms": 2.0, "range_ms": [1.0, 3.0], "gb": 0.001}
+
+    monkeypatch.setattr(Worker, "__call__", answer)
+    call = ("report", tmp_path / "r", "-n", "serpent_b", "--size", "32,64", "--device", "cpu", "--seconds", 1)
+    # A training step at 64 is not asked for; the row of 96 is what Ctrl-C ends.
+    assert serpent(*call[:4], "--size", "32,64,96", *call[6:]).exit_code == 130
+    assert not (tmp_path / "r" / "profile.json").exists()
+    assert len(json.loads((tmp_path / "r" / "profile.part.json").read_text())["rows"]) == 2
+    asked.clear()
+    result = serpent(*call)
+    assert result.exit_code == 0, result.output
+    assert "profile.part.json: goes on from 2 rows" in result.output
+    assert asked == []
+    rows = json.loads((tmp_path / "r" / "profile.json").read_text())
+    assert [row["error"] for row in rows] == ["training: out of memory", "training: out of memory (at 32 already)"]
+    assert not (tmp_path / "r" / "profile.part.json").exists()
+    # Other settings: all anew.
+    (tmp_path / "r" / "profile.part.json").write_text(json.dumps({"seconds": 2.0, "rows": rows}))
+    (tmp_path / "r" / "profile.json").unlink()
+    assert serpent(*call).exit_code == 0
+    assert asked == [("serpent_b", 32, "infer"), ("serpent_b", 32, "train"), ("serpent_b", 64, "infer")]
 
 
 def test_memory_ends_in_a_real_process_and_one_that_hangs_is_stopped():
@@ -189,6 +243,8 @@ def test_a_report_with_missing_points(tmp_path):
     assert "| Table 1, top | Serpent-B 256 | 1.4 | 1.4 | 2.8 | 2 |" in page
     assert "| Table 1, bottom | Restormer 512 | 161.9 | 161.9 | 28.5 | out of memory |" in page
     assert "| FLOPS of SwinIR-B over Serpent-B | 512 | abstract, 4.3 | 150 x | 173.8 x |" in page
+    assert "| training memory of Serpent-H over Restormer (the size is not said: 256 here) | 256 | 4.3 |" in page
+    assert page.count("the clause names no network") == 1
     assert "| deblur 256 | Serpent-B | 28.44 | 0.8054 | 0.3041 | 27.12 | 0.8000 | no weights | 2.5 min |" in page
     for name in names:
         assert f"({name}.png)" in page
@@ -204,6 +260,8 @@ def test_a_report_draws_one_device_and_says_so(tmp_path):
 
 def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text('[{"model": "serpent_b"}]')
+    (tmp_path / "runs.json").write_text('{"runs": [{}]}')
+    (tmp_path / "empty.json").write_text("[]")
     for call, told in [
         (("profile", "-n", "serpent_x"), "unknown model 'serpent_x'"),
         (("profile", "--size", "big"), "--size big: sides in pixels"),
@@ -211,6 +269,9 @@ def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
         (("profile", "--json", "--markdown"), "give one of them"),
         (("report", tmp_path, "--from", tmp_path / "none.json"), "none.json: cannot be read"),
         (("report", tmp_path, "--from", tmp_path / "other.json"), "other.json: neither a profile"),
+        (("report", tmp_path, "--from", tmp_path / "runs.json"), "runs.json: neither a profile"),
+        (("report", tmp_path, "--from", tmp_path / "empty.json"), "empty.json: there is nothing in it"),
+        (("report", tmp_path / "other.json"), "other.json: "),
     ]:
         result = serpent(*call)
         assert result.exit_code in (1, 2)

@@ -1,6 +1,7 @@
 """benchmarks/tables.py from end to end, with seconds for minutes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def tables(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
-def test_two_networks_in_seconds(tmp_path):
+def test_two_networks_in_seconds(tmp_path, monkeypatch):
     for name in ("faces256", "faces512", "natural"):
         draw(tmp_path / name / "train", 2)
         draw(tmp_path / name / "val", 1)
@@ -60,6 +61,19 @@ def test_two_networks_in_seconds(tmp_path):
     again = tables(tmp_path, *budget)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done already") == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from tables import main  # pyright: ignore[reportMissingImports]
+
+    # With another seed they would be mixed; and what would fail after training fails now.
+    for options, told in [
+        (("--seed", 1), "serpent_b.json: of other settings (seed 0, now 1); give another --out or remove it"),
+        (("--lpips-weights", tmp_path / "none.pth"), "none.pth: no such weights file"),
+        (("--data", tmp_path / "none"), "/val: no such folder"),
+    ]:
+        monkeypatch.setattr(sys, "argv", list(map(str, again.args[1:] + list(options))))
+        with pytest.raises(SystemExit, match=f"^tables.py: error: .*{re.escape(told)}$"):
+            main()
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
 
 

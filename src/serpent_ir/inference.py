@@ -122,6 +122,11 @@ class Restorer:
         pick_precision(precision, device_of(model))
         if (channels := _channels_of(model)) not in (1, 3):
             raise UsageError(f"restore: this network takes {channels} channels; an image file has three")
+        returned = getattr(getattr(model, "config", None), "out_channels", channels)
+        if returned != channels:
+            raise UsageError(
+                f"restore: this network returns {returned} channels for {channels}: no image of the same kind"
+            )
         check_tiles(model, tile, tile_overlap)
         self.model = model
         self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision

@@ -59,9 +59,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         torch.cuda.set_device(device.index or 0)
     try:
         # Graphs cannot be captured on the default stream, and autograd remembers where it met a parameter.
-        with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
             result = _measure(cell, device)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # Triton's OutOfResources is no RuntimeError
         result = {"error": OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)}
     # Out here, where no traceback holds the tensors of what failed.
     _release(device)

@@ -77,6 +77,8 @@ SLOWEST = 5
 """A call that is expected to take so many times the seconds of a cell is not tried."""
 STARTING = 120
 """Seconds that a process may take for its first call: imports, and kernels that are compiled."""
+COMPILING = 480
+"""Seconds more for the first cell of a network on CUDA: nothing of it may have been compiled before."""
 
 _KINDS = {"infer": "inference", "train": "training"}
 
@@ -91,6 +93,8 @@ def profile(
     precision: str = "auto",
     seconds: float = 2.0,
     progress: Callable[[int, int, str], None] | None = None,
+    known: Sequence[dict[str, Any]] = (),
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Count and measure networks on square images, each measurement in a process of its own.
 
@@ -103,6 +107,9 @@ def profile(
         precision: as `pick_precision` takes it.
         seconds: for about so long the calls of a cell are timed; `SLOWEST` times as much is the longest call tried.
         progress: called with (cells done, cells in all, a line about the last one).
+        known: rows of before, of the same `train` and `seconds`; those of the same network, size, batch, device,
+            precision, threads, counts and PyTorch are not measured again.
+        keep: called with all rows so far after each one that was measured.
 
     Returns:
         One object for each size and network: model, size, batch, device (its name), precision, torch, threads (None on
@@ -131,17 +138,27 @@ def profile(
         for size in sorted(sizes):
             for name in names:
                 row = _counted(name, size, batch, target, dtype)
+                if found := next((other for other in known if _same(other, row)), None):
+                    rows.append(found)
+                    last |= {(name, kind): (size, result) for kind in kinds if (result := _result(found, kind))}
+                    done += len(kinds)
+                    continue
                 for kind in kinds:
                     cell = Cell(kind, name, size, batch, device, precision, seconds)
                     error = _too_much(cell, *last.get((name, kind), (0, {})), target)
-                    result = {"error": error} if error else worker(cell, STARTING + 4 * SLOWEST * seconds)
-                    if not error:
+                    compiling = COMPILING if target.type == "cuda" and (name, kind) not in last else 0
+                    limit = STARTING + compiling + 4 * SLOWEST * seconds
+                    result = {"error": error} if error else worker(cell, limit)
+                    # What died or was stopped says nothing of larger sizes.
+                    if not error and result.get("error", OUT_OF_MEMORY).startswith(OUT_OF_MEMORY):
                         last[name, kind] = size, result
                     _add(row, kind, batch, result)
                     done += 1
                     if progress:
                         progress(done, total, f"{name} {size} {_KINDS[kind]}: {_told(result)}")
                 rows.append(row)
+                if keep:
+                    keep(rows)
     return rows
 
 
@@ -170,6 +187,22 @@ def _counted(name: str, size: int, batch: int, device: torch.device, dtype: torc
         **dict.fromkeys(("train_ms", "train_range_ms", "train_graph_ms", "train_graph_range_ms", "train_s_per_60k")),
         "train_gb": None,
     }
+
+
+def _same(known: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a row of before is what would be measured now: all that is known beforehand agrees."""
+    return all(
+        known.get(key) == value for key, value in row.items() if not key.startswith(("infer_", "train_", "images"))
+    )
+
+
+def _result(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What `measure` said of a cell, as far as larger sizes are expected from it; {} where it was not measured."""
+    if row[f"{kind}_ms"] is not None:
+        return {"ms": row[f"{kind}_ms"], "gb": row[f"{kind}_gb"]}
+    spent = f"{_KINDS[kind]}: {OUT_OF_MEMORY}"
+    parts = row.get("error", "").split("; ")
+    return {"error": OUT_OF_MEMORY} if spent in parts or f"{spent} (the system ended the process)" in parts else {}
 
 
 def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.device) -> str:

@@ -57,15 +57,32 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
             raise SerpentError(f"{file}: cannot be read ({error.strerror})") from None
         except ValueError as error:
             raise SerpentError(f"{file}: not JSON ({error})") from None
+        if content == [] or content == {"runs": []}:
+            raise SerpentError(f"{file}: there is nothing in it, neither rows of a profile nor runs")
         if isinstance(content, list) and all(isinstance(row, dict) and row.keys() >= set(NEEDED) for row in content):
             rows += content
-        elif isinstance(content, dict) and isinstance(content.get("runs"), list):
+        elif isinstance(content, dict) and isinstance(content.get("runs"), list) and all(map(_is_run, content["runs"])):
             runs += sorted(content["runs"], key=lambda run: run["minutes"])  # the longest counts
         else:
             raise SerpentError(
                 f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
             )
     return rows, runs
+
+
+def _is_run(run: Any) -> bool:
+    """Whether a run of benchmarks/tables.py has what is read of it; one that failed has no evaluation."""
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("minutes"), int | float)
+        or not {"model", "task"} <= run.keys()
+    ):
+        return False
+    evaluation = run.get("evaluation", {})
+    return isinstance(evaluation, dict) and all(
+        isinstance(figures, dict) and {"psnr", "ssim"} <= figures.keys() and "seconds" in run
+        for figures in evaluation.values()
+    )
 
 
 def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
@@ -204,6 +221,8 @@ def _claims(rows: Rows) -> list[str]:
         row = ours.get(("serpent_h", size))
         if row and (seconds := row.get("train_s_per_60k")):
             words = f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages; here all at full size)"
+            if size == 512:
+                words += " (the clause names no network: Serpent-H by context)"
             here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
             lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
     if not lines:

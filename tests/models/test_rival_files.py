@@ -151,6 +151,8 @@ def folder(tmp_path_factory):
             "grey": create_model("restormer_24", **{**TINY["restormer_24"], "out_channels": 1}),
             "dual": create_model("restormer_24", dim=8, blocks=(1,) * 4, dual_pixel=True, in_channels=6),
             "unet": create_model("unet_32", channels=2),
+            "two": create_model("unet_32", channels=2, in_channels=1, out_channels=2),
+            "short": create_model("serpent_b", blocks=(1, 1)),
         }
     for name, model in weights.items():
         torch.save({"params": model.state_dict()}, folder / f"{name}.pth")
@@ -193,13 +195,23 @@ def test_restore_with_a_network_of_one_channel_takes_each_by_itself(folder, tmp_
     assert np.abs(pixels_of(tmp_path / "o.png") - expected).max() <= 1
 
 
+def test_restore_with_a_unet_that_names_no_task(folder, tmp_path):
+    weights: Path = folder / "unet.pth"
+    run = serpent("restore", folder / "photo.png", "-o", tmp_path / "o.png", "--weights", weights)
+    assert run.exit_code == 0, run.stderr
+    colour = pixels_of(folder / "photo.png")
+    expected = serpent_ir.restore(colour, serpent_ir.load_model(weights))
+    assert np.abs(pixels_of(tmp_path / "o.png").astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
         ("x4", ("-n", "swinir_180"), "x4.pth: not weights of swinir_180: conv_after_body.bias is (12,), not (180,); "),
         ("x4", ("--tile", "48"), "a tile of 48 px; this network needs a multiple of 32"),
         ("dual", (), "this network takes 6 channels; an image file has three"),
-        ("unet", (), "unet.pth: does not say which task it is for; name it with -n, as UNet.deblur"),
+        ("two", (), "this network returns 2 channels for 1: no image of the same kind"),
+        ("short", (), "short.pth: does not say which task it is for; load_model(FILE, task=TASK) takes it, in Python"),
     ],
 )
 def test_restore_says_in_one_line_what_does_not_fit(name, options, said, folder, tmp_path):

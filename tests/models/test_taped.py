@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serpent_ir.models import taped
 from serpent_ir.models.serpent import VSSBlock
@@ -81,6 +81,13 @@ def test_what_is_not_as_built_takes_the_definition():
     block(x)
     assert seen
     handle.remove()
+    for register in (
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert not taped.serves(block, x)
+        handle.remove()
     assert taped.serves(block, x)
     block.ss2d.conv.weight.requires_grad_(False)
     block(x).sum().backward()

@@ -1,6 +1,7 @@
 """serpent profile."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,15 @@ def sizes_of(text: str) -> list[int]:
 
 
 def measured(
-    names: list[str] | None, sizes: list[int], batch: int, train: bool, device: str, precision: str, seconds: float
+    names: list[str] | None,
+    sizes: list[int],
+    batch: int,
+    train: bool,
+    device: str,
+    precision: str,
+    seconds: float,
+    known: Sequence[dict[str, Any]] = (),
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """As `profile`, with progress shown; without names the networks of the paper."""
     from serpent_ir.models import list_models
@@ -76,5 +85,5 @@ def measured(
     with progress_of("measured") as progress:
         return profile(
             names, sizes, batch=batch, train=train, device=device, precision=precision, seconds=seconds,
-            progress=progress,
+            progress=progress, known=known, keep=keep,
         )  # fmt: skip

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from serpent_ir.cli.profile import Names, Precision, Seconds, measured, sizes_of
 from serpent_ir.cli.shell import Device, say, shell_command
 
+Rows = list[dict[str, Any]]
 SIZES = "256,512,1024,2048"
 
 
@@ -21,7 +22,8 @@ def report(
             "--from",
             metavar="JSON",
             help="What `serpent profile --json` printed, or results of benchmarks/tables.py; may be repeated. "
-            "Without: DIR/profile.json; where there is none, all networks are measured first and it is written.",
+            "Without: DIR/profile.json; where there is none, all networks are measured first and it is written. "
+            "Rows are kept as they come: after an interruption the same command goes on.",
         ),
     ] = None,
     name: Names = None,
@@ -32,6 +34,7 @@ def report(
 ) -> None:
     """Write figures (PNG and SVG) and report.md, as `serpent_ir.report.write` does."""
     from serpent_ir.figures import new_figure
+    from serpent_ir.image import replacing
     from serpent_ir.report import load, write
 
     new_figure(1, 1)  # what is missing is better said before minutes of measuring
@@ -41,9 +44,38 @@ def report(
         if profile.exists():
             say(f"{profile} was measured before; remove it to measure again")
         else:
-            measured_rows = measured(name, sizes_of(size), 1, True, device, precision, seconds)
-            folder.mkdir(parents=True, exist_ok=True)
-            profile.write_text(json.dumps(measured_rows, indent=1) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is better said now, too
+            part = folder / "profile.part.json"
+
+            known = _known(part, seconds)
+
+            def keep(rows: Rows) -> None:
+                content = {"seconds": seconds, "rows": rows + [row for row in known if row not in rows]}
+                with replacing(part) as file:
+                    file.write(f"{json.dumps(content, indent=1)}\n".encode())
+
+            keep([])
+            if known:
+                say(f"{part}: goes on from {len(known)} rows")
+            say(f"{profile} is to be measured first")
+            all_rows = measured(name, sizes_of(size), 1, True, device, precision, seconds, known, keep)
+            with replacing(profile) as file:
+                file.write(f"{json.dumps(all_rows, indent=1)}\n".encode())
+            part.unlink(missing_ok=True)
         rows, _ = load([profile])
     files = write(folder, rows, runs)
     say(f"{len(files)} files are in {folder}; begin with {files[-1]}")
+
+
+def _known(part: Path, seconds: float) -> Rows:
+    """The rows that an interrupted call left, of the same `seconds`; [] where there are none to go on from."""
+    from serpent_ir.report import NEEDED
+
+    try:
+        content = json.loads(part.read_text())
+        rows = content["rows"] if content["seconds"] == seconds else []
+        if all(row.keys() >= {*NEEDED, "infer_ms", "infer_gb", "train_ms", "train_gb"} for row in rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return []

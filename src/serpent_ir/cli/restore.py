@@ -94,7 +94,9 @@ def restore(
     if task := getattr(model.config, "task", ""):
         create_degradation(task)  # an unknown one is no fault of an image
     elif not hasattr(model, "scale"):  # the others take an image as it is, and say what size they return
-        raise UsageError(f"{weights}: does not say which task it is for; name it with -n, as {name}.deblur")
+        known = preset_of(model.config)
+        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
+        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
     restorer = Restorer(
         model.to(pick_device(_of_this_process(device))),
         tile=int(tile) if tile.isdecimal() else tile,

@@ -120,9 +120,17 @@ def _kinds() -> dict[type[nn.Module], list[set[str]]]:
     }  # fmt: skip
 
 
+_GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
 def check(root: nn.Module) -> bool:
     """Whether no part of a module was exchanged, wrapped, hooked or given another `forward`."""
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if any(_GLOBAL_HOOKS):
         return False
     parts = _parts.get(root)
     if parts is None or not parts.unchanged():

@@ -72,7 +72,8 @@ class Graphs:
 
     def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[int]) -> Tensor:
         """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` the addresses it reads."""
-        key = (x.shape, x.dtype, x.device, torch.backends.cuda.matmul.fp32_precision, key)
+        precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
+        key = (x.shape, x.dtype, x.device, precisions, key)
         with self.lock, torch.cuda.device_of(x):
             if weights != self.weights:
                 self._clear()

@@ -74,6 +74,8 @@ class UNet(nn.Module, PyTorchModelHubMixin):
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
     """
 
+    scale = 1
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
