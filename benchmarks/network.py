@@ -12,12 +12,10 @@ in the memory, or in the time given, is null beside an `error`.
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scan import machine
 from serpent_ir.models import as_built, create_model
 from serpent_ir.models.fused import FUSED_CHANNELS
 from serpent_ir.models.serpent import Serpent, VSSBlock
@@ -241,15 +240,7 @@ def measure(networks: Iterable[str], sizes: Iterable[int], budget: float) -> dic
                 training[-1] |= attempt(step, name, batch, side, until=until)
                 print(json.dumps(training[-1]), flush=True)
     counts = [kernels(name) for name in networks if name.startswith("serpent")]
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
+    return machine() | {
         "public_source": SOURCE,
         "inference": inference,
         "training": training,

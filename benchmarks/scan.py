@@ -125,6 +125,20 @@ def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype,
     return row
 
 
+def machine() -> dict[str, Any]:
+    """What a measurement was made with."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+    }
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(
         f"{'backend':8} {'map':20} {'fwd':>8} {'graph':>8} {'x':>5} {'bwd':>8} {'graph':>8} {'x':>5} {'scratch GB':>10}"
@@ -168,15 +182,7 @@ def main() -> None:
             for level in range(len(LEVELS)):
                 rows.append(measure(backend, batch, side, level, dtype, repeats))
                 print(json.dumps(rows[-1]), flush=True)
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
+    record = machine() | {
         "dtype": args.dtype,
         "public_source": SOURCE,
         "relative_errors": errors,

@@ -279,28 +279,27 @@ def _combine(
 ) -> None:
     """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
     batch, _, chunks, N, d = h.shape
+    walks = 1 if e is None else 2
 
-    def launch(name: str, h: Tensor, e: Tensor, dt_sum: Tensor, segments: tuple[Tensor, ...], length: int) -> None:
-        chunks, count = h.shape[2], segments[0].shape[2]
+    def launch(name: str, states: tuple[Tensor, ...], segments: tuple[Tensor, ...] | None) -> None:
+        chunks = states[0].shape[2]
+        length, count = (chunks, 1) if segments is None else (SEGMENT, segments[0].shape[2])
         # Parts of 8 chunks and more, each thread one number of the state of one part.
         parts = min(32, _power_of_2(-(-length // 8)))
         columns = 32 if parts >= 4 else 128 // parts
-        args = _pointers(h, e, dt_sum, A_log, *segments)
+        args = _pointers(*states, A_log, *(segments or states))
         args += struct.pack("7i0q", chunks, first, pairs, columns, parts, length, count)
-        grid = (-(-N * d // columns) * count, batch * 2 * pairs, 1 if adjoint is None else 2)
-        kernels.launch(name, grid, columns * parts, 0, args)
+        kernels.launch(name, (-(-N * d // columns) * count, batch * 2 * pairs, walks), columns * parts, 0, args)
 
-    adjoint, e = e, h if e is None else e
+    states = h, h if e is None else e, dt_sum  # one walk does not look at the second
     if chunks <= MANY_CHUNKS:
-        launch("combine", h, e, dt_sum, (h[:, :, :1], h, h), chunks)
+        launch("combine", states, None)
         return
     count = -(-chunks // SEGMENT)
-    segment_h = h.new_empty(batch, 4, count, N, d)
-    segment_e = h.new_empty(segment_h.shape) if adjoint is not None else segment_h
-    segments = (segment_h, segment_e, h.new_empty(batch, 4, count, d))
-    launch("fold", h, e, dt_sum, segments, SEGMENT)
-    launch("combine", segment_h, segment_e, segments[2], (segment_h[:, :, :1], segment_h, segment_h), count)
-    launch("combine", h, e, dt_sum, segments, SEGMENT)
+    segments = tuple(x.new_empty(batch, 4, count, *x.shape[3:]) for x in states)
+    launch("fold", states, segments)
+    launch("combine", segments, None)
+    launch("combine", states, segments)
 
 
 def cast(arrays: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
