@@ -24,6 +24,7 @@ from serpent_ir import create_model
 from serpent_ir.data import Prefetcher, TrainingSet, write_pack
 from serpent_ir.data.store import Memory
 from serpent_ir.degradations import create_degradation
+from serpent_ir.passes import device_name
 from serpent_ir.train import GraphedStep, own_stream
 
 STAGES = {"cuda": [(64, 128), (128, 16), (256, 16)], "cpu": [(64, 8)]}  # crop, batch
@@ -127,8 +128,7 @@ def main() -> None:
                 for row in (batches[-1], steps[-1]):
                     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         size = pack.stat().st_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    about = {"device": name, "torch": torch.__version__, "model": args.model, "images": count}
+    about = {"device": device_name(device), "torch": torch.__version__, "model": args.model, "images": count}
     packed = {"pack_seconds": packing, "pack_bytes": size}
     args.out.write_text(json.dumps({**about, **packed, "batches": batches, "steps": steps}, indent=1))
 

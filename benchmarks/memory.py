@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from serpent_ir import create_model, list_models
-from serpent_ir.inference import pick_device, run_network
+from serpent_ir.inference import run_network
 from serpent_ir.memory import network_bytes
-from serpent_ir.passes import PRECISIONS, pick_precision
+from serpent_ir.passes import PRECISIONS, device_name, pick_device, pick_precision
 
 
 def main() -> None:
@@ -40,8 +40,9 @@ def main() -> None:
         print(f"{name:12} {measured:8.0f} bytes a pixel, predicted {predicted:.0f}", flush=True)
         del model
     if args.out:
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        args.out.write_text(json.dumps({"device": machine, "side": args.side, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"device": device_name(device), "side": args.side, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def start(device: torch.device) -> int:

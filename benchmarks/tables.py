@@ -37,11 +37,11 @@ import tables_job
 from serpent_ir.data import find_images
 from serpent_ir.errors import SerpentError
 from serpent_ir.figures import in_order, label_of
-from serpent_ir.inference import pick_device
 from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
+from serpent_ir.passes import device_name, pick_device
 from tables_job import Job
 
 VAL = ("faces256/val", "faces512/val", "natural/val")
@@ -150,7 +150,7 @@ def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
     """What has to be the same of results that stand in one table, and of those that are gone on from."""
     device = pick_device(job.device)
     about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "train", "probe_seconds", "curve_images")}
-    return about | {"lrs": lrs, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    return about | {"lrs": lrs, "device": device_name(device)}
 
 
 class Devices:

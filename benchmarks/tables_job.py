@@ -21,11 +21,10 @@ import torch
 from serpent_ir.data import find_images
 from serpent_ir.errors import SerpentError
 from serpent_ir.evaluate import evaluate_network
-from serpent_ir.inference import pick_device
 from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import create_model
-from serpent_ir.passes import is_out_of_memory
+from serpent_ir.passes import device_name, is_out_of_memory, pick_device
 from serpent_ir.train import train
 
 WINDOWS = 3  # of steps that are timed; the first one compiles and captures, and does not count
@@ -105,7 +104,7 @@ def train_and_evaluate(job: Job) -> dict[str, Any]:
         seen = len(find_images(val))
     about = {key: getattr(job, key) for key in ("model", "task", "crop", "batch", "minutes", "probe_seconds", "seed")}
     return about | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "torch": torch.__version__,
         "train": job.train,
         "params": sum(p.numel() for p in network.parameters()),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from serpent_ir.data import PackedImage, list_images, read_rgb8
@@ -14,6 +13,7 @@ from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
+from serpent_ir.passes import device_name
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
@@ -87,9 +87,8 @@ def evaluate_network(
         if progress:
             progress(index + 1, len(files))
     means = {key: mean_figure([row[key] for row in images]) for key in images[0] if key != "file"}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     net = {} if lpips is None else {"lpips_net": lpips.name}
-    return {"n": len(images), "seed": seed, **means, **net, "device": name, "images": images}
+    return {"n": len(images), "seed": seed, **means, **net, "device": device_name(device), "images": images}
 
 
 def evaluate_image(

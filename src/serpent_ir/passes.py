@@ -45,6 +45,11 @@ def pick_device(name: str = "auto") -> torch.device:
     raise UsageError(f"no device {name!r} here; valid: auto, {', '.join(available)}")
 
 
+def device_name(device: torch.device) -> str:
+    """What figures are said to come from: the GPU's product name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """What a network computes in: `auto` is bfloat16 (autocast) on CUDA and float32 elsewhere."""
     if name == "auto":

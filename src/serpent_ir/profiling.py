@@ -14,7 +14,7 @@ from serpent_ir.measure import OUT_OF_MEMORY, Cell, Worker
 from serpent_ir.memory import available
 from serpent_ir.models import create_model
 from serpent_ir.ops.cpu import NORM_GATE
-from serpent_ir.passes import pick_device, pick_precision
+from serpent_ir.passes import device_name, pick_device, pick_precision
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
@@ -175,7 +175,7 @@ def _counted(name: str, size: int, batch: int, device: torch.device, dtype: torc
         "model": name,
         "size": size,
         "batch": batch,
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "device": device_name(device),
         "precision": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "threads": None if on_gpu else torch.get_num_threads(),

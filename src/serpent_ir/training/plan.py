@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from serpent_ir.data import Prefetcher
+from serpent_ir.passes import device_name
 from serpent_ir.recipe import Stage
 from serpent_ir.training.step import GraphedStep
 from serpent_ir.training.trainer import Trainer
@@ -75,14 +76,13 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
     total = sum(lengths)
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
     validations = len(ends | set(range(recipe.val_every, total + 1, recipe.val_every)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Plan(
         recipe.model,
         recipe.task,
         images,
         trainer.workers.told(),
         trainer.workers.first,
-        name,
+        device_name(device),
         stages,
         validations,
         _validation_seconds(trainer),
