@@ -31,6 +31,9 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "restormer_48": (Restormer, RestormerConfig(dim=48)),  # that of the public releases
 }
 
+FAMILIES = {SerpentConfig: "Serpent", UNetConfig: "U-Net", SwinIRConfig: "SwinIR", RestormerConfig: "Restormer"}
+"""What people call the networks of a kind of configuration, whatever their sizes."""
+
 TASK_CHANNELS = {"inpaint": 4}
 """Input channels that a task brings, where they are not the image's three."""
 
@@ -83,7 +86,13 @@ def create_model(
     found = recognise(shapes_of(state))
     of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
     model = build(replace(preset, **{**of_file, **_with_channels(fields)}))
-    other = "" if found is None or preset_of(found) in ("", network) else f"; they are of {preset_of(found)}"
+    other = ""
+    if found is not None and preset_of(found) != network:
+        own = (
+            preset_of(found)
+            or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
+        )
+        other = f"; they are of {own}"
     fill(model, state, f"{checkpoint_path}: not weights of {network}", other)
     return model.eval()
 
@@ -105,11 +114,11 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
         SerpentError: a file that is missing, damaged, refused, or of no network that is known; it names what differs.
     """
     state, metadata = load_weights(path)
-    found = recognise(shapes_of(state))
+    shapes = shapes_of(state)
+    found = recognise(shapes)
     if found is None:
-        first = ", ".join(list(state)[:3]) or "none"
-        raise SerpentError(f"{path}: weights of no known network (its tensors: {first}, ...); see `serpent models`")
-    name = preset_of(found) or type(found).__name__.removesuffix("Config")
+        raise SerpentError(f"{path}: {_unknown(shapes)}")
+    name = preset_of(found) or FAMILIES[type(found)]
     _check_fields(name, config, found)
     fields = dict(config)
     _take_task(fields, metadata, path, name)
@@ -128,6 +137,19 @@ def recognise(shapes: Shapes) -> Any:
         except (KeyError, IndexError, ValueError, ZeroDivisionError):  # much is missing, or of shapes that cannot be
             return None
     return None
+
+
+def _unknown(shapes: Shapes) -> str:
+    """Why `recognise` finds no network: the one that it nearly is, or the first names."""
+    for kind, family in FAMILIES.items():
+        try:
+            kind.of(shapes)
+        except KeyError as error:
+            return f"looks like weights of {family}, but {error.args[0]} is missing; get the file again"
+        except (IndexError, ValueError, ZeroDivisionError):
+            return f"looks like weights of {family}, but of shapes that it cannot have; get the file again"
+    first = ", ".join(list(shapes)[:3]) or "none"
+    return f"weights of no known network (its tensors: {first}, ...); see `serpent models`"
 
 
 def preset_of(config: Any) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -19,49 +20,86 @@ Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = ("params_ema", "params", "state_dict")
 """Under which of these public releases keep a state dict, if not bare; the first that is there counts."""
 
+PREFIXES = ("module.", "_orig_mod.", "unet.")
+"""What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
+
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has.
 
     Raises SerpentError: no such file, not readable, damaged, or one that would run code when loaded.
     """
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
+        if path.is_dir():
+            raise SerpentError(f"{path}: is a folder; name the weights file in it")
+        if path.exists() and not path.is_file():  # a pipe may never end
+            raise SerpentError(f"{path}: is not a regular file; write it to one first")
+        with path.open("rb") as file:
             head = file.read(9)
     except FileNotFoundError:
         raise SerpentError(f"{path}: no such weights file") from None
-    except PermissionError:
-        raise SerpentError(f"{path}: cannot be read (permission denied)") from None
     except OSError as error:
-        raise SerpentError(f"{path}: cannot be read ({error.strerror})") from None
-    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):  # a zip archive or a pickle, of torch.save
-        return _tensors_of(path), {}
+        raise SerpentError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
+    if not head:  # as a download that failed at once
+        raise SerpentError(f"{path}: is empty; get the file again")
+    if head[8:] == b"{":
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
+        return _unprefixed(tensors), metadata or {}
+    if head[:2] == b"PK":
+        _check_archive(path)
+    elif head[:1] != b"\x80":  # as pickles begin that torch.save writes
+        raise SerpentError(
+            f"{path}: is no weights file, neither safetensors nor of torch.save (a web page saved by mistake, or a "
+            "pointer of Git LFS?); get the file itself"
+        )
+    return _unprefixed(_tensors_of(path)), {}
+
+
+def _check_archive(path: Path) -> None:
+    """SerpentError where a zip archive is not what torch.save writes."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise SerpentError(f"{path}: not a readable safetensors file ({error})") from None
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        raise SerpentError(f"{path}: is damaged or cut short (the end of it is missing); get the file again") from None
+    if not any(name.endswith("data.pkl") for name in names):
+        raise SerpentError(f"{path}: is a zip archive that torch.save did not write; unpack it and name the file in it")
 
 
-def _tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         # A file, because of a path torch.load would go by the suffix. It warns of other versions of pickle.
-        with Path(path).open("rb") as file, warnings.catch_warnings(action="ignore"):
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged or hostile bytes ends in any type of error
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise SerpentError(
-                f"{path}: holds more than tensors, which could run code, and is refused; get weights from elsewhere"
+                f"{path}: holds more than tensors, which could run code, and is refused; "
+                "ask for its state dict alone, or for safetensors"
             ) from None
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "its end is missing"
         raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
+    found = f" ({', '.join(map(str, list(held)[:4]))})" if isinstance(held, dict) and held else ""
     for wrapper in WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
             held = held[wrapper]
             break
     if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise SerpentError(f"{path}: holds no state dict, bare or under {', '.join(WRAPPERS)}")
+        raise SerpentError(f"{path}: holds no state dict, bare or under {', '.join(WRAPPERS)}{found}")
     return {str(key): value for key, value in held.items()}
+
+
+def _unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without what training put before every name."""
+    while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -89,7 +127,19 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = 
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} holds {_kind(state[key])}, not numbers with a fraction"
+        for key, value in expected.items()
+        if key in state and value.is_floating_point() and _kind(state[key])
+    ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise SerpentError(f"{label}: {'; '.join(sorted(problems)[:4])}{more}{hint}")
     model.load_state_dict(state)
+
+
+def _kind(value: Tensor) -> str:
+    """What a tensor holds that no parameter can be filled with; "" where it can."""
+    if value.is_meta or value.layout != torch.strided:
+        return "nothing" if value.is_meta else str(value.layout).removeprefix("torch.")
+    return "" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
