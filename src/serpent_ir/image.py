@@ -5,7 +5,6 @@ The depth comes from the file's header, never from the pixels. Inside the progra
 held travels along in `Picture` and is written back.
 """
 
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from serpent_ir.image_decoders import decode, reason
 from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture as Picture
 from serpent_ir.picture import Pixels as Pixels
+from serpent_ir.writing import whole_file
 
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
 """The endings that `write_image` takes, in either case."""
@@ -95,18 +95,10 @@ def write_image(path: str | Path, picture: Picture) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` at the end; after an error `path` is as it was.
-
-    A symbolic link of that name is replaced, not followed. Raises ImageError where the system does not let it.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    """As `whole_file`; raises ImageError where the system does not let it."""
     try:
-        try:
-            with temporary.open("x+b") as file:
-                yield file
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            yield file
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {reason(error)}") from error
 

@@ -15,6 +15,7 @@ from serpent_ir.data.files import list_images, read_pixels
 from serpent_ir.data.pack import HEADER, SUFFIX, PackedImage, Record, footer_of
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.image_decoders import reason
+from serpent_ir.writing import whole_file
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,22 +56,15 @@ def write_pack(
         return pixels, Record(name, height, width, hashlib.sha256(pixels.data).hexdigest())
 
     records: list[Record] = []
-    temporary = output.with_name(output.name + ".part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(HEADER)
-                for pixels, record in in_threads(decoded, images):
-                    file.write(pixels.data)
-                    records.append(record)
-                    progress(len(records), len(images))
-                file.write(footer_of(records))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(output, aside=f"{output.name}.part") as file:
+            file.write(HEADER)
+            for pixels, record in in_threads(decoded, images):
+                file.write(pixels.data)
+                records.append(record)
+                progress(len(records), len(images))
+            file.write(footer_of(records))
     except OSError as error:
         raise SerpentError(f"{output}: cannot be written ({reason(error)}); make room or choose another -o") from None
     return records

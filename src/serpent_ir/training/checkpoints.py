@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from serpent_ir.errors import SerpentError
+from serpent_ir.writing import whole_file
 
 PART_BYTES = 15 << 20
 """Most bytes of tensors in a file; one tensor that is larger has a file of its own. Fits where 16 MiB is the limit."""
@@ -220,12 +221,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
     Raises SerpentError where it cannot be written; the old file stays.
     """
-    temporary = path.with_name(path.name + ".part")
     try:
-        _write(temporary, content)
-        temporary.replace(path)
+        with whole_file(path, aside=f"{path.name}.part") as file:
+            file.write(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None
 
