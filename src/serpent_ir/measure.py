@@ -1,7 +1,8 @@
 """How long a network takes and how much memory, at one size, measured in a process of its own.
 
-`python -m serpent_ir.measure` reads `Cell`s as lines of JSON and answers each with a line of JSON: a measurement that
-crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside.
+`python -m serpent_ir.measure [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one that
+crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it goes when
+the process of the number PARENT, which started it, is gone.
 """
 
 import contextlib
@@ -55,9 +56,9 @@ def measure(cell: Cell) -> dict[str, Any]:
     held before; None beside gb_note where the system does not tell.
     """
     device = pick_device(cell.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # fails where the GPU is another's alone
         # Graphs cannot be captured on the default stream, and autograd remembers where it met a parameter.
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
             result = _measure(cell, device)
@@ -129,20 +130,27 @@ def _training_step(model: nn.Module, forward: Callable[[], Tensor], device: torc
 
 
 def _graph(call: Callable[[], object], cell: Cell, ms: float, device: torch.device) -> dict[str, Any]:
+    """The figures of replays; where nothing can be captured, why: the plain calls are measured by then, and count."""
     nothing = {"graph_ms": None, "graph_range_ms": None}
     if ms > 250 * cell.seconds:
-        return nothing | {"graph_note": f"no CUDA graph: a call takes {ms / 1e3:.1f} s"}
+        return nothing | {"graph_note": f"no CUDA graph, by plain call alone: a call takes {ms / 1e3:.1f} s"}
     graph = torch.cuda.CUDAGraph()
+    first: Exception | None = None
     try:
         gc.collect()  # a forgotten autograd graph would still hold nodes of its own
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            call()
+            try:
+                call()
+            except Exception as error:
+                first = error  # the end of a capture that failed raises another, which says no reason
+                raise
         _timed(graph.replay, cell.seconds / 8, device, least=1)
         times = _timed(graph.replay, cell.seconds / 2, device)
-    except RuntimeError as error:
-        reason = OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)
+    except Exception as error:  # Triton's are no RuntimeError, all of PyTorch's are
+        first = first or error
+        reason = OUT_OF_MEMORY if is_out_of_memory(first) else _first_line(first)
         # A capture that failed leaves PyTorch's generator waiting for its end: this process is not to go on.
-        return nothing | {"graph_note": f"no CUDA graph: {reason}", "spoilt": True}
+        return nothing | {"graph_note": f"no CUDA graph, by plain call alone: {reason}", "spoilt": True}
     return {"graph_ms": statistics.median(times), "graph_range_ms": _range(times)}
 
 
@@ -251,7 +259,7 @@ class Worker:
 
     def _start(self) -> None:
         self.stop()
-        command = [sys.executable, "-m", "serpent_ir.measure"]
+        command = [sys.executable, "-m", "serpent_ir.measure", str(os.getpid())]
         # A session of its own: Ctrl-C reaches us, and we stop it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -291,10 +299,25 @@ def _main() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # if memory ends, this process goes, not what the user has open
             Path("/proc/self/oom_score_adj").write_text("1000")
-    for line in sys.stdin:
-        result = measure(Cell(**json.loads(line)))
-        results.write(json.dumps(result) + "\n")
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    while line := lines.get():
+        results.write(json.dumps(measure(Cell(**json.loads(line)))) + "\n")
         results.flush()
+
+
+def _listen(lines: "queue.SimpleQueue[str]") -> None:
+    """Hand on the lines of standard input; end this process where the `Worker` that started it was killed.
+
+    Else a cell that nobody waits for would disturb those that the next call measures.
+    """
+    for line in sys.stdin:
+        lines.put(line)
+    while sys.argv[1:] == [str(os.getppid())]:
+        time.sleep(0.1)  # our own end is closed first, then we are killed
+    if sys.argv[1:]:
+        os._exit(1)
+    lines.put("")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LARGEST_TILE = 4096
 """Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
 
-# What the allocators of the CPU and of MPS say in a plain RuntimeError.
-_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory")
+# What the allocators of the CPU and of MPS, and NVIDIA's libraries, say in a plain RuntimeError.
+_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def available_devices() -> list[str]:

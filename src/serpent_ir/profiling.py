@@ -127,6 +127,7 @@ def profile(
     dtype = pick_precision(precision, target)
     if batch < 1 or any(size < 1 for size in sizes):
         raise UsageError("sizes and the batch must be at least 1")
+    names, sizes = list(dict.fromkeys(names)), sorted(set(sizes))
     for name in names:
         _on_meta(name)  # an unknown one is better refused now
     kinds = ["infer", "train"] if train else ["infer"]
@@ -135,7 +136,7 @@ def profile(
     # Of each network and kind, the size measured last: what the next one takes is expected from it.
     last: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     with Worker(fresh=target.type == "cpu") as worker:
-        for size in sorted(sizes):
+        for size in sizes:
             for name in names:
                 row = _counted(name, size, batch, target, dtype)
                 if found := next((other for other in known if _same(other, row)), None):
@@ -242,4 +243,5 @@ def _told(result: dict[str, Any]) -> str:
         return result["error"]
     gb = "" if result["gb"] is None else f", {result['gb']:.2f} GB"
     graph = f", {short(result['graph_ms'])} ms from a CUDA graph" if result.get("graph_ms") else ""
-    return f"{short(result['ms'])} ms{graph}{gb}"
+    note = f" ({result['graph_note']})" if "graph_note" in result else ""
+    return f"{short(result['ms'])} ms{graph}{gb}{note}"
