@@ -1,9 +1,13 @@
 """serpent profile and serpent report: figures from real processes, and pages from figures."""
 
+import contextlib
 import json
 import math
+import subprocess
 import sys
+import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from commands import process, serpent
-from serpent_ir import create_model, measure, profiling
+from commands import ENVIRONMENT, process, serpent
+from serpent_ir import create_model, measure, profiling, report
 from serpent_ir.measure import Cell, Worker
 from serpent_ir.paper import CLAIMS, NAMES, TABLES
 from serpent_ir.profiling import count, profile
@@ -75,9 +79,6 @@ def test_out_of_memory_is_a_result(kind, monkeypatch):
 
 
 def test_any_error_is_a_result(monkeypatch):
-    class OutOfResources(Exception):  # noqa: N818 - Triton's is no RuntimeError
-        pass
-
     def fail(name):
         raise OutOfResources("out of resource: shared memory")
 
@@ -86,6 +87,65 @@ def test_any_error_is_a_result(monkeypatch):
     monkeypatch.setattr(measure, "pick_device", lambda name: torch.device("meta"))
     error = measure.measure(Cell("infer", "serpent_b", 16, 1, "auto", "auto", 0.01))["error"]
     assert error == "out of resource: shared memory"
+
+
+class OutOfResources(Exception):  # noqa: N818 - Triton's is no RuntimeError
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "out of memory"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (
+            torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\n"),
+            "CUDA error: operat",
+        ),
+        (NotImplementedError("Could not run 'aten::x'\nmore"), "Could not run 'aten::x'"),
+        (OutOfResources("out of resource: shared memory"), "out of resource: shared memory"),
+        (ValueError("no"), "no"),
+    ],
+)
+def test_where_no_graph_is_possible_the_plain_call_counts(error, said, monkeypatch):
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        try:
+            yield
+        finally:  # as the end of a capture that failed does
+            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+    def call():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    cell = Cell("infer", "serpent_b", 16, 1, "cuda", "auto", 0.1)
+    note = measure._graph(call, cell, 2.0, torch.device("cpu"))
+    assert note.pop("graph_note").startswith(f"no CUDA graph, by plain call alone: {said}")
+    assert note == {"graph_ms": None, "graph_range_ms": None, "spoilt": True}
+
+
+def test_a_row_without_a_graph_says_so(monkeypatch):
+    note = "no CUDA graph, by plain call alone: out of memory"
+    answer = {
+        "ms": 2.0,
+        "range_ms": [1.0, 3.0],
+        "gb": 0.5,
+        "graph_ms": None,
+        "graph_range_ms": None,
+        "graph_note": note,
+    }
+    monkeypatch.setattr(Worker, "__call__", lambda self, cell, limit: answer)
+    lines = []
+    (row,) = profile(["serpent_b"], [32], device="cpu", progress=lambda done, total, line: lines.append(line))
+    assert (row["infer_ms"], row["infer_graph_ms"], row["notes"]) == (2.0, None, [f"inference: {note}"])
+    assert "error" not in row
+    assert lines == [f"serpent_b 32 inference: 2 ms, 0.50 GB ({note})"]
+    assert note in "\n".join(report.markdown([row]))
 
 
 def test_what_does_not_fit_is_null_and_the_rest_goes_on(monkeypatch):
@@ -157,6 +217,48 @@ def test_a_report_goes_on_after_an_interruption(tmp_path, monkeypatch):
     (tmp_path / "r" / "profile.json").unlink()
     assert serpent(*call).exit_code == 0
     assert asked == [("serpent_b", 32, "infer"), ("serpent_b", 32, "train"), ("serpent_b", 64, "infer")]
+
+
+def test_a_killed_report_goes_on_where_it_stopped(tmp_path):
+    folder = tmp_path / "r"
+    options = ["report", folder, "-n", "serpent_b", "--size", "16,24", "--device", "cpu", "--seconds", 0.05]
+    command = [sys.executable, "-m", "serpent_ir.cli", *map(str, options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
+        assert run.stderr is not None
+        assert any(line.startswith("[3/4] serpent_b 24 inference: ") for line in run.stderr)
+        run.kill()
+    (kept,) = json.loads((folder / "profile.part.json").read_text())["rows"]
+    assert kept["train_ms"] > 0
+    again = process(*options)
+    assert again.returncode == 0, again.stderr
+    assert "profile.part.json: goes on from 1 rows" in again.stderr
+    assert "serpent_b 16" not in again.stderr
+    assert "[3/4] serpent_b 24 inference: " in again.stderr
+    rows = json.loads((folder / "profile.json").read_text())
+    assert rows[0] == kept
+    assert rows[1]["size"] == 24
+    assert rows[1]["train_ms"] > 0
+    assert {"report.md", "resolution.png"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob(".*")) + list(folder.glob("*.part*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_measures_ends_with_the_one_that_asked():
+    code = (
+        "import threading, time; from serpent_ir.measure import Cell, Worker; worker = Worker(fresh=False); "
+        "cell = Cell('infer', 'serpent_h', 256, 1, 'cpu', 'auto', 600.0); "
+        "threading.Thread(target=worker, args=(cell, 600.0), daemon=True).start(); time.sleep(0.5); "
+        "print(worker.process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as asking:
+        assert asking.stdout is not None
+        measuring = Path(f"/proc/{int(asking.stdout.readline())}/cmdline")
+        assert b"serpent_ir.measure" in measuring.read_bytes()
+        asking.kill()
+    until = time.monotonic() + 20  # it may not have begun; its cell takes longer
+    while measuring.exists() and measuring.read_bytes() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not measuring.exists() or not measuring.read_bytes()
 
 
 def test_memory_ends_in_a_real_process_and_one_that_hangs_is_stopped():

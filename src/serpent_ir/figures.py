@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serpent_ir.errors import UsageError
+from serpent_ir.image import replacing
 from serpent_ir.paper import NAMES
 
 Rows = Sequence[dict[str, Any]]
@@ -79,17 +80,31 @@ def save(draw: Callable[[], Any], folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
     with matplotlib.rc_context(STYLE):
         figure = draw()
-        figure.savefig(files[0], dpi=160)
-        figure.savefig(files[1], metadata={"Date": None})
+        with replacing(files[0]) as file:
+            figure.savefig(file, format="png", dpi=160)
+        with replacing(files[1]) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return files
 
 
+def error_of(row: dict[str, Any], kind: str) -> str:
+    """Why there is no figure of `inference` or `training` in a row; "" where there is one, or none was tried."""
+    inference, _, training = f"; {row.get('error', '')}".partition("; training: ")
+    return training if kind == "training" else inference.removeprefix("; inference: ").removeprefix("; ")
+
+
 def why_missing(row: dict[str, Any], kind: str) -> str:
-    """Why there is no figure of `inference` or `training` in a row, in a few words."""
-    for part in row.get("error", "").split("; "):
-        if part.startswith(f"{kind}: "):
-            return OUT_OF_MEMORY if OUT_OF_MEMORY in part else "skipped" if "skipped" in part else "failed"
-    return "not measured"
+    """The same in a few words."""
+    error = error_of(row, kind)
+    if not error:
+        return "not measured"
+    return OUT_OF_MEMORY if OUT_OF_MEMORY in error else "skipped" if "skipped" in error else "failed"
+
+
+def by_plain_call(row: dict[str, Any], rows: Rows, kind: str) -> bool:
+    """Whether the time of a row is that of plain calls, beside others that were replayed from a CUDA graph."""
+    key = {"training": "train", "inference": "infer"}[kind]
+    return bool(row[f"{key}_ms"] and not row.get(f"{key}_graph_ms") and any(r.get(f"{key}_graph_ms") for r in rows))
 
 
 def was_tried(rows: Rows, kind: str) -> bool:
@@ -102,21 +117,25 @@ def over_resolution(rows: Rows, told: str) -> Any:
     both = was_tried(rows, "training")
     figure = new_figure(11 if both else 6, 4.8)
     panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    side = "side of the image (pixels)"
     _curves(panels[0], rows, lambda row: row["macs"] / 1e9)
     panels[0].set_title("Compute")
     panels[0].set_ylabel("GMACs of one image (1 MAC = 2 FLOPs)")
+    panels[0].set_xlabel(side)
     if both:
-        _curves(panels[1], rows, lambda row: row["train_gb"])
+        crosses = _curves(panels[1], rows, lambda row: row["train_gb"])
         panels[1].set_title("Memory of a training step")
         panels[1].set_ylabel("GB, peak")
-    cross = "; a cross: out of memory at the next size" if both else ""
-    figure.supxlabel(f"side of the image in pixels{cross}\n{told}", fontsize=8, color="#444444")
+        panels[1].set_xlabel(f"{side}; a cross: out of memory at the next size" if crosses else side)
+    figure.supxlabel(told, fontsize=8, color="#444444")
     return figure
 
 
-def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float | None]) -> None:
+def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float | None]) -> bool:
+    """Draw a curve for each network; whether there are crosses, for the memory that training does not find."""
     from matplotlib.ticker import NullFormatter
 
+    absent, crosses = [], False
     ends: dict[int, list[tuple[float, str, str]]] = {}  # by size: value, name and colour
     values = []
     sizes = sorted({row["size"] for row in rows})
@@ -125,6 +144,7 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
         mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["size"])
         points = [(row["size"], value) for row in mine if (value := figure_of(row)) is not None]
         if not points:
+            absent.append(f"{label_of(model)}: {why_missing(mine[0], 'training')}")
             continue
         values += [value for _, value in points]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ls=line, ms=5, lw=1.6)
@@ -134,6 +154,7 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
             why = why_missing(beyond[0], "training")
             if why == OUT_OF_MEMORY:
                 axes.plot(size, value, marker="x", color=colour, ms=12, mew=1.6)
+                crosses = True
             else:
                 name += f" ({why} at {beyond[0]['size']})"
         ends.setdefault(size, []).append((value, name, colour))
@@ -144,6 +165,10 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
     _log_ticks(axes.yaxis, values)
     for size, names in ends.items():
         _name_ends(axes, size, names)
+    if absent:
+        told = "\n".join(["at no size:", *absent])
+        axes.text(0.98, 0.02, told, transform=axes.transAxes, ha="right", va="bottom", color=QUIET, fontsize=8)
+    return crosses
 
 
 def _log_ticks(axis: Any, values: Sequence[float]) -> None:
@@ -193,6 +218,7 @@ def bars(rows: Rows, size: int, told: str) -> Any:
     models = in_order(set(here))[::-1]
     shown = [panel for panel in PANELS if not panel[3] or was_tried(list(here.values()), panel[3])]
     figure = new_figure(2.6 * len(shown), 0.9 + 0.34 * len(models))
+    stars = False
     panels = figure.subplots(1, len(shown), sharey=True)
     for axes, (title, unit, figure_of, kind) in zip(panels, shown, strict=True):
         values = [figure_of(here[model]) for model in models]
@@ -203,7 +229,10 @@ def bars(rows: Rows, size: int, told: str) -> Any:
                 axes.text(0, place, f" {why_missing(here[model], kind)}", va="center", color=QUIET, fontsize=8)
                 continue
             axes.barh(place, value, color=colour, height=0.68)
-            axes.text(value + 0.02 * longest, place, short(value), va="center", fontsize=8, color="#222222")
+            timed = title in ("Training time", "Inference")
+            star = "*" if timed and by_plain_call(here[model], list(here.values()), kind) else ""
+            stars = stars or bool(star)
+            axes.text(value + 0.02 * longest, place, short(value) + star, va="center", fontsize=8, color="#222222")
         axes.set_xlim(0, 1.22 * longest)
         axes.set_title(title)
         axes.set_xlabel(unit)
@@ -214,7 +243,8 @@ def bars(rows: Rows, size: int, told: str) -> Any:
     panels[0].set_yticks(range(len(models)), [label_of(model) for model in models])
     for tick, model in zip(panels[0].get_yticklabels(), models, strict=True):
         tick.set_color(look_of(model)[0])
-    figure.supxlabel(f"{size}x{size}. {told}", fontsize=8, color="#444444")
+    starred = "; *: by plain calls, no CUDA graph" if stars else ""
+    figure.supxlabel(f"{size}x{size} pixels. {told}{starred}", fontsize=8, color="#444444")
     return figure
 
 
@@ -230,13 +260,17 @@ def quality_over_time(points: Sequence[tuple[str, float, float]], size: int, tol
     for model, ms, psnr in points:
         colour, marker, _ = look_of(model)
         axes.plot(ms, psnr, marker, color=colour, ms=8)
-        axes.annotate(label_of(model), (ms, psnr), xytext=(7, 5), textcoords="offset points", color=colour, fontsize=9)
+        axes.annotate(
+            label_of(model), (ms, psnr), xytext=(7, 5), textcoords="offset points", color=colour, fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
     axes.set_xscale("log")
     _log_ticks(axes.xaxis, [ms for _, ms, _ in points])
     axes.margins(x=0.18, y=0.15)
-    axes.set_title(f"Quality over time, {size}x{size}")
+    axes.set_title(f"Quality over time: deblur, {size}x{size} pixels")
     axes.set_ylabel("PSNR (dB); up is better")
-    axes.set_xlabel(f"milliseconds per image; left is better\n{told}", fontsize=8)
+    axes.set_xlabel("inference, milliseconds per image; left is better")
+    figure.supxlabel(told, fontsize=8, color="#444444")
     return figure
 
 

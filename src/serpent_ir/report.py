@@ -93,16 +93,13 @@ def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     for size in sizes:
         files += figures.save(partial(figures.bars, rows, size, told), folder, f"networks_{size}")
     for size in sizes:
+        here = f"Milliseconds: {told}.\nPSNR:"
         if ours := _measured_quality(rows, runs, size):
-            files += figures.save(
-                partial(figures.quality_over_time, ours, size, f"{told}. PSNR: ours, on {VAL['deblur'][size]}"),
-                folder, f"psnr_ms_{size}",
-            )  # fmt: skip
+            drawing = partial(figures.quality_over_time, ours, size, f"{here} measured here, on {VAL['deblur'][size]}")
+            files += figures.save(drawing, folder, f"psnr_ms_{size}")
         if printed := _printed_quality(rows, size):
-            files += figures.save(
-                partial(figures.quality_over_time, printed, size, f"ours, {told}. PSNR: as the paper prints it"),
-                folder, f"psnr_ms_{size}_paper",
-            )  # fmt: skip
+            drawing = partial(figures.quality_over_time, printed, size, f"{here} as the paper prints it")
+            files += figures.save(drawing, folder, f"psnr_ms_{size}_paper")
     return files
 
 
@@ -113,7 +110,10 @@ def about(rows: Rows) -> str:
         device = f"CPU, {row['threads']} threads" if row.get("threads") else "CPU"
     else:
         device = row["device"]
-    graph = ", from CUDA graphs" if any(r.get("infer_graph_ms") for r in rows) else ""
+    graphed = [bool(r.get("infer_graph_ms")) for r in rows if r.get("infer_ms") is not None]
+    graph = ", from CUDA graphs" if any(graphed) else ""
+    if graph and not all(graphed):
+        graph += " where there is one"
     batch = "" if row["batch"] == 1 else f", batch {row['batch']}"
     return f"{device}, {row['precision']}{batch}{graph}"
 
@@ -145,30 +145,49 @@ def _with_times(rows: Rows, psnr: dict[str, float], size: int) -> list[tuple[str
 
 def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
     """report.md."""
+    sizes = sorted({row["size"] for row in rows})
     lines = [
         "# What the networks cost",
         "",
         f"Measured on: {about(rows)}" + (f", PyTorch {rows[0]['torch']}" if "torch" in rows[0] else "") + ".",
-        "1 MAC = 2 FLOPs; 1 GB = 1e9 bytes. Memory is the peak with weights and images, training with gradients and",
-        "Adam's moments. Written by `serpent report`; *the paper* is Sepehri, Fabian and Soltanolkotabi: Serpent.",
+        "",
+        "- *The paper* is Sepehri, Fabian and Soltanolkotabi: Serpent. *Here*: the machine named above.",
+        "- 1 MAC = 2 FLOPs, and what the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
+        "- Memory is the peak with weights and images; that of training with gradients and Adam's moments.",
+        "- *Out of memory*: tried, or told by a smaller size. *Skipped*: a call would have taken too long.",
+        "- Every figure is there as SVG, too. Written by `serpent report`; docs/profile.md says how it is measured.",
         "",
         "## Over resolution (the paper's Figure 1)",
         "",
         "![MACs and training memory over resolution](resolution.png)",
         "",
-        "A cross: the network is out of memory at the next size.",
-        "",
     ]
-    for size in sorted({row["size"] for row in rows}):
-        which = {256: " (the paper's Figure 6)", 512: " (its Figure 7)"}.get(size, "")
+    if missing := _out_of_memory(rows):
+        lines += [f"Out of memory in training: {missing}.", ""]
+    for size in sizes:
+        which = {256: " (the paper's Figure 6)", 512: " (the paper's Figure 7)"}.get(size, "")
         lines += [f"## At {size}x{size}{which}", "", f"![Costs at {size}](networks_{size}.png)", ""]
         for file in files:
             if file.suffix == ".png" and file.stem in (f"psnr_ms_{size}", f"psnr_ms_{size}_paper"):
                 whose = "as the paper prints it" if file.stem.endswith("paper") else "measured here"
                 lines += [f"![PSNR, {whose}, over milliseconds measured here]({file.name})", ""]
-    lines += _beside_the_tables(rows) + _claims(rows) + _quality(runs)
-    lines += ["## Every figure", "", *markdown(rows), ""]
-    return "\n".join(lines)
+    beside = _beside_the_tables(rows) + _claims(rows)
+    if not beside:
+        printed = sorted({row.size for row in paper.TABLES})
+        told = " and ".join(map(str, printed))
+        beside = ["## Beside the paper", "", f"The paper prints numbers of its networks at {told}; none is here.", ""]
+    lines += beside + _quality(runs)
+    lines += ["## Every figure", "", "Times are medians ± half the width between 10th and 90th percentile.", ""]
+    return "\n".join([*lines, *markdown(rows), ""])
+
+
+def _out_of_memory(rows: Rows) -> str:
+    """The networks that run out of memory in training, each with the smallest size."""
+    first: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row["size"]):
+        if figures.why_missing(row, "training") == figures.OUT_OF_MEMORY:
+            first.setdefault(row["model"], row["size"])
+    return ", ".join(f"{figures.label_of(model)} from {first[model]} on" for model in figures.in_order(set(first)))
 
 
 def _beside_the_tables(rows: Rows) -> list[str]:
@@ -189,12 +208,12 @@ def _beside_the_tables(rows: Rows) -> list[str]:
     return [
         "## Beside the paper's Table 1",
         "",
-        "| place | network, size | GMACs, paper (headed GFLOPS) | here | training GB, paper | here |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| place | network, size | GMACs: paper | here | training memory (GB): paper | here |",
+        "| --- | --- | --: | --: | --: | --: |",
         *lines,
         "",
-        "The paper gives neither its batches' precision nor what its memory figure includes; batch 1 on an H100. The",
-        "standard SwinIR counts more than the paper prints; it is not tuned to match.",
+        f"The paper measured with batch 1 on one H100; here: {about(rows)}. It says neither in which precision nor",
+        "what its memory includes. The standard SwinIR counts more than the paper prints; it is not tuned to match.",
         "",
     ]
 
@@ -212,23 +231,31 @@ def _claims(rows: Rows) -> list[str]:
         if None in both:
             continue
         a, b = (row.get(claim.figure) if row else None for row in both)
-        ratio = (
-            "not measured" if a is None or b is None else f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"
-        )
+        if a is None or b is None:
+            kind = "training" if claim.figure.startswith("train") else "inference"
+            ratio = " and ".join(
+                f"{figures.label_of(row['model'])}: {figures.why_missing(row, kind)}"
+                for row, value in zip(both, (a, b), strict=True)
+                if row and value is None
+            )
+        else:
+            ratio = f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"
         words = f"{claim.words} ({claim.said})" if claim.said else claim.words
         lines.append(_line([words, str(claim.size), claim.place, claim.printed, ratio]))
     for size, hours in paper.GPU_HOURS.items():
         row = ours.get(("serpent_h", size))
         if row and (seconds := row.get("train_s_per_60k")):
-            words = f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages; here all at full size)"
-            if size == 512:
-                words += " (the clause names no network: Serpent-H by context)"
+            words = (
+                f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (there in progressive stages, here all at full size"
+            )
+            words += "; the clause names no network: Serpent-H by context)" if size == 512 else ")"
             here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
             lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
     if not lines:
         return []
-    head = ["what the paper says of", "size", "place", "paper", "here"]
-    return ["## Beside the paper's text", "", _line(head), _line(["---"] * len(head)), *lines, ""]
+    head = ["what the paper says of", "size", "where (sections)", "paper", "here"]
+    told = "The bars and curves of its Figures 1, 6 and 7 carry no numbers; these stand in its text."
+    return ["## Beside the paper's text", "", told, "", _line(head), _line(["---"] * len(head)), *lines, ""]
 
 
 def _quality(runs: Rows) -> list[str]:
@@ -246,19 +273,25 @@ def _quality(runs: Rows) -> list[str]:
                 if run := mine.get(model):
                     here = run["evaluation"][data]
                     lpips = here.get("lpips")
-                    cells += [f"{here['psnr']:.2f}", f"{here['ssim']:.4f}", f"{lpips:.4f}" if lpips else "no weights"]
+                    cells += [
+                        f"{here['psnr']:.2f}",
+                        f"{here['ssim']:.4f}",
+                        "no weights" if lpips is None else f"{lpips:.4f}",
+                    ]
                     cells += [f"{run['seconds'] / 60:.1f} min"]
                 else:
                     cells += [""] * 4
                 lines.append(_line(cells))
     if not lines:
         return []
-    head = ["task, size", "network", "PSNR, paper", "SSIM", "LPIPS", "PSNR, here", "SSIM", "LPIPS", "trained here"]
+    head = ["task, size", "network", "paper: PSNR (dB)", "SSIM", "LPIPS"]
+    head += ["here: PSNR (dB)", "SSIM", "LPIPS", "trained here"]
     return [
         "## Quality beside the paper's Tables 1 and 2",
         "",
         "Not the same data and not the same training: the paper trains for 60 epochs of FFHQ (95 GPU hours for",
-        "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces.",
+        "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces. What is",
+        "empty is not printed there, or was not trained here.",
         "",
         _line(head),
         _line(["---"] * len(head)),
@@ -267,44 +300,56 @@ def _quality(runs: Rows) -> list[str]:
     ]
 
 
-COLUMNS = (
-    "network", "size", "parameters (M)", "GMACs", "GFLOPs", "inference (ms)", "from a graph (ms)", "images/s",
-    "memory (GB)", "training step (ms)", "from a graph, step (ms)", "training memory (GB)", "s / 60,000 images",
-    "not measured",
-)  # fmt: skip
+Table = tuple[str, list[str], list[list[str]]]
 
 
-def table(rows: Rows) -> list[list[str]]:
-    """The cells of `COLUMNS`, a row each; times with half the width between their 10th and 90th percentile."""
-    lines = []
-    for row in rows:
-        cells = [row["model"], str(row["size"]), f"{row['params'] / 1e6:.3f}"]
-        cells += [f"{row['macs'] / 1e9:.3f}", f"{row['flops'] / 1e9:.3f}"]
-        cells += [
-            _time(row, "infer"),
-            _time(row, "infer_graph"),
-            _number(row.get("images_per_s")),
-            _number(row["infer_gb"]),
+def tables(rows: Rows) -> list[Table]:
+    """Every figure, as tables of one thing each: title, columns and cells; without the columns that hold nothing."""
+    counted = [[f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f}", f"{row['flops'] / 1e9:.3f}"] for row in rows]
+    found = [_kept("Counted, of one image", rows, ["parameters (M)", "GMACs", "GFLOPs"], counted)]
+    for kind, key, title in (("inference", "infer", "Inference"), ("training", "train", "A training step")):
+        if not figures.was_tried(rows, kind):
+            continue
+        rate = ("images/s", "images_per_s") if kind == "inference" else ("60,000 images (s)", "train_s_per_60k")
+        cells = [
+            [
+                *(_time(row, key), _time(row, f"{key}_graph"), _number(row.get(rate[1]))),
+                *(_number(row[f"{key}_gb"]), _missing(row, kind)),
+            ]
+            for row in rows
         ]
-        cells += [_time(row, "train"), _time(row, "train_graph"), _number(row["train_gb"])]
-        cells += [_number(row.get("train_s_per_60k")), row.get("error", "")]
-        lines.append(cells)
-    return lines
+        columns = ["plain call (ms)", "CUDA graph (ms)", rate[0], "peak memory (GB)", "what is missing, and why"]
+        found.append(_kept(title, rows, columns, cells))
+    return found
+
+
+def _kept(title: str, rows: Rows, columns: list[str], cells: list[list[str]]) -> Table:
+    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    lines = [[row["model"], str(row["size"]), *(line[i] for i in kept)] for row, line in zip(rows, cells, strict=True)]
+    return title, ["network", "size", *(columns[i] for i in kept)], lines
+
+
+def _missing(row: dict[str, Any], kind: str) -> str:
+    notes = [note.removeprefix(f"{kind}: ") for note in row.get("notes", []) if note.startswith(f"{kind}: ")]
+    return "; ".join(filter(None, [figures.error_of(row, kind), *notes]))
 
 
 def markdown(rows: Rows) -> list[str]:
-    """The lines of a Markdown table; columns without any figure are left out."""
-    cells = table(rows)
-    kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in cells)]
-    head = [COLUMNS[i] for i in kept]
-    return [_line(head), _line(["---"] * len(head)), *(_line([line[i] for i in kept]) for line in cells)]
+    """The lines of the same in Markdown."""
+    lines = []
+    for title, columns, cells in tables(rows):
+        lines += [f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, cells), ""]
+    return lines[:-1]
 
 
 def _time(row: dict[str, Any], key: str) -> str:
+    """Median and half the width between the 10th and 90th percentile; a call that was timed once has none."""
     ms, spread = row.get(f"{key}_ms"), row.get(f"{key}_range_ms")
     if ms is None:
         return ""
-    return f"{figures.short(ms)} ± {figures.short((spread[1] - spread[0]) / 2)}" if spread else figures.short(ms)
+    half = (spread[1] - spread[0]) / 2 if spread else 0
+    width = f"{half:.0f}" if half >= 10 else f"{half:.2g}"
+    return f"{figures.short(ms)} ± {width}" if half else figures.short(ms)
 
 
 def _number(value: float | None) -> str:
@@ -312,4 +357,4 @@ def _number(value: float | None) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

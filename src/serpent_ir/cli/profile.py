@@ -1,6 +1,7 @@
 """serpent profile."""
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from serpent_ir.cli.shell import Device, print_table, progress_of, say, shell_command
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import SerpentError, UsageError
 
 Names = Annotated[
     list[str] | None,
@@ -34,7 +35,7 @@ def profile(
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the figures into this folder, too.")] = None,
 ) -> None:
     """Print what `serpent_ir.profiling.profile` measures; "out of memory" is a result like any other."""
-    from serpent_ir.report import COLUMNS, about, draw, markdown, table
+    from serpent_ir.report import about, draw, markdown, tables
 
     if as_json and as_markdown:
         raise UsageError("--json and --markdown: give one of them")
@@ -42,6 +43,7 @@ def profile(
         from serpent_ir.figures import new_figure
 
         new_figure(1, 1)  # what is missing is better said before minutes of measuring
+        make_folder(plot, "--plot")
     rows = measured(name, sizes_of(size), batch, train, device, precision, seconds)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -49,12 +51,21 @@ def profile(
         print(f"{about(rows)}; 1 MAC = 2 FLOPs, 1 GB = 1e9 bytes\n")
         print("\n".join(markdown(rows)))
     else:
-        cells = table(rows)
-        kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in cells)]
-        print_table(about(rows), [COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in cells])
+        print(f"{about(rows)}; 1 MAC = 2 FLOPs, 1 GB = 1e9 bytes")
+        for title, columns, cells in tables(rows):
+            print_table(title, columns, cells)
     if plot is not None:
-        plot.mkdir(parents=True, exist_ok=True)
         say(f"{len(draw(plot, rows, []))} figures are in {plot}")
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """SerpentError where nothing can be written there: better now than after minutes of measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SerpentError(f"{folder}: cannot be written to ({error.strerror}); choose another {what}") from None
 
 
 def sizes_of(text: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serpent_ir.cli.profile import Names, Precision, Seconds, measured, sizes_of
+from serpent_ir.cli.profile import Names, Precision, Seconds, make_folder, measured, sizes_of
 from serpent_ir.cli.shell import Device, say, shell_command
 
 Rows = list[dict[str, Any]]
@@ -39,14 +39,13 @@ def report(
 
     new_figure(1, 1)  # what is missing is better said before minutes of measuring
     rows, runs = load(source or [])
+    make_folder(folder, "DIR")
     if not rows:
         profile = folder / "profile.json"
         if profile.exists():
             say(f"{profile} was measured before; remove it to measure again")
         else:
-            folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is better said now, too
             part = folder / "profile.part.json"
-
             known = _known(part, seconds)
 
             def keep(rows: Rows) -> None:
@@ -54,7 +53,6 @@ def report(
                 with replacing(part) as file:
                     file.write(f"{json.dumps(content, indent=1)}\n".encode())
 
-            keep([])
             if known:
                 say(f"{part}: goes on from {len(known)} rows")
             say(f"{profile} is to be measured first")
