@@ -35,7 +35,11 @@ BAD_INPUT = {
     "no weights for the task": ("restore {a.png} -o {kept.png} -n serpent_b.nope", 2, "no weights 'serpent_b.nope'"),
     "no weights without a task": ("restore {a.png} -o {kept.png} -n serpent_h", 2, "no weights 'serpent_h'"),
     "missing weights": ("restore {a.png} -o {kept.png} --weights {none}", 1, "{none}: no such weights file"),
-    "no weights in the file": ("restore {a.png} -o {kept.png} --weights {text.png}", 1, "{text.png}: not a readable"),
+    "no weights in the file": (
+        "restore {a.png} -o {kept.png} --weights {text.png}",
+        1,
+        "{text.png}: is no weights file",
+    ),
     "weights are a folder": ("restore {a.png} -o {kept.png} --weights {empty}", 1, "{empty}"),
     "other network": ("restore {a.png} -o {kept.png} -n serpent_l " + WORKS, 1, "{deblur}: not weights of serpent_l"),
     "weights of an unknown network": (

@@ -17,6 +17,7 @@ from torch import nn
 
 from commands import ENVIRONMENT, process, serpent
 from serpent_ir import create_model, measure, profiling, report
+from serpent_ir.errors import SerpentError
 from serpent_ir.measure import Cell, Worker
 from serpent_ir.paper import CLAIMS, NAMES, TABLES
 from serpent_ir.profiling import count, profile
@@ -325,7 +326,10 @@ def a_run(model: str, psnr: float) -> dict:
 
 
 def test_a_report_with_missing_points(tmp_path):
-    (tmp_path / "profile.json").write_text(json.dumps(rows_of_a_gpu()))
+    rows = rows_of_a_gpu()
+    note = "inference: no CUDA graph, by plain call alone: out of memory"
+    rows[-2] |= {"infer_graph_ms": None, "infer_graph_range_ms": None, "notes": [note]}  # SwinIR-B at 512
+    (tmp_path / "profile.json").write_text(json.dumps(rows))
     runs = [a_run("serpent_b", 27.12), a_run("unet_128", 26.5)]
     (tmp_path / "tables.json").write_text(json.dumps({"runs": runs}))
     sources = ("--from", tmp_path / "profile.json", "--from", tmp_path / "tables.json")
@@ -340,6 +344,8 @@ def test_a_report_with_missing_points(tmp_path):
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     drawn = (tmp_path / "report" / "networks_512.svg").read_text()
     assert drawn.count("out of memory") >= 4  # time and memory of two networks
+    assert "*: by plain calls, no CUDA graph" in drawn
+    assert "a cross: out of memory at the next size" in (tmp_path / "report" / "resolution.svg").read_text()
     assert "SwinIR-L" in (tmp_path / "report" / "resolution.svg").read_text()
     page = (tmp_path / "report" / "report.md").read_text()
     assert "| Table 1, top | Serpent-B 256 | 1.4 | 1.4 | 2.8 | 2 |" in page
@@ -347,6 +353,9 @@ def test_a_report_with_missing_points(tmp_path):
     assert "| FLOPS of SwinIR-B over Serpent-B | 512 | abstract, 4.3 | 150 x | 173.8 x |" in page
     assert "| training memory of Serpent-H over Restormer (the size is not said: 256 here) | 256 | 4.3 |" in page
     assert page.count("the clause names no network") == 1
+    assert "Out of memory in training: SwinIR-L from 512 on, Restormer from 512 on." in page
+    assert "| no CUDA graph, by plain call alone: out of memory |" in page
+    assert "| training time of Restormer over Serpent-L | 512 |" not in page  # Serpent-L is not in this profile
     assert "| deblur 256 | Serpent-B | 28.44 | 0.8054 | 0.3041 | 27.12 | 0.8000 | no weights | 2.5 min |" in page
     for name in names:
         assert f"({name}.png)" in page
@@ -358,6 +367,19 @@ def test_a_report_draws_one_device_and_says_so(tmp_path):
     result = serpent("report", tmp_path, "--from", tmp_path / "profile.json")
     assert "1 rows of another device, precision or batch than the first row's are left out" in result.output
     assert "1000000" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"macs": "x"}, {"params": None}, {"size": "256"}, {"size": 0}, {"batch": 0}, {"model": 3}, {"error": 3},
+        {"infer_ms": "1"}, {"infer_ms": 0}, {"train_gb": math.inf}, {"infer_range_ms": [1.0]}, {"notes": "x"}, {"images_per_s": {}},
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_are_refused(wrong, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([rows_of_a_gpu()[0], {**rows_of_a_gpu()[1], **wrong}]))
+    with pytest.raises(SerpentError, match=r"p\.json: neither a profile"):
+        report.load([tmp_path / "p.json"])
 
 
 def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
@@ -373,7 +395,8 @@ def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
         (("report", tmp_path, "--from", tmp_path / "other.json"), "other.json: neither a profile"),
         (("report", tmp_path, "--from", tmp_path / "runs.json"), "runs.json: neither a profile"),
         (("report", tmp_path, "--from", tmp_path / "empty.json"), "empty.json: there is nothing in it"),
-        (("report", tmp_path / "other.json"), "other.json: "),
+        (("report", tmp_path / "other.json"), "other.json: cannot be written to (File exists); choose another DIR"),
+        (("profile", "-n", "serpent_b", "--plot", tmp_path / "other.json"), "choose another --plot"),
     ]:
         result = serpent(*call)
         assert result.exit_code in (1, 2)

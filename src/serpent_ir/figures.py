@@ -142,7 +142,7 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
     for model in in_order({row["model"] for row in rows}):
         colour, marker, line = look_of(model)
         mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["size"])
-        points = [(row["size"], value) for row in mine if (value := figure_of(row)) is not None]
+        points = [(row["size"], value) for row in mine if (value := figure_of(row))]  # 0 has no logarithm
         if not points:
             absent.append(f"{label_of(model)}: {why_missing(mine[0], 'training')}")
             continue

@@ -13,8 +13,10 @@ from serpent_ir.image import replacing
 
 Rows = list[dict[str, Any]]
 
-NEEDED = ("model", "size", "batch", "device", "precision", "params", "macs", "flops")
+TEXTS, COUNTS = ("model", "device", "precision"), ("size", "batch", "params", "macs", "flops")
 MEASURED = ("infer_ms", "infer_gb", "train_ms", "train_gb")
+TIMED = ("infer_graph_ms", "train_graph_ms", "images_per_s", "train_s_per_60k")
+RANGES = ("infer_range_ms", "infer_graph_range_ms", "train_range_ms", "train_graph_range_ms")
 SETTING = ("device", "precision", "batch")
 VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces512/val"}}
 """The set of ours that stands beside a table of the paper."""
@@ -59,7 +61,7 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
             raise SerpentError(f"{file}: not JSON ({error})") from None
         if content == [] or content == {"runs": []}:
             raise SerpentError(f"{file}: there is nothing in it, neither rows of a profile nor runs")
-        if isinstance(content, list) and all(isinstance(row, dict) and row.keys() >= set(NEEDED) for row in content):
+        if isinstance(content, list) and all(map(is_row, content)):
             rows += content
         elif isinstance(content, dict) and isinstance(content.get("runs"), list) and all(map(_is_run, content["runs"])):
             runs += sorted(content["runs"], key=lambda run: run["minutes"])  # the longest counts
@@ -68,6 +70,28 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
                 f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
             )
     return rows, runs
+
+
+def is_row(row: Any) -> bool:
+    """Whether something is a row of a profile; what was not measured may be None, or left out."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and 0 <= value < float("inf")
+
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), str) for key in TEXTS)
+        and all(number(row.get(key)) and row[key] for key in COUNTS)
+        and all(row.get(key) is None or number(row[key]) for key in (*MEASURED, *TIMED))
+        and all(row.get(key) != 0 for key in ("infer_ms", "train_ms", *TIMED))  # memory may be less than can be seen
+        and all(
+            row.get(key) is None or (isinstance(row[key], list) and len(row[key]) == 2 and all(map(number, row[key])))
+            for key in RANGES
+        )
+        and isinstance(row.get("error", ""), str)
+        and isinstance(row.get("notes", []), list)
+        and all(isinstance(note, str) for note in row.get("notes", []))
+    )
 
 
 def _is_run(run: Any) -> bool:
@@ -231,12 +255,12 @@ def _claims(rows: Rows) -> list[str]:
         if None in both:
             continue
         a, b = (row.get(claim.figure) if row else None for row in both)
-        if a is None or b is None:
+        if not a or not b:
             kind = "training" if claim.figure.startswith("train") else "inference"
             ratio = " and ".join(
                 f"{figures.label_of(row['model'])}: {figures.why_missing(row, kind)}"
                 for row, value in zip(both, (a, b), strict=True)
-                if row and value is None
+                if row and not value
             )
         else:
             ratio = f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"

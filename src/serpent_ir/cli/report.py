@@ -67,12 +67,12 @@ def report(
 
 def _known(part: Path, seconds: float) -> Rows:
     """The rows that an interrupted call left, of the same `seconds`; [] where there are none to go on from."""
-    from serpent_ir.report import NEEDED
+    from serpent_ir.report import MEASURED, is_row
 
     try:
         content = json.loads(part.read_text())
         rows = content["rows"] if content["seconds"] == seconds else []
-        if all(row.keys() >= {*NEEDED, "infer_ms", "infer_gb", "train_ms", "train_gb"} for row in rows):
+        if all(is_row(row) and row.keys() >= set(MEASURED) for row in rows):
             return rows
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -69,7 +69,8 @@ def create_model(
     """
     network, _, task = name.partition(".")
     if pretrained and checkpoint_path is None and name not in list_models(pretrained=True):
-        raise UsageError(f"no weights {name!r} ship; valid: {', '.join(list_models(pretrained=True)) or 'none'}")
+        shipped = ", ".join(list_models(pretrained=True)) or "none"
+        raise UsageError(f"no weights {name!r} ship; valid: {shipped}; or give a file of them")
     if network not in PRESETS:
         raise UsageError(f"unknown model {network!r}; valid: {', '.join(PRESETS)}")
     if pretrained and checkpoint_path is not None:
