@@ -373,7 +373,8 @@ def test_a_report_draws_one_device_and_says_so(tmp_path):
     "wrong",
     [
         {"macs": "x"}, {"params": None}, {"size": "256"}, {"size": 0}, {"batch": 0}, {"model": 3}, {"error": 3},
-        {"infer_ms": "1"}, {"infer_ms": 0}, {"train_gb": math.inf}, {"infer_range_ms": [1.0]}, {"notes": "x"}, {"images_per_s": {}},
+        {"infer_ms": "1"}, {"infer_ms": 0}, {"train_gb": math.inf}, {"infer_range_ms": [1.0]}, {"notes": "x"},
+        {"images_per_s": {}},
     ],
 )  # fmt: skip
 def test_rows_that_are_none_are_refused(wrong, tmp_path):
