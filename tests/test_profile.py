@@ -86,8 +86,8 @@ def test_any_error_is_a_result(monkeypatch):
     monkeypatch.setattr(measure, "create_model", fail)
     # A device without streams of its own, as MPS.
     monkeypatch.setattr(measure, "pick_device", lambda name: torch.device("meta"))
-    error = measure.measure(Cell("infer", "serpent_b", 16, 1, "auto", "auto", 0.01))["error"]
-    assert error == "out of resource: shared memory"
+    result = measure.measure(Cell("infer", "serpent_b", 16, 1, "auto", "auto", 0.01))
+    assert result == {"error": "out of resource: shared memory", "spoilt": True}
 
 
 class OutOfResources(Exception):  # noqa: N818 - Triton's is no RuntimeError

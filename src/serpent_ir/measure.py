@@ -53,7 +53,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     ms, range_ms: median of the timed calls, and their 10th and 90th percentile. graph_ms, graph_range_ms: of the same
     replayed from a CUDA graph; None where there is none, and graph_note says why if one was tried. gb: peak memory with
     weights and images, in 1e9 bytes: on CUDA what PyTorch allocates, on a CPU what the process holds beyond what it
-    held before; None beside gb_note where the system does not tell.
+    held before; None beside gb_note where the system does not tell. spoilt: this process should measure nothing more.
     """
     device = pick_device(cell.device)
     try:
@@ -63,7 +63,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
             result = _measure(cell, device)
     except Exception as error:  # Triton's OutOfResources is no RuntimeError
-        result = {"error": OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)}
+        result: dict[str, Any] = {"error": OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)}
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            result["spoilt"] = True  # CUDA itself, or a library: who knows what still works in this process
     # Out here, where no traceback holds the tensors of what failed.
     _release(device)
     return result
@@ -249,8 +251,8 @@ class Worker:
             return {"error": f"stopped after {limit:.0f} s"}
         if answer:
             result = json.loads(answer)
-            if result.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY or "spoilt" in result:
-                self.stop()  # a CUDA device may have failed for the whole process
+            if result.pop("spoilt", False):
+                self.stop()
             return result
         code = self.process.wait()
         self.stop()
