@@ -36,6 +36,7 @@ class Workers:
     def __init__(self, device: str = "auto"):
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = 0
+        self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
         shared = device in ("auto", "cuda", "cpu")
         if self.world > 1 and not shared:
             raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
@@ -63,7 +64,6 @@ class Workers:
             raise UsageError("serpent train runs data parallel alone; use torchrun, or accelerate launch --multi_gpu")
         # Words between the hosts go another way than gradients: they must not wait for the GPU.
         self._words: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
 
     @property
     def first(self) -> bool:
