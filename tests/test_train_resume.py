@@ -20,7 +20,7 @@ from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.stopping import Stop
-from training_files import TINY, draw_folders, draw_image, recipe_file
+from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpent_b.yaml"
@@ -29,10 +29,6 @@ PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpen
 @pytest.fixture
 def folders(tmp_path):
     return draw_folders(tmp_path)
-
-
-def quiet_trainer(file: Path, *overrides: str) -> Trainer:
-    return Trainer(load_recipe(file, overrides), say=lambda line: None)
 
 
 def final_state(out: Path) -> dict[str, torch.Tensor]:
@@ -45,10 +41,6 @@ def final_state(out: Path) -> dict[str, torch.Tensor]:
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-def logged(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def paper_recipe(root: Path, out: str) -> list[str]:
@@ -263,10 +255,10 @@ def test_a_time_limit_ends_a_run_in_order(folders):
 def test_too_little_memory_is_said_in_one_line_and_the_run_goes_on(folders, monkeypatch):
     file, step = recipe_file(folders), Trainer.train_step
 
-    def full(trainer, degraded, clean):
-        if trainer.step == 7:
+    def full(trainer, *args):
+        if not isinstance(trainer, Trainer) or trainer.step == 7:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        step(trainer, degraded, clean)
+        step(trainer, *args)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", full)
@@ -275,6 +267,11 @@ def test_too_little_memory_is_said_in_one_line_and_the_run_goes_on(folders, monk
             quiet_trainer(file).run()
     quiet_trainer(file, "accumulate=2").run(resume=True)
     assert logged(folders / "run")[-1] == 10
+    monkeypatch.setattr("serpent_ir.training.trainer.TrainingSet", full)
+    with pytest.raises(
+        SerpentError, match=r"^serpent_b and the images of train do not fit in the memory of cpu; close"
+    ):
+        quiet_trainer(file)
 
 
 def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
@@ -357,11 +354,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_training(folders, monkeyp
     poisoned[:] = [5, 6, 7, 8, 15, 16, 17, 18, 19, 20]
     with pytest.raises(SerpentError, match=r"not finite in 5 steps in a row, by step 20; .*step-00000020; lower lr"):
         trainer.run()
-    skipped = [
-        row["skipped"]
-        for row in map(json.loads, (folders / "run" / "log.jsonl").read_text().splitlines())
-        if "skipped" in row
-    ]
+    skipped = [row["skipped"] for row in rows_of(folders / "run") if "skipped" in row]
     assert sum(skipped) == 9
     found = Checkpoints(folders / "run" / "checkpoints", 3).newest(lambda line: None)
     assert found is not None
