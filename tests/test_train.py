@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,17 @@ def test_a_plan_measures_every_stage_and_writes_nothing(folders):
     assert measured.hours == pytest.approx(by_hand / 3600)
     assert [s.steps for s in plan(file).stages] == [6, 2]  # 5 images
     assert not (folders / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["serpent_h.deblur", "serpent_b.deblur", "serpent_h.sr8", "serpent_b.sr8", "serpent_l.photo.further"]
+)
+def test_recipes_of_weights_to_come_can_be_planned(folders, name):
+    overrides = [f"train=[{folders}/train]", f"val={folders}/val", f"out={folders}/run", "device=cpu"]
+    overrides += ["stages=[{crop: 16, batch: 1, steps: 9}, {crop: 32, batch: 1, steps: 9}]"]
+    measured = plan(Path(__file__).parents[1] / "configs" / f"{name}.yaml", overrides)
+    assert f"{measured.model}.{measured.task}" in name
+    assert all(stage.seconds > 0 for stage in measured.stages)
 
 
 def test_what_training_refuses(folders):
