@@ -12,7 +12,6 @@ in the memory, or in the time given, is null beside an `error`.
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scan import machine
 from serpent_ir.models import as_built, create_model
 from serpent_ir.models.fused import FUSED_CHANNELS
 from serpent_ir.models.serpent import Serpent, VSSBlock
 from serpent_ir.train import GraphedStep, own_stream
+from timing import machine, median_ms
 
 NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
 SIZES = [256, 512, 1024, 2048]
@@ -41,6 +40,8 @@ PUBLIC_GRAPH = {
     ("serpent_b", 1024): 6.96, ("serpent_l", 1024): 26.3, ("serpent_h", 1024): 111.0,
     ("serpent_b", 2048): 26.4, ("serpent_l", 2048): 112.0, ("serpent_h", 2048): 463.0,
     ("unet_32", 256): 1.10, ("unet_32", 512): 2.80, ("unet_32", 2048): 58.1,
+    ("restormer_24", 256): 13.0, ("restormer_24", 512): 35.5, ("restormer_24", 2048): 496.0,
+    ("swinir_l", 256): 65.7, ("swinir_l", 512): 266.0,
 }  # fmt: skip
 PUBLIC_GB = {("serpent_h", 2048): 14.3}
 PUBLIC_STEP = {  # (network, batch, side): ms, GB
@@ -112,22 +113,6 @@ def block_bytes(c: int) -> tuple[int, int]:
     narrow = (c + d) + (2 * d + J) + (2 * c + d)
     wide = 2 * c + (c + 2 * d) + 2 * d + (d + J) + 3 * d + (d + 2 * c)
     return traffic.bytes // traffic.positions, 2 * (narrow if c <= FUSED_CHANNELS else wide)
-
-
-def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Median of a call between two CUDA events, with the time that the host takes to launch it."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def count_kernels(call: Callable[[], Any]) -> int:

@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md from the JSON files of benchmarks/network.py and benchmarks/scan.py.
+"""Write benchmarks/RESULTS.md from the JSON files of benchmarks/network.py and scan.py, and of `serpent report`.
 
 python benchmarks/render.py
 """
@@ -130,6 +130,33 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def rivals(profiles: Iterable[list[dict[str, Any]]]) -> list[str]:
+    lines = []
+    for rows in profiles:
+        lines += [
+            "",
+            "# Serpent and its rivals",
+            "",
+            f"{rows[0]['device']}, {rows[0]['precision']}, batch {rows[0]['batch']}: `serpent report`, from",
+            "`benchmarks/results/profile.*.json`. Milliseconds of inference by CUDA graph (of a call where that is",
+            f"long), beside what the public software took ({network.SOURCE}), and of a training step the same way.",
+            "1 GB is 1e9 bytes.",
+            "",
+            "| network, size | inference | public | x | GB | training step | GB |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in sorted(rows, key=lambda row: row["size"]):
+            infer, train = (row.get(f"{way}_graph_ms") or row.get(f"{way}_ms") for way in ("infer", "train"))
+            public = network.PUBLIC_GRAPH.get((row["model"], row["size"]))
+            cells = [f"{row['model']} {row['size']}", _number(infer) or "-", _number(public), _ratio(public, infer)]
+            cells += [_number(row["infer_gb"]), _number(train) or "-", _number(row["train_gb"])]
+            lines.append(f"| {' | '.join(cells)} |")
+        notes = {row["error"] for row in rows if "error" in row}
+        if notes:
+            lines += ["", f"-: {'; '.join(sorted(notes))}."]
+    return lines
+
+
 def plans(records: Iterable[dict[str, Any]]) -> list[str]:
     lines = []
     for record in records:
@@ -149,10 +176,13 @@ def plans(records: Iterable[dict[str, Any]]) -> list[str]:
 def render(folder: Path = FOLDER / "results") -> str:
     """RESULTS.md from the files of a folder."""
 
-    def read(kind: str) -> list[dict[str, Any]]:
+    def read(kind: str) -> list[Any]:
         return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}.*.json"))]
 
-    return "\n".join(networks(read("network")) + scans(read("scan")) + plans(read("plan"))) + "\n"
+    return (
+        "\n".join(networks(read("network")) + scans(read("scan")) + rivals(read("profile")) + plans(read("plan")))
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

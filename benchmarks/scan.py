@@ -9,11 +9,8 @@ them, `graph` the same kernels replayed from a CUDA graph, without Python betwee
 
 import argparse
 import json
-import platform
-import statistics
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,10 @@ import torch
 from torch import Tensor
 
 from serpent_ir.ops import ss2d
+from timing import machine, median_ms
 
 LEVELS = [(64, 6, 2), (128, 11, 4), (256, 22, 8), (512, 43, 16)]  # d_inner, d_state, dt_rank
+WARMUP = 3  # calls
 TRAINING = [(16, 128)]  # batch, side of the first level's map: 16 crops of 128 through serpent_h
 # Milliseconds of the best public CUDA software on an H100 (bf16, graph replay), by batch and side of the first level's
 # map, for the four levels: cross scan, dt projection, scan and merge; of the backward pass the scan alone.
@@ -74,21 +73,6 @@ def worst_error(backend: str, level: int, dtype: torch.dtype) -> float:
     return float(torch.stack(errors).max())  # NaN stays NaN
 
 
-def time_events(call: Callable[[], Any], repeats: int) -> float:
-    """Median milliseconds of a call, each between two CUDA events."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 def time_graph(call: Callable[[], Any], repeats: int) -> float | None:
     """Median milliseconds of the call's kernels replayed from a CUDA graph."""
     try:
@@ -98,7 +82,7 @@ def time_graph(call: Callable[[], Any], repeats: int) -> float | None:
     except RuntimeError as error:
         print(f"no CUDA graph: {error}", file=sys.stderr)
         return None
-    return time_events(graph.replay, repeats)
+    return median_ms(graph.replay, repeats, WARMUP)
 
 
 def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
@@ -115,7 +99,7 @@ def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype,
     for name, call in (("forward", forward), ("backward", backward)):
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        row[f"{name}_events_ms"] = time_events(call, repeats)
+        row[f"{name}_events_ms"] = median_ms(call, repeats, WARMUP)
         row[f"{name}_scratch_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
         # The plain path launches tens of thousands of kernels, too many for a graph.
         row[f"{name}_graph_ms"] = None if backend == "torch" else time_graph(call, repeats)
@@ -123,20 +107,6 @@ def measure(backend: str, batch: int, side: int, level: int, dtype: torch.dtype,
         if (batch, side) in figures:
             row[f"public_{way}_ms"] = dict(enumerate(figures[batch, side])).get(level)
     return row
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement was made with."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

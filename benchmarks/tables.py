@@ -2,12 +2,13 @@
 
     python benchmarks/tables.py --out runs/tables [--data ../shared/data] [--minutes 2.5] [--gpus 2]
 
-For each task, `deblur` then `sr8`: a step of every network is timed, which says how many steps fit in the minutes, so
-that the learning rate comes down to zero at their end. Then each network, in a process and on a GPU of its own, gets
-the better of two learning rates by short runs (by PSNR on some validation images; the paper's rate and a neighbour),
-trains at one crop size (SwinIR has no progressive stages in the paper, and images of one size can be counted), and is
-evaluated on three sets. Rows at equal numbers of images are read from the validations of the same runs, at the number
-that the slowest network reached; the learning rate of the others is not down by then.
+Images are decoded once, into packed sets. For each task, `deblur` then `sr8`: a step of every network is timed, which
+says how many steps fit in the minutes, so that the learning rate comes down to zero at their end. Then each network, in
+a process and on a GPU of its own, gets the better of two learning rates by short runs (by PSNR on some validation
+images; the paper's rate and a neighbour), trains at one crop size (SwinIR has no progressive stages in the paper, and
+images of one size can be counted), and is evaluated on three sets. Rows at equal numbers of images are read from the
+validations of the same runs, at the number that the slowest network reached; the learning rate of the others is not
+down by then.
 
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
 with other --minutes new tables stand beside the old ones; other settings are refused. --out gets
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 
 import tables_job
-from serpent_ir.data import find_images
+from serpent_ir.data import find_images, write_pack
 from serpent_ir.errors import SerpentError
 from serpent_ir.figures import in_order, label_of
 from serpent_ir.measure import OUT_OF_MEMORY
@@ -65,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.device, Path(temporary))
         for job in jobs:
-            run_task(job, args.networks, args.lrs, folder, devices, until)
+            run_task(job, args.networks, args.lrs, folder, devices, until, Path(temporary))
             write_results(folder)
     results = json.loads((folder / "results.json").read_text())
     print(render(results["runs"]))
@@ -112,11 +114,12 @@ def job_of(task: str, args: argparse.Namespace) -> Job:
     crop, batch, sets, curve = TASKS[task]
     data = Path(args.data)
     return Job(
-        what="time", model="", task=task, crop=args.crop or crop, batch=args.batch or batch,
+        what="time", models=[], task=task, crop=args.crop or crop, batch=args.batch or batch,
         train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
-        curve=curve, curve_images=args.curve_images, minutes=args.minutes, probe_seconds=args.probe_seconds,
-        lrs=[], seed=args.seed, device=args.device, timing_steps=args.timing_steps, step_ms=0, val_every=0,
-        lpips_weights=args.lpips_weights, runs=args.keep_runs, result="",
+        curve=curve, curve_images=args.curve_images, curve_data="", minutes=args.minutes,
+        probe_seconds=args.probe_seconds, lrs=[], seed=args.seed, device=args.device,
+        timing_steps=args.timing_steps, step_ms=0, val_every=0, lpips_weights=args.lpips_weights,
+        runs=args.keep_runs, result="",
     )  # fmt: skip
 
 
@@ -189,7 +192,13 @@ class Devices:
 
 
 def run_task(
-    job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
+    job: Job,
+    networks: list[str],
+    lrs: list[float] | None,
+    folder: Path,
+    devices: Devices,
+    until: float,
+    temporary: Path,
 ) -> None:
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
@@ -197,25 +206,44 @@ def run_task(
     for name in networks:
         if name not in wanted:
             say(f"{job.task} {name}: done already ({place / name}.json)")
+    if not wanted:
+        return
+    packed = _packed(job, temporary)
 
-    def each(work: Callable[[str], None], names: list[str]) -> None:
-        with ThreadPoolExecutor(devices.count) as pool:
-            list(pool.map(work, names))
-
-    def time_one(name: str) -> None:
-        file = place / f"{name}.time.json"
-        if not _settled(file):
-            timing = dataclasses.replace(job, model=name, lrs=rates(name, lrs))
-            _keep(devices(timing, place / f"{name}.log", until, EXTRA), file, timing)
+    def time_some(names: list[str]) -> None:
+        while names:
+            rates_of = {name: rates(name, lrs) for name in names}
+            timing = dataclasses.replace(packed, models=names, lrs=[each[-1] for each in rates_of.values()])
+            result = devices(timing, place / "time.log", until, EXTRA)
+            if result is None:
+                say(f"{job.task} {', '.join(names)}: no time left")
+                return
+            steps = result.get("steps", {})
+            if len(steps) < len(names):
+                steps[names[len(steps)]] = {"error": result["error"]}  # the process ended with this one
+            for name, figures in steps.items():
+                _keep(figures, place / f"{name}.time.json", dataclasses.replace(job, models=[name], lrs=rates_of[name]))
+            names = names[len(steps) :]
 
     def train_one(name: str) -> None:
         training = dataclasses.replace(
-            job, what="train", model=name, lrs=rates(name, lrs), step_ms=times[name], val_every=val_every
+            packed, what="train", models=[name], lrs=rates(name, lrs), step_ms=times[name], val_every=val_every
         )
         takes = EXTRA + 60 * job.minutes + job.probe_seconds * len(training.lrs)
-        _keep(devices(training, place / f"{name}.log", until, takes), place / f"{name}.json", training)
+        result = devices(training, place / f"{name}.log", until, takes)
+        if result is None:
+            say(f"{job.task} {name}: no time left")
+            return
+        if "error" not in result:
+            result["train"] = job.train
+        _keep(result, place / f"{name}.json", dataclasses.replace(training, train=job.train))
 
-    each(time_one, networks)
+    def share_out(work: Callable[[Any], None], items: list[Any]) -> None:
+        with ThreadPoolExecutor(devices.count) as pool:
+            list(pool.map(work, items))
+
+    untimed = [name for name in networks if not _settled(place / f"{name}.time.json")]
+    share_out(time_some, [untimed[i :: devices.count] for i in range(devices.count)])
     files = {name: place / f"{name}.time.json" for name in networks}
     timed = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     times = {name: result["step_ms"] for name, result in timed.items() if "step_ms" in result}
@@ -223,7 +251,28 @@ def run_task(
         return
     # A validation at the last step of the slowest: there all curves are compared.
     val_every = max(1, round(60e3 * job.minutes / max(times.values())))
-    each(train_one, sorted((name for name in wanted if name in times), key=lambda name: -times[name]))
+    share_out(train_one, sorted((name for name in wanted if name in times), key=lambda name: -times[name]))
+
+
+def _packed(job: Job, folder: Path) -> Job:
+    """The job with packed sets, made in `folder`, in place of its images."""
+
+    def pack(sources: list[str], name: str) -> str:
+        file = folder / f"{name.replace('/', '.')}.serpent"
+        if not file.exists():
+            say(f"packing {', '.join(sources)}")
+            write_pack(sources, file)
+        return str(file)
+
+    some = folder / f"{job.task}.curve"
+    files = find_images(Path(job.val[job.curve]))
+    some.mkdir()
+    for i in range(min(job.curve_images, len(files))):
+        file = files[i * len(files) // min(job.curve_images, len(files))]
+        shutil.copy(file, some / f"{i:04d}{file.suffix}")
+    val = {name: pack([source], name) for name, source in job.val.items()}
+    train, curve = pack(job.train, f"{job.task}.train"), pack([str(some)], some.name)
+    return dataclasses.replace(job, train=[train], val=val, curve_data=curve)
 
 
 def _settled(file: Path) -> bool:
@@ -231,11 +280,8 @@ def _settled(file: Path) -> bool:
     return file.exists() and json.loads(file.read_text()).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
 
 
-def _keep(result: dict[str, Any] | None, file: Path, job: Job) -> None:
-    name = job.model
-    if result is None:
-        say(f"{job.task} {name}: no time left")
-        return
+def _keep(result: dict[str, Any], file: Path, job: Job) -> None:
+    name = job.models[0]
     if "error" in result:
         result = {"model": name, "task": job.task, "minutes": job.minutes, **result}
         say(f"{job.task} {name}: {result['error']}")

@@ -1,4 +1,4 @@
-"""What benchmarks/tables.py does for one network, in a process of its own: time a step; or probe, train and evaluate.
+"""What benchmarks/tables.py does in a process of its own: time a step of networks; or probe, train and evaluate one.
 
     python benchmarks/tables_job.py JOB.json        # a `Job`; the result goes to its file `result`
 
@@ -12,13 +12,14 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from serpent_ir.data import find_images
+from serpent_ir.data import list_images
 from serpent_ir.errors import SerpentError
 from serpent_ir.evaluate import evaluate_network
 from serpent_ir.measure import OUT_OF_MEMORY
@@ -33,17 +34,18 @@ WINDOWS = 3  # of steps that are timed; the first one compiles and captures, and
 @dataclass(frozen=True)
 class Job:
     what: str  # "time" or "train"
-    model: str
+    models: list[str]  # of `train`: one
     task: str
     crop: int
     batch: int
-    train: list[str]  # folders (or packed sets) of clean images
-    val: dict[str, str]  # name -> folder; the network is evaluated on all of them
+    train: list[str]  # folders or packed sets of clean images
+    val: dict[str, str]  # name -> folder or packed set; the network is evaluated on all of them
     curve: str  # name of the one that is looked at during training
     curve_images: int  # of it, evenly spread
+    curve_data: str  # these, as a folder or packed set
     minutes: float
     probe_seconds: float
-    lrs: list[float]
+    lrs: list[float]  # of `train`: to choose from; of `time`: one of each network
     seed: int
     device: str
     timing_steps: int
@@ -56,14 +58,29 @@ class Job:
 
 def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    if job.what == "train":
+        _write(job, _or_why_not(train_and_evaluate, job))
+        return
+    steps: dict[str, Any] = {}
+    for name, lr in zip(job.models, job.lrs, strict=True):
+        one = dataclasses.replace(job, models=[name], lrs=[lr])
+        _write(job, {"steps": steps, "error": f"the process ended while a step of {name} was timed"})
+        steps[name] = _or_why_not(time_step, one)
+    _write(job, {"steps": steps})
+
+
+def _or_why_not(work: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, Any]:
     try:
-        result = time_step(job) if job.what == "time" else train_and_evaluate(job)
+        return work(job)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        result = {"error": OUT_OF_MEMORY}
+        return {"error": OUT_OF_MEMORY}
     except SerpentError as error:
-        result = {"error": str(error)}
+        return {"error": str(error)}
+
+
+def _write(job: Job, result: dict[str, Any]) -> None:
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -71,38 +88,36 @@ def time_step(job: Job) -> dict[str, Any]:
     """Milliseconds of a step of `serpent train`, data and all."""
     window = max(1, job.timing_steps // WINDOWS)
     with tempfile.TemporaryDirectory() as folder:
-        val = _some_images(job.val[job.curve], 1, Path(folder, "val"))
-        rows = _train(job, Path(folder, "run"), val, lr=job.lrs[-1], steps=WINDOWS * window, val_every=window)
+        rows = _train(job, Path(folder, "run"), lr=job.lrs[0], steps=WINDOWS * window, val_every=window)
     return {"step_ms": statistics.median(row["ms"] for row in rows if "ms" in row and row["step"] > window)}
 
 
 def train_and_evaluate(job: Job) -> dict[str, Any]:
     """The better learning rate by short runs, the run, and its weights on all sets of images."""
-    budget = job.minutes * 60
+    budget, (model,) = job.minutes * 60, job.models
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(job.runs, f"{job.task}.{job.model}") if job.runs else Path(temporary)
+        folder = Path(job.runs, f"{job.task}.{model}") if job.runs else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        val = _some_images(job.val[job.curve], job.curve_images, Path(temporary, "val"))
         probes = []
         for lr in job.lrs if len(job.lrs) > 1 else []:
             steps = _steps(job.probe_seconds, job.step_ms)
-            rows = _train(job, folder / f"probe-{lr:g}", val, lr=lr, steps=steps, val_every=steps, optional=True)
+            rows = _train(job, folder / f"probe-{lr:g}", lr=lr, steps=steps, val_every=steps, optional=True)
             probes.append({"lr": lr, **(_curve(rows, job.batch)[-1] if rows else {"psnr": None})})
         lr = max(probes, key=lambda probe: probe["psnr"] or -math.inf)["lr"] if probes else job.lrs[0]
-        rows = _train(job, folder / "run", val, lr=lr, steps=_steps(budget, job.step_ms), val_every=job.val_every)
+        rows = _train(job, folder / "run", lr=lr, steps=_steps(budget, job.step_ms), val_every=job.val_every)
         curve = _curve(rows, job.batch)
         device = pick_device(job.device)
-        network = create_model(f"{job.model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
+        network = create_model(f"{model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
         network = network.to(device)
         lpips = Lpips(Path(job.lpips_weights), device) if job.lpips_weights else None
         evaluation = {}
         for name, images in job.val.items():
-            evaluation[name] = evaluate_network(
-                network, find_images(Path(images)), job.task, seed=job.seed, lpips=lpips
-            )
+            evaluation[name] = evaluate_network(network, list_images(images), job.task, seed=job.seed, lpips=lpips)
             del evaluation[name]["images"]
-        seen = len(find_images(val))
-    about = {key: getattr(job, key) for key in ("model", "task", "crop", "batch", "minutes", "probe_seconds", "seed")}
+        seen = len(list_images(job.curve_data))
+    about = {"model": model} | {
+        key: getattr(job, key) for key in ("task", "crop", "batch", "minutes", "probe_seconds", "seed")
+    }
     return about | {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -126,11 +141,11 @@ def _steps(seconds: float, ms: float) -> int:
 
 
 def _train(
-    job: Job, out: Path, val: Path, *, lr: float, steps: int, val_every: int, optional: bool = False
+    job: Job, out: Path, *, lr: float, steps: int, val_every: int, optional: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of the run's log; with `optional` none for a run that failed, as at too high a learning rate."""
     recipe = {
-        "model": job.model, "task": job.task, "train": job.train, "val": str(val), "out": str(out), "lr": lr,
+        "model": job.models[0], "task": job.task, "train": job.train, "val": job.curve_data, "out": str(out), "lr": lr,
         "keep": 1,
         "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed, "device": job.device,
         "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
@@ -155,16 +170,6 @@ def _curve(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
         for row in rows
         if row.get("psnr") is not None
     ]
-
-
-def _some_images(source: str, count: int, folder: Path) -> Path:
-    """A folder with so many images of another, evenly spread."""
-    files = find_images(Path(source))
-    folder.mkdir()
-    for i in range(min(count, len(files))):
-        file = files[i * len(files) // min(count, len(files))]
-        shutil.copy(file, folder / f"{i:04d}{file.suffix}")
-    return folder
 
 
 def write(job: Job, file: Path) -> None:

@@ -10,7 +10,6 @@ backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: 
 
 import argparse
 import json
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,22 +21,10 @@ from serpent_ir.training import trainer as engine
 from serpent_ir.training.plan import measure_stage
 from serpent_ir.training.step import own_stream
 from serpent_ir.training.workers import Workers
+from timing import machine, median_ms
 
 SIZES = [(64, 128), (128, 64), (256, 16), (128, 16)]
 """Crops and batches of one GPU; the last is that of the bar on the share of data."""
-
-
-def median_ms(run, repeats: int = 15) -> float:
-    times = []
-    for number in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def top_kernels(run, count: int = 14) -> list[tuple[str, float]]:
@@ -76,7 +63,7 @@ def main() -> None:
                 try:
                     seconds, memory = measure_stage(trainer, stage)
                     row |= {"ms": 1000 * seconds, "images_per_second": stage.batch / seconds, "gb": memory / 1e9}
-                    row |= {"data_ms": median_ms(cut)}
+                    row |= {"data_ms": median_ms(cut, 15, warmup=3)}
                 except torch.OutOfMemoryError:
                     row |= {"ms": None, "error": "out of memory"}
                 rows.append(row)
@@ -86,8 +73,7 @@ def main() -> None:
                 trainer.leave()
     if not workers.first:
         return
-    device = torch.cuda.get_device_name()
-    args.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "steps": rows, "kernels": kernels}))
+    args.out.write_text(json.dumps({**machine(), "steps": rows, "kernels": kernels}))
     for key, names in kernels.items():
         print(key)
         for name, ms in names:

@@ -1,7 +1,6 @@
 """How much memory there is, and how much a network needs for an image: what decides between whole images and tiles.
 
-The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py` on CPUs; those of CUDA are counted from the
-maps that live at one time and are to be measured by the same script.
+The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py`: `benchmarks/results/memory.*.json`.
 """
 
 import os
@@ -19,13 +18,13 @@ SHARE = 0.8
 # pixels, the input and output in float32 and what turns one into the other.
 BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
     ("Serpent", "cpu"): (72, 40),  # measured 66 to 68, 288 to 314, 990 to 1240 in all for P = 4, 2, 1 (strips)
-    ("Serpent", "cuda"): (72, 60),
+    ("Serpent", "cuda"): (72, 25),  # 89, 220, 827 for P = 4, 2, 1
     ("UNet", "cpu"): (72, 25),  # measured 704 to 759 for 32 channels, 2816 to 3193 for 128
-    ("UNet", "cuda"): (72, 40),
+    ("UNet", "cuda"): (72, 13),  # 428, 1677 for 32, 128 channels
     ("SwinIR", "cpu"): (72, 106),  # measured 6383, 7513, 12009 for 60, 96, 180 channels
-    ("SwinIR", "cuda"): (72, 60),
+    ("SwinIR", "cuda"): (600, 25),  # 2088, 2520, 4872, 6488 for 60, 96, 180, 240 channels: heads are padded
     ("Restormer", "cpu"): (72, 160),  # measured 2827 for 24 channels, 7493 for 48
-    ("Restormer", "cuda"): (72, 85),
+    ("Restormer", "cuda"): (72, 65),  # 1568, 3132 for 24, 48 channels
 }
 _ENLARGED = {"cpu": 520, "cuda": 260}
 """Bytes for each pixel of the output of a network that makes images larger: two maps of SwinIR's 64 channels there.
