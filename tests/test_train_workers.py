@@ -107,20 +107,20 @@ def test_a_step_with_nccl_is_captured_and_trains_as_one_without(folders):
     """One process through NCCL and DistributedDataParallel; its sums are its own, so the bits should be the same."""
     stages = [{"crop": 16, "batch": 4, "steps": 16}, {"crop": 32, "batch": 4, "steps": 14}]
     options = {"stages": stages, "val_every": 100, "device": "cuda", "model_options": {}, "lr": 1e-4}
-    said = folders / "said0"
-    assert finish(start(recipe_file(folders, "alone", **options)), seconds=400) == 0
-    (joined,) = start_workers(recipe_file(folders, "joined", **options), 1, folders, changes=(count_replays,))
+    said, counted = folders / "said0", {"changes": (count_replays,), "fresh": True}
+    assert finish(start(recipe_file(folders, "alone", **options), fresh=True), seconds=400) == 0
+    (joined,) = start_workers(recipe_file(folders, "joined", **options), 1, folders, **counted)
     assert finish(joined, seconds=200) == 0
     # 11 steps at each crop run as they are.
     assert f"{16 - 11 + 14 - 11} steps replayed" in said.read_text()
     assert "without a CUDA graph" not in said.read_text()
     said.unlink()
-    file, changes = recipe_file(folders, "stopped", **options), (count_replays, stop_after_14_steps)
-    (stopped,) = start_workers(file, 1, folders, changes=changes)
+    file = recipe_file(folders, "stopped", **options)
+    (stopped,) = start_workers(file, 1, folders, changes=(count_replays, stop_after_14_steps), fresh=True)
     assert finish(stopped, seconds=200) == 0
     assert "the time is over at step 14 of 30" in said.read_text()
     assert f"{14 - 11} steps replayed" in said.read_text()
-    (resumed,) = start_workers(file, 1, folders, changes=(count_replays,), resume=True)
+    (resumed,) = start_workers(file, 1, folders, **counted, resume=True)
     assert finish(resumed, seconds=200) == 0
     assert said.read_text().count(f"{14 - 11} steps replayed") == 2
     alone = torch.cat([x.flatten() for x in weights_of(folders / "alone").values()])

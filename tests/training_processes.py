@@ -34,13 +34,16 @@ def start(
     die: tuple[str, int] | None = None,
     environment: dict[str, str] | None = None,
     changes: tuple[Callable[[], None], ...] = (),
+    fresh: bool = False,
     **options: Any,
 ) -> BaseProcess:
     """Begin to train; `die` names a moment and how often it passes before. What is said goes to the file `said`.
 
-    `changes` are functions of this module that are called in the process before.
+    `changes` are functions of this module that are called in the process before. A `fresh` process is forked from none,
+    since CUDA does not outlive that.
     """
-    process = _context.Process(target=_run, args=(recipe, overrides, said, die, environment or {}, changes, options))
+    context = multiprocessing.get_context("spawn") if fresh else _context
+    process = context.Process(target=_run, args=(recipe, overrides, said, die, environment or {}, changes, options))
     process.start()
     return process
 
