@@ -331,6 +331,11 @@ def test_a_step_that_cannot_be_captured_is_called():
             step(torch.ones(2, device=device))
         step(torch.ones(2, device=device))
         assert total.item() == 10
+        for _ in range(3):
+            step(torch.ones(4, device=device))
+        with pytest.warns(UserWarning, match="without a CUDA graph"):  # other shapes are tried again
+            step(torch.ones(4, device=device))
+        assert total.item() == 10 + 4 * 4
 
 
 @pytest.mark.gpu

@@ -41,7 +41,8 @@ class Workers:
         if self.world > 1 and not shared:
             raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
         self.device = pick_device(device)  # raises where there is none
-        launched = "LOCAL_RANK" in os.environ and shared and self.device.type in ("cuda", "cpu")
+        launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+        launched = launched and shared and self.device.type in ("cuda", "cpu")
         self.joined = self.world > 1 or launched
         if not self.joined:
             return
