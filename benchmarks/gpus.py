@@ -26,8 +26,7 @@ def measure(args: argparse.Namespace) -> None:
     """What each of the processes does; the first prints a line of JSON."""
     workers = Workers(args.device)
     stage = Stage(args.crop, args.batch * workers.world, 1)
-    folders = [str(folder) for folder in args.data]
-    recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), [stage])
+    recipe = Recipe(args.model, "deblur", args.data, args.data[0], tempfile.mkdtemp(), [stage])
     with workers.together(), own_stream(workers.device):
         trainer = Trainer(recipe, workers=workers)
         seconds, memory = measure_stage(trainer, stage)
@@ -40,7 +39,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--model", default="serpent_h")
     parser.add_argument("--crop", type=int, default=128)
@@ -54,8 +53,7 @@ def main() -> None:
         return
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)]
     calls = [[sys.executable, *how, *sys.argv, "--measure"] for how in ([], several)]
-    said = [subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout for call in calls]
-    rows = [json.loads(lines.splitlines()[-1]) for lines in said]
+    rows = [json.loads(subprocess.check_output(call, text=True).splitlines()[-1]) for call in calls]
     ratio = rows[1]["images_per_second"] / rows[0]["images_per_second"]
     told = {"torch": torch.__version__, "model": args.model, "crop": args.crop, "batch": args.batch, "ratio": ratio}
     args.out.write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n")
