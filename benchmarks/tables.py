@@ -94,7 +94,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs to use, a network on each")
     parser.add_argument("--device", default="auto", help="cpu: use no GPU")
     parser.add_argument("--curve-images", type=int, default=25, help="validation images that are looked at in training")
-    parser.add_argument("--timing-steps", type=int, default=30)
     parser.add_argument("--lpips-weights", help="torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth")
     parser.add_argument(
         "--time-limit", type=float, default=math.inf, help="seconds after which nothing is to be going on"
@@ -118,7 +117,7 @@ def job_of(task: str, args: argparse.Namespace) -> Job:
         train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
         curve=curve, curve_images=args.curve_images, curve_data="", minutes=args.minutes,
         probe_seconds=args.probe_seconds, lrs=[], seed=args.seed, device=args.device,
-        timing_steps=args.timing_steps, step_ms=0, val_every=0, lpips_weights=args.lpips_weights,
+        step_ms=0, val_every=0, lpips_weights=args.lpips_weights,
         runs=args.keep_runs, result="",
     )  # fmt: skip
 
@@ -152,8 +151,13 @@ def rates(name: str, lrs: list[float] | None) -> list[float]:
 def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
     """What has to be the same of results that stand in one table, and of those that are gone on from."""
     device = pick_device(job.device)
-    about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "train", "probe_seconds", "curve_images")}
-    return about | {"lrs": lrs, "device": device_name(device)}
+    about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
+    return about | {"train": _told(job.train), "lrs": lrs, "device": device_name(device)}
+
+
+def _told(sources: list[str]) -> list[str]:
+    """The names of training sets wherever the data lie."""
+    return ["/".join(Path(source).parts[-2:]) for source in sources]
 
 
 class Devices:
@@ -235,7 +239,7 @@ def run_task(
             say(f"{job.task} {name}: no time left")
             return
         if "error" not in result:
-            result["train"] = job.train
+            result["train"] = _told(job.train)
         _keep(result, place / f"{name}.json", dataclasses.replace(training, train=job.train))
 
     def share_out(work: Callable[[Any], None], items: list[Any]) -> None:
@@ -244,12 +248,12 @@ def run_task(
 
     untimed = [name for name in networks if not _settled(place / f"{name}.time.json")]
     share_out(time_some, [untimed[i :: devices.count] for i in range(devices.count)])
-    files = {name: place / f"{name}.time.json" for name in networks}
-    timed = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    # Of networks that an earlier call was asked for, too: all curves are to be compared.
+    timed = {file.name.split(".")[0]: json.loads(file.read_text()) for file in place.glob("*.time.json")}
     times = {name: result["step_ms"] for name, result in timed.items() if "step_ms" in result}
     if not times:
         return
-    # A validation at the last step of the slowest: there all curves are compared.
+    # A validation at the last step of the slowest, which is where they are.
     val_every = max(1, round(60e3 * job.minutes / max(times.values())))
     share_out(train_one, sorted((name for name in wanted if name in times), key=lambda name: -times[name]))
 
@@ -328,7 +332,7 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
         how = f"crops of {one['crop']}, batch {one['batch']}, seed {one['seed']}"
         lines += [
             f"{one['device']}, PyTorch {one['torch']}; {how}.",
-            f"Training images: {', '.join('/'.join(Path(name).parts[-2:]) for name in one['train'])}.",
+            f"Training images: {', '.join(one['train'])}.",
             f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each.",
             "",
         ]

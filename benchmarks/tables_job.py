@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,9 +25,7 @@ from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import create_model
 from serpent_ir.passes import device_name, is_out_of_memory, pick_device
-from serpent_ir.train import train
-
-WINDOWS = 3  # of steps that are timed; the first one compiles and captures, and does not count
+from serpent_ir.train import plan, train
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,6 @@ class Job:
     lrs: list[float]  # of `train`: to choose from; of `time`: one of each network
     seed: int
     device: str
-    timing_steps: int
     step_ms: float  # of `train`: what `time` found
     val_every: int  # of `train`: steps
     lpips_weights: str | None
@@ -86,10 +82,10 @@ def _write(job: Job, result: dict[str, Any]) -> None:
 
 def time_step(job: Job) -> dict[str, Any]:
     """Milliseconds of a step of `serpent train`, data and all."""
-    window = max(1, job.timing_steps // WINDOWS)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _train(job, Path(folder, "run"), lr=job.lrs[0], steps=WINDOWS * window, val_every=window)
-    return {"step_ms": statistics.median(row["ms"] for row in rows if "ms" in row and row["step"] > window)}
+        planned = plan(_recipe(job, Path(folder, "run"), lr=job.lrs[0], steps=1, val_every=1))
+    (stage,) = planned.stages
+    return {"error": OUT_OF_MEMORY} if stage.error else {"step_ms": 1e3 * stage.seconds}
 
 
 def train_and_evaluate(job: Job) -> dict[str, Any]:
@@ -144,23 +140,26 @@ def _train(
     job: Job, out: Path, *, lr: float, steps: int, val_every: int, optional: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of the run's log; with `optional` none for a run that failed, as at too high a learning rate."""
-    recipe = {
-        "model": job.models[0], "task": job.task, "train": job.train, "val": job.curve_data, "out": str(out), "lr": lr,
-        "keep": 1,
-        "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed, "device": job.device,
-        "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
-    }  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)  # one that was cut off
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.parent / f"{out.name}.yaml"
-    file.write_text(json.dumps(recipe, indent=1))  # which is YAML
     try:
-        train(file)
+        train(_recipe(job, out, lr=lr, steps=steps, val_every=val_every))
     except SerpentError:
         if not optional:
             raise
         return []
     return [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+
+
+def _recipe(job: Job, out: Path, *, lr: float, steps: int, val_every: int) -> Path:
+    recipe = {
+        "model": job.models[0], "task": job.task, "train": job.train, "val": job.curve_data, "out": str(out), "lr": lr,
+        "keep": 1, "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed,
+        "device": job.device, "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.parent / f"{out.name}.yaml"
+    file.write_text(json.dumps(recipe, indent=1))  # which is YAML
+    return file
 
 
 def _curve(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:

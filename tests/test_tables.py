@@ -33,7 +33,7 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     for name in ("faces256", "faces512", "natural"):
         draw(tmp_path / name / "train", 2)
         draw(tmp_path / name / "val", 1)
-    budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--timing-steps", 3, "--curve-images", 3)
+    budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3)
     done = tables(tmp_path, *budget)
     assert done.returncode == 0, done.stderr
     runs = {run["model"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
