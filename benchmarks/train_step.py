@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/train_step.py --model serpent_h --data DIR --out train_step.2.json
 
 A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
-backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more, and run
-without graphs. `data_ms` is a batch by itself (median over CUDA events), `ms` the mean of 20 steps after a warm-up.
+backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more.
+`data_ms` is a batch by itself (median over CUDA events), `ms` the mean of 20 steps after a warm-up.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
     folders = [str(folder) for folder in args.data]
     workers = Workers("cuda")
     stages = [Stage(crop, batch * workers.world, 1) for crop, batch in SIZES]
-    for graph in (False, True) if workers.world == 1 else (False,):
+    for graph in (False, True):
         engine.CUDA_GRAPHS = graph
         recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), stages, recompute=args.recompute)
         with own_stream(workers.device):
@@ -69,6 +69,8 @@ def main() -> None:
                 rows.append(row)
                 if args.profile and not graph:
                     kernels[str(stage.crop)] = top_kernels(partial(trainer.train_step, *cut()))
+            if graph:
+                trainer.leave()
     if not workers.first:
         return
     args.out.write_text(json.dumps({**machine(), "steps": rows, "kernels": kernels}))

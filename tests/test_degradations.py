@@ -22,6 +22,7 @@ from serpent_ir.degradations import (
     evaluation_generator,
     gaussian_blur,
     through_jpeg,
+    with_light_jpeg,
 )
 from serpent_ir.errors import UsageError
 
@@ -236,6 +237,28 @@ def test_photo_ranges_from_untouched_to_all_three():
     assert (sharpness(y) < 0.6 * sharpness(clean)).any()
     assert (sharpness(y) > 1.5 * sharpness(clean)).any()
     assert (y - clean).square().mean((1, 2, 3)).max() < 0.02  # mild: 17 dB at the worst
+
+
+def test_a_share_of_photos_gets_light_jpeg_alone():
+    clean = random_image(1, 3, 16, 16).expand(400, 3, 16, 16)
+    generators = [torch.Generator().manual_seed(0) for _ in range(4)]
+    plain, none, some, all_ = (
+        degradation(clean, generator=generator)
+        for degradation, generator in zip(
+            [create_degradation("photo"), *map(with_light_jpeg, (0.0, 0.25, 1.0))], generators, strict=True
+        )
+    )
+    assert torch.equal(plain, none)
+    light = [through_jpeg(clean[:1], torch.tensor([quality])) for quality in range(75, 101)]
+
+    def lightly(y: torch.Tensor) -> torch.Tensor:
+        """Of each image, whether it is the clean one after some light JPEG."""
+        return torch.stack([(y == jpeg).flatten(1).all(1) for jpeg in light]).any(0)
+
+    assert lightly(all_).all()
+    # By itself the chain does so to 0.3 x 0.3 x 0.7 x 26/71.
+    assert 0.005 < lightly(plain).float().mean() < 0.05
+    assert 0.2 < lightly(some).float().mean() < 0.35
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (97, 64), (256, 256)])

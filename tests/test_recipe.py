@@ -70,6 +70,8 @@ def test_a_recipe_and_its_overrides(write):
         ({"precision": 16}, [], r"precision: expected auto, float32 or bfloat16, got int 16"),
         ({"recompute": 1}, [], r"recompute: expected bool, got int 1"),
         ({"frequency": -0.1}, [], r"frequency is -0.1; it must be 0 or more"),
+        ({"task": "photo", "light_jpeg": 1.5}, [], r"light_jpeg is 1.5; it must be in \[0, 1\]"),
+        ({"light_jpeg": 0.1}, [], r"light_jpeg is 0.1; it must be 0 for the task deblur; it is of photo"),
         ({"keep": 0}, [], r"keep is 0; it must be at least 1"),
         ({"accumulate": 4}, [], r"stages\.0\.batch is 2; it must be a multiple of accumulate, which is 4"),
         ({"task": "sr8", "stages": [{"crop": 20, "batch": 1, "epochs": 1}]}, [], r"crop is 20; .*multiple of 8 .* sr8"),
@@ -141,6 +143,21 @@ def test_epochs_are_steps_of_the_training_set():
     assert recipe.steps_of(Stage(8, 16, epochs=0.1), 30) == 1
 
 
+def test_a_key_that_an_older_version_did_not_write_had_its_default(write):
+    recipe = load_recipe(write(stages=[{"crop": 64, "batch": 2, "steps": 3}]))
+    saved = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert recipe.differs_from(saved) == []
+    for key in [name for name in saved if name not in GOOD]:
+        older = {name: value for name, value in saved.items() if name != key}
+        assert recipe.differs_from(older) == []
+        assert recipe.differs_from({**saved, key: "other"}) == [key]
+    del saved["stages"][0]["epochs"]
+    assert recipe.differs_from(saved) == []
+    assert dataclasses.replace(recipe, ema=0.5, loss="l2").differs_from(GOOD | saved) == ["ema", "loss"]
+    saved["stages"][0]["crop"] = 65
+    assert recipe.differs_from(saved) == ["stages"]
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
     SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=3)
@@ -202,7 +219,7 @@ def test_the_recipes_of_the_paper(size):
 def test_every_other_recipe_loads():
     files = [file for file in CONFIGS.rglob("*.yaml") if "base:" in file.read_text() or file.parent == CONFIGS]
     partial = {"ffhq256.yaml", "ffhq512.yaml"}  # and ffhq.yaml, which is the base of those
-    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 7
+    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 12
     for file in files:
         if file.name not in partial:
             assert f"{load_recipe(file).model}." in f"{file.stem.split('.')[-1]}.{file.name}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,26 +14,18 @@ from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
-from serpent_ir.recipe import Recipe, Stage, load_recipe
-from serpent_ir.train import Trainer, own_stream, plan, train
+from serpent_ir.recipe import Recipe, Stage
+from serpent_ir.train import own_stream, plan, train
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep
-from training_files import TINY, draw_folders, draw_image, recipe_file
+from training_files import TINY, draw_folders, draw_image, quiet_trainer, recipe_file, rows_of
 
 
 @pytest.fixture
 def folders(tmp_path):
     return draw_folders(tmp_path)
-
-
-def quiet_trainer(file, *overrides):
-    return Trainer(load_recipe(file, overrides), say=lambda line: None)
-
-
-def rows_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_training_learns_logs_and_leaves_what_it_should(folders):
@@ -178,13 +171,22 @@ def test_a_plan_measures_every_stage_and_writes_nothing(folders):
     assert not (folders / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["serpent_h.deblur", "serpent_b.deblur", "serpent_h.sr8", "serpent_b.sr8", "serpent_l.photo.further"]
+)
+def test_recipes_of_weights_to_come_can_be_planned(folders, name):
+    overrides = [f"train=[{folders}/train]", f"val={folders}/val", f"out={folders}/run", "device=cpu"]
+    overrides += ["stages=[{crop: 16, batch: 1, steps: 9}, {crop: 32, batch: 1, steps: 9}]"]
+    measured = plan(Path(__file__).parents[1] / "configs" / f"{name}.yaml", overrides)
+    assert f"{measured.model}.{measured.task}" in name
+    assert all(stage.seconds > 0 for stage in measured.stages)
+
+
 def test_what_training_refuses(folders):
     with pytest.raises(ImageError, match=r"40x48 is smaller than the crop of 48|48x40 is smaller than the crop of 48"):
         train(recipe_file(folders, stages=[{"crop": 48, "batch": 1, "steps": 1}]))
     with pytest.raises(UsageError, match="no such folder"):
         train(recipe_file(folders, val="/nowhere"))
-    with pytest.raises(UsageError, match=r"unknown model 'serpent_b\.sr8'; valid: serpent_b"):
-        train(recipe_file(folders, model="serpent_b.sr8"))
     with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
         train(recipe_file(folders, model_options={"width": 3}))
     for options, told in [
@@ -219,8 +221,28 @@ def test_a_run_may_start_from_other_weights(folders):
         assert torch.equal(on.network.state_dict()[name], tensor), name
     shipped = {"model": "serpent_l", "start": "serpent_l.sr8", "model_options": {}}
     assert quiet_trainer(recipe_file(folders, "l", **shipped)).step == 0
-    with pytest.raises(UsageError, match=r"start: serpent_l\.sr8 holds no weights of serpent_b"):
-        quiet_trainer(recipe_file(folders, "bad", start="serpent_l.sr8"))
+    on.run(stop_after_minutes=0)
+    first.unlink()
+    quiet_trainer(recipe_file(folders, "on", start=str(first))).run(resume=True)  # which needs them no more
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "serpent_b.sr8"}, r"unknown model 'serpent_b\.sr8'; valid: serpent_b"),
+        ({"model": "swinir_b", "model_options": {"dim": 7}}, "model_options: 7 channels cannot be shared out among 6"),
+        ({"model_options": {"in_channels": 1}}, "model_options.in_channels is 1; it must be 3 for the task deblur"),
+        ({"task": "inpaint", "model_options": {"in_channels": 3}}, "model_options.in_channels is 3; it must be 4"),
+        ({"model": "unet_32", "model_options": {"out_channels": 1}}, "model_options.out_channels is 1; it must be 3"),
+        ({"start": "serpent_l.sr8"}, r"start: serpent_l\.sr8 holds no weights of serpent_b"),
+        ({"start": "gone.safetensors"}, r"gone\.safetensors: no such weights file"),
+    ],
+)
+def test_what_is_wrong_with_a_network_is_said_before_images_are_read(folders, changes, told):
+    for name in ("train", "val"):
+        (folders / name / "bad.png").write_bytes(b"")
+    with pytest.raises(SerpentError, match=told):
+        train(recipe_file(folders, **changes))
 
 
 def test_evaluation_reports_means_and_repeats(folders):
@@ -309,6 +331,11 @@ def test_a_step_that_cannot_be_captured_is_called():
             step(torch.ones(2, device=device))
         step(torch.ones(2, device=device))
         assert total.item() == 10
+        for _ in range(3):
+            step(torch.ones(4, device=device))
+        with pytest.warns(UserWarning, match="without a CUDA graph"):  # other shapes are tried again
+            step(torch.ones(4, device=device))
+        assert total.item() == 10 + 4 * 4
 
 
 @pytest.mark.gpu

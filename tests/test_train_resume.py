@@ -20,7 +20,7 @@ from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.stopping import Stop
-from training_files import TINY, draw_folders, draw_image, recipe_file
+from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpent_b.yaml"
@@ -29,10 +29,6 @@ PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpen
 @pytest.fixture
 def folders(tmp_path):
     return draw_folders(tmp_path)
-
-
-def quiet_trainer(file: Path, *overrides: str) -> Trainer:
-    return Trainer(load_recipe(file, overrides), say=lambda line: None)
 
 
 def final_state(out: Path) -> dict[str, torch.Tensor]:
@@ -45,10 +41,6 @@ def final_state(out: Path) -> dict[str, torch.Tensor]:
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-def logged(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def paper_recipe(root: Path, out: str) -> list[str]:
@@ -168,19 +160,6 @@ def test_other_files_on_a_full_disk_stop_training_too(folders, monkeypatch, full
         trainer.run()
 
 
-def test_the_policy_keeps_the_last_and_the_best(tmp_path):
-    kept = Checkpoints(tmp_path, keep=2)
-    for step, psnr in [(1, 20.0), (2, 25.0), (3, 24.0), (4, 25.0), (5, 23.0), (6, 22.0), (7, 21.0)]:
-        path = kept.save(step, {"network": {"x": torch.full((2,), float(step))}}, {"seconds": step / 3})
-        kept.score(path, {"psnr": psnr})
-        assert Path(kept.best() or "").name == f"step-{max(s for s in (1, 2, 4) if s <= step):08d}"
-    assert [path.name for path in kept.paths()] == ["step-00000004", "step-00000006", "step-00000007"]
-    found = kept.newest(lambda line: None)
-    assert found is not None
-    assert (found.step, found.facts, found.score) == (7, {"seconds": 7 / 3}, {"psnr": 21.0})
-    assert found.groups["network"]["x"].tolist() == [7.0, 7.0]
-
-
 def test_scores_of_other_images_are_not_compared(folders):
     quiet_trainer(recipe_file(folders)).run(stop_after_minutes=0)
     score = folders / "run" / "checkpoints" / "step-00000000" / "score.json"
@@ -208,38 +187,6 @@ def test_a_step_that_is_saved_is_not_saved_again(folders):
     assert files() == before
     assert logged(folders / "run") == rows, "it was validated again"
     assert (folders / "run" / "weights.safetensors").exists()
-
-
-def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch):
-    kept = Checkpoints(tmp_path, keep=1)
-    kept.save(1, {"network": {"x": torch.zeros(1)}}, {})
-    rename = Path.rename
-
-    def die(path, target):
-        if path.suffix == ".part":
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "rename", die)
-        kept.save(1, {"network": {"x": torch.ones(1)}}, {})
-    for value in (0.0, 1.0):
-        kept.clean()
-        found = kept.newest(lambda line: None)
-        assert found is not None
-        assert found.groups["network"]["x"].item() == value
-        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-        kept.save(1, {"network": {"x": torch.ones(1)}}, {})
-
-
-def test_large_groups_are_cut_into_parts(tmp_path):
-    tensors = {f"x{i}": torch.full((1 << 20,), float(i)) for i in range(9)}  # 4 MiB each, 3 to a part
-    path = Checkpoints(tmp_path, keep=1).save(1, {"adam": tensors | {"huge": torch.zeros(5 << 20)}}, {})
-    sizes = sorted(file.stat().st_size >> 20 for file in path.glob("adam.*"))
-    assert sizes == [12, 12, 12, 20]
-    found = Checkpoints(tmp_path, keep=1).newest(lambda line: None)
-    assert found is not None
-    assert all(torch.equal(found.groups["adam"][name], x) for name, x in tensors.items())
 
 
 def wait_for_row(log: Path, rows: int) -> None:
@@ -308,10 +255,10 @@ def test_a_time_limit_ends_a_run_in_order(folders):
 def test_too_little_memory_is_said_in_one_line_and_the_run_goes_on(folders, monkeypatch):
     file, step = recipe_file(folders), Trainer.train_step
 
-    def full(trainer, degraded, clean):
-        if trainer.step == 7:
+    def full(trainer, *args):
+        if not isinstance(trainer, Trainer) or trainer.step == 7:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        step(trainer, degraded, clean)
+        step(trainer, *args)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", full)
@@ -320,6 +267,11 @@ def test_too_little_memory_is_said_in_one_line_and_the_run_goes_on(folders, monk
             quiet_trainer(file).run()
     quiet_trainer(file, "accumulate=2").run(resume=True)
     assert logged(folders / "run")[-1] == 10
+    monkeypatch.setattr("serpent_ir.training.trainer.TrainingSet", full)
+    with pytest.raises(
+        SerpentError, match=r"^serpent_b and the images of train do not fit in the memory of cpu; close"
+    ):
+        quiet_trainer(file)
 
 
 def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
@@ -402,11 +354,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_training(folders, monkeyp
     poisoned[:] = [5, 6, 7, 8, 15, 16, 17, 18, 19, 20]
     with pytest.raises(SerpentError, match=r"not finite in 5 steps in a row, by step 20; .*step-00000020; lower lr"):
         trainer.run()
-    skipped = [
-        row["skipped"]
-        for row in map(json.loads, (folders / "run" / "log.jsonl").read_text().splitlines())
-        if "skipped" in row
-    ]
+    skipped = [row["skipped"] for row in rows_of(folders / "run") if "skipped" in row]
     assert sum(skipped) == 9
     found = Checkpoints(folders / "run" / "checkpoints", 3).newest(lambda line: None)
     assert found is not None

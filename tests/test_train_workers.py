@@ -6,10 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from serpent_ir.errors import SerpentError
+from serpent_ir.training import workers
+from serpent_ir.training.workers import Workers
 from training_files import draw_folders, recipe_file
-from training_processes import finish, start
+from training_processes import count_replays, fail_to_capture, finish, start, stop_after_14_steps
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def test_two_processes_reach_the_weights_of_one(folders):
     assert finish(start(recipe_file(folders, "one", **changes))) == 0
     two = recipe_file(folders, "two", accumulate=2, **changes)
     assert [finish(process) for process in start_workers(two, 2, folders)] == [0, 0]
-    one, both = (load_file(folders / name / "weights.safetensors") for name in ("one", "two"))
+    one, both = (weights_of(folders / name) for name in ("one", "two"))
     for name in one:
         # Adam's steps are lr wide whatever the gradient is: one that is nearly zero may turn about by rounding.
         assert (one[name] - both[name]).abs().mean() < 2e-6, name
@@ -51,6 +55,79 @@ def test_two_processes_reach_the_weights_of_one(folders):
     alone = start(two, said=folders / "said", resume=True)
     assert finish(alone) == 0
     assert "step-00000010, made on 2 x cpu: here the same up to rounding" in (folders / "said").read_text()
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights.safetensors")
+
+
+def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):
+    """It goes the way of several: DistributedDataParallel, collectives, words over Gloo."""
+    assert finish(start(recipe_file(folders, "alone"))) == 0
+    (launched,) = start_workers(recipe_file(folders, "launched"), 1, folders, stop_after_minutes=0)
+    assert finish(launched) == 0
+    (launched,) = start_workers(recipe_file(folders, "launched"), 1, folders, resume=True)
+    assert finish(launched) == 0
+    alone, launched = weights_of(folders / "alone"), weights_of(folders / "launched")
+    assert [name for name in alone if not torch.equal(alone[name], launched[name])] == []
+
+
+def test_a_capture_that_fails_in_one_process_leaves_all_without(folders):
+    stages = [{"crop": 16, "batch": 4, "steps": 13}, {"crop": 32, "batch": 4, "steps": 13}]
+    for name, changes in {"plain": (), "failing": (fail_to_capture,)}.items():
+        file = recipe_file(folders, name, stages=stages)
+        (folders / f"{name}_said").mkdir()
+        both = start_workers(file, 2, folders / f"{name}_said", changes=changes)
+        assert [finish(process) for process in both] == [0, 0]
+    plain, failing = weights_of(folders / "plain"), weights_of(folders / "failing")
+    assert [name for name in plain if not torch.equal(plain[name], failing[name])] == []
+    first, second = ((folders / "failing_said" / f"said{i}").read_text() for i in (0, 1))
+    # At the second crop it is tried again.
+    assert second.splitlines() == ["captures at 16", "captures at 32"]
+    assert "the step runs without a CUDA graph, slower: operation not permitted when stream is capturing\n" in first
+
+
+def test_a_gpu_that_waits_for_a_dead_process_is_not_waited_for_for_ever(monkeypatch):
+    class Never:
+        def query(self):
+            return False
+
+    here = Workers("cpu")
+    here.joined = True
+    here._queued.append(Never())  # pyright: ignore
+    here.catch_up(1)
+    monkeypatch.setattr(workers, "PATIENCE", workers.timedelta(0))
+    with pytest.raises(SerpentError, match="process 0 of 1: its GPU has waited for the others for 0 minutes; see what"):
+        here.catch_up()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL needs one")
+def test_a_step_with_nccl_is_captured_and_trains_as_one_without(folders):
+    """One process through NCCL and DistributedDataParallel; its sums are its own, so the bits should be the same."""
+    stages = [{"crop": 16, "batch": 4, "steps": 16}, {"crop": 32, "batch": 4, "steps": 14}]
+    options = {"stages": stages, "val_every": 100, "device": "cuda", "model_options": {}, "lr": 1e-4}
+    said, counted = folders / "said0", {"changes": (count_replays,), "fresh": True}
+    assert finish(start(recipe_file(folders, "alone", **options), fresh=True), seconds=400) == 0
+    (joined,) = start_workers(recipe_file(folders, "joined", **options), 1, folders, **counted)
+    assert finish(joined, seconds=200) == 0
+    # 11 steps at each crop run as they are.
+    assert f"{16 - 11 + 14 - 11} steps replayed" in said.read_text()
+    assert "without a CUDA graph" not in said.read_text()
+    said.unlink()
+    file = recipe_file(folders, "stopped", **options)
+    (stopped,) = start_workers(file, 1, folders, changes=(count_replays, stop_after_14_steps), fresh=True)
+    assert finish(stopped, seconds=200) == 0
+    assert "the time is over at step 14 of 30" in said.read_text()
+    assert f"{14 - 11} steps replayed" in said.read_text()
+    (resumed,) = start_workers(file, 1, folders, **counted, resume=True)
+    assert finish(resumed, seconds=200) == 0
+    assert said.read_text().count(f"{14 - 11} steps replayed") == 2
+    alone = torch.cat([x.flatten() for x in weights_of(folders / "alone").values()])
+    for name in ("joined", "stopped"):
+        difference = torch.cat([x.flatten() for x in weights_of(folders / name).values()]) - alone
+        print(f"{name}: {int((difference != 0).sum())} of {len(alone)} weights differ, by {difference.abs().max():.3g}")
+        assert difference.norm() < 1e-5 * alone.norm(), name
 
 
 @pytest.mark.parametrize("killed", [0, 1])

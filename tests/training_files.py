@@ -1,10 +1,15 @@
-"""A few drawn images, and recipes that train tiny networks on them."""
+"""A few drawn images, recipes that train tiny networks on them, and what such a run leaves."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from PIL import Image
+
+from serpent_ir.recipe import load_recipe
+from serpent_ir.train import Trainer
 
 TINY = {"dim": 8, "blocks": [1, 1]}
 
@@ -48,3 +53,18 @@ def recipe_file(root: Path, out: str = "run", **changes) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**recipe, **changes}))
     return file
+
+
+def quiet_trainer(file: Path, *overrides: str, **options: Any) -> Trainer:
+    """The trainer of a recipe, which says nothing."""
+    return Trainer(load_recipe(file, overrides), say=lambda line: None, **options)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def logged(run: Path) -> list[int]:
+    """The steps of a log's rows."""
+    return [row["step"] for row in rows_of(run)]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 
 from serpent_ir.errors import SerpentError
-from serpent_ir.train import train
-from serpent_ir.training import checkpoints
-from serpent_ir.training.stopping import StoppedError
+from serpent_ir.train import GraphedStep, Trainer, train
+from serpent_ir.training import checkpoints, step
+from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -32,10 +33,17 @@ def start(
     said: Path | None = None,
     die: tuple[str, int] | None = None,
     environment: dict[str, str] | None = None,
+    changes: tuple[Callable[[], None], ...] = (),
+    fresh: bool = False,
     **options: Any,
 ) -> BaseProcess:
-    """Begin to train; `die` names a moment and how often it passes before. What is said goes to the file `said`."""
-    process = _context.Process(target=_run, args=(recipe, overrides, said, die, environment or {}, options))
+    """Begin to train; `die` names a moment and how often it passes before. What is said goes to the file `said`.
+
+    `changes` are functions of this module that are called in the process before. A `fresh` process is forked from none,
+    since CUDA does not outlive that.
+    """
+    context = multiprocessing.get_context("spawn") if fresh else _context
+    process = context.Process(target=_run, args=(recipe, overrides, said, die, environment or {}, changes, options))
     process.start()
     return process
 
@@ -52,13 +60,15 @@ def finish(process: BaseProcess, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def _run(recipe, overrides, said, die, environment, options) -> None:
+def _run(recipe, overrides, said, die, environment, changes, options) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     if said:
         sys.stderr = said.open("a", buffering=1)
     if die:
         _die_at(*die)
+    for change in changes:
+        change()
     try:
         train(recipe, overrides, **options)
     except StoppedError as stopped:
@@ -92,3 +102,59 @@ def _die_at(moment: str, passes: int) -> None:
         shutil.rmtree = dying(shutil.rmtree)
     else:
         setattr(Path, moment, dying(getattr(Path, moment)))
+
+
+def count_replays() -> None:
+    """Say at the end how many steps were replayed from a graph."""
+    call, leave, count = GraphedStep.__call__, Trainer.leave, [0]
+
+    def counted(graphed, *tensors):
+        result = call(graphed, *tensors)
+        count[0] += graphed.graph is not None
+        return result
+
+    def said(trainer):
+        print(f"{count[0]} steps replayed", file=sys.stderr)
+        leave(trainer)
+
+    GraphedStep.__call__, Trainer.leave = counted, said
+
+
+def stop_after_14_steps() -> None:
+    """As if the time were over."""
+    asked = [0]
+
+    def ask(stop):
+        asked[0] += 1
+        return OUT_OF_TIME if asked[0] > 14 else 0
+
+    Stop.asked = ask
+
+
+def fail_to_capture() -> None:
+    """On a CPU: go about steps as on a GPU, where captures fail in the second process, half-way through backward."""
+    build = Trainer.__init__
+
+    def graphed(trainer, *args, **kwargs):
+        build(trainer, *args, **kwargs)
+        trainer.call = GraphedStep(trainer.update, trainer.workers)
+
+    def capture(graphed, tensors):
+        print(f"captures at {tensors[0].shape[-1]}", file=sys.stderr)
+        if graphed.workers.first:
+            return  # nothing runs while a step is captured
+
+        def fail(gradient):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        update = graphed.step
+        parameter = update.parameters[len(update.parameters) // 2]
+        hook = parameter.register_hook(fail)
+        try:
+            update.network(tensors[0]).sum().backward()
+        finally:
+            hook.remove()
+
+    Trainer.__init__ = graphed
+    GraphedStep._capture = capture
+    torch.cuda.synchronize = step._end_capture = lambda: None

@@ -45,6 +45,7 @@ class Recipe:
     seed: int = 0
     device: str = "auto"
     loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    light_jpeg: float = 0.0  # of the task photo: share of training images that get nothing but a JPEG of high quality
     frequency: float = 0.0  # weight of an L1 loss on the two-dimensional real FFT, beside `loss`
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     accumulate: int = 1  # parts that a process cuts its share of a batch into
@@ -55,6 +56,15 @@ class Recipe:
     def steps_of(self, stage: Stage, n_images: int) -> int:
         """Steps of a stage on a training set of so many images; at least one."""
         return stage.steps or max(1, round(stage.epochs * n_images / stage.batch))
+
+    def differs_from(self, saved: dict[str, Any]) -> list[str]:
+        """The keys in which it differs from a recipe as `dataclasses.asdict` gave it.
+
+        A key that was not there yet when that was written had its default.
+        """
+        then, now = _with_defaults(Recipe, saved), dataclasses.asdict(self)
+        then["stages"] = [_with_defaults(Stage, stage) for stage in saved["stages"]]
+        return [key for key in now if then.get(key) != now[key]]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,6 +165,10 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         refuse("frequency", "0 or more, and finite")
     if not 0 <= recipe.ema < 1:
         refuse("ema", "in [0, 1)")
+    if not 0 <= recipe.light_jpeg <= 1:
+        refuse("light_jpeg", "in [0, 1]")
+    if recipe.light_jpeg and recipe.task != "photo":
+        refuse("light_jpeg", f"0 for the task {recipe.task}; it is of photo")
     for key in ("train", "stages"):
         if not getattr(recipe, key):
             raise UsageError(f"{source(key)}: {key} is empty; give at least one")
@@ -230,6 +244,14 @@ def _refuse_unknown(raw: dict[Any, Any], kind: type, where: str) -> None:
     unknown = [_plain(name) for name in raw if name not in valid]
     if unknown:
         raise UsageError(f"{where}: unknown key {', '.join(unknown)}; valid: {', '.join(valid)}")
+
+
+def _with_defaults(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass's fields, with the defaults of those that are missing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    factories = {field.name: field.default_factory for field in dataclasses.fields(kind)}
+    made = {name: make() for name, make in factories.items() if make is not dataclasses.MISSING}
+    return {**defaults, **made, **values}
 
 
 def _short(raw: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serpent_ir.recipe import load_recipe
-from serpent_ir.training.options import check_model_options
+from serpent_ir.training.networks import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
 from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer
@@ -60,4 +60,7 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
     check_model_options(recipe, config)
     workers = Workers(recipe.device)
     with workers.together(), own_stream(workers.device):
-        return make_plan(Trainer(recipe, workers=workers), images)
+        trainer = Trainer(recipe, workers=workers)
+        made = make_plan(trainer, images)
+        trainer.leave()
+        return made

@@ -6,7 +6,8 @@ what passes through JPEG: y leaves [0, 1] where the noise takes it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ JPEG_QUALITIES = (10, 95)
 """Least and highest quality of `jpeg`, on libjpeg's scale."""
 PHOTO_BLURS, PHOTO_NOISES, PHOTO_QUALITIES = (0.0, 3.0), (0.0, 0.06), (30, 100)
 """Ranges of what `photo` chains: blur in pixels, noise on the [0, 1] scale, JPEG quality."""
+PHOTO_LIGHT_QUALITIES = (75, 100)
+"""Of the JPEGs that `photo` may be made to draw more often, alone (see `with_light_jpeg`)."""
 PHOTO_ABSENCE = 0.3
 """Chance that a link of that chain is left out; 1 photo in 37 is left as it is."""
 
@@ -155,14 +158,18 @@ def _inpaint(clean: Tensor, generator: Generator) -> Tensor:
     return erase(clean, draw_holes(batch, height, width, generator=generator, device=clean.device))
 
 
-def _photo(clean: Tensor, generator: Generator) -> Tensor:
+def _photo(clean: Tensor, generator: Generator, light: float = 0.0) -> Tensor:
     """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
     batch = len(clean)
     blur, noise, compressed = (uniform(batch, 0, 1, generator) >= PHOTO_ABSENCE for _ in range(3))
-    y = blur_each(clean, uniform(batch, *PHOTO_BLURS, generator) * blur)
-    y = add_noise(y, uniform(batch, *PHOTO_NOISES, generator) * noise, generator)
-    decoded = through_jpeg(y, whole_numbers(batch, *PHOTO_QUALITIES, generator))
-    return torch.where(compressed.to(y.device)[:, None, None, None], decoded, y)
+    alone = uniform(batch, 0, 1, generator) < light if light else torch.zeros_like(blur)
+    y = blur_each(clean, uniform(batch, *PHOTO_BLURS, generator) * (blur & ~alone))
+    y = add_noise(y, uniform(batch, *PHOTO_NOISES, generator) * (noise & ~alone), generator)
+    quality = whole_numbers(batch, *PHOTO_QUALITIES, generator)
+    if light:
+        quality = torch.where(alone, whole_numbers(batch, *PHOTO_LIGHT_QUALITIES, generator), quality)
+    decoded = through_jpeg(y, quality)
+    return torch.where((compressed | alone).to(y.device)[:, None, None, None], decoded, y)
 
 
 def bicubic_downsample(x: Tensor) -> Tensor:
@@ -201,6 +208,14 @@ def create_degradation(name: str) -> Degradation:
         return DEGRADATIONS[name]
     except KeyError:
         raise UsageError(f"unknown degradation {name!r}; the known ones are {', '.join(DEGRADATIONS)}") from None
+
+
+def with_light_jpeg(share: float) -> Degradation:
+    """`photo` for training, where this share of images gets nothing but JPEG of high quality, and the rest the chain.
+
+    By itself the chain leaves 2 images in a hundred so: too few to learn that a light JPEG is all there is to undo.
+    """
+    return replace(DEGRADATIONS["photo"], damage=partial(_photo, light=share))
 
 
 def evaluation_generator(seed: int, index: int) -> torch.Generator:

@@ -2,12 +2,14 @@
 
 schedule      what step number n is: its stage, samples and learning rate
 losses        the distance of restored from clean
-step          forward, backward and Adam, captured in a CUDA graph where one process has a GPU
+networks      the network of a recipe and the weights it starts from
+step          forward, backward and Adam, captured in a CUDA graph on a GPU
 recompute     blocks that keep their input alone
 workers       the processes that train together
 checkpoints   folders of hashed files, whole or not there
 validation    PSNR, SSIM and pictures
 report        log, progress and pictures of a run
+room          what is said where memory is short
 stopping      signals and time limits
 trainer       the loop
 plan          what a run would take, measured without training

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from serpent_ir.data import Prefetcher
-from serpent_ir.passes import device_name
+from serpent_ir.passes import device_name, is_out_of_memory
 from serpent_ir.recipe import Stage
+from serpent_ir.training.room import remedies
 from serpent_ir.training.step import GraphedStep
-from serpent_ir.training.trainer import Trainer
+from serpent_ir.training.trainer import QUEUED, Trainer
 from serpent_ir.training.validation import validate
 
-WARMUP = GraphedStep.WARMUP + 3
-"""Steps on a GPU before the clock starts: kernels are compiled and the graph is captured."""
 TIMED = 20
 """Steps on a GPU that are timed together, the data of one being made while another runs."""
 
@@ -65,13 +64,15 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
         error = ""
         try:
             seconds, memory = measure_stage(trainer, stage)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
             trainer.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            trainer.update.begin_anew()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             seconds, memory = float("nan"), 0
-            error = f"does not fit: raise accumulate, which is {recipe.accumulate}" + (
-                "" if recipe.recompute else ", or set recompute=true"
-            )
+            error = f"does not fit: {remedies(recipe, trainer.workers)}"
         stages.append(StagePlan(stage.crop, stage.batch, length, length * stage.batch, seconds, memory, error))
     total = sum(lengths)
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
@@ -94,7 +95,9 @@ def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
     samples = trainer.workers.share(range(stage.batch))
     batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"
-    warmup, timed = (WARMUP, TIMED) if cuda else (1, 1)
+    # On a GPU kernels are compiled and the graph is captured before the clock starts.
+    captured = trainer.call.warmup if isinstance(trainer.call, GraphedStep) else 3
+    warmup, timed = (captured + 3, TIMED) if cuda else (1, 1)
     start = 0.0
     for number in range(warmup + timed):
         if cuda and number == 1:  # the first step frees the graph of the stage before
@@ -104,6 +107,7 @@ def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
+        trainer.workers.catch_up(QUEUED)
         trainer.train_step(*next(batches))
     if cuda:
         torch.cuda.synchronize()

@@ -36,20 +36,25 @@ class Report:
         say: where lines go.
         first: whether this process is the one that reports; the others are silent.
         tensorboard: write event files, too.
+        since: events of this step and later ones are those of a run that was interrupted: they are not to be shown.
     """
 
-    def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False):
+    def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False, since: int = 0):
         self.out, self.log, self.first, self._say = out, out / "log.jsonl", first, say
         tensorboard = tensorboard and first
-        self._writer = _event_writer(out / "tensorboard") if tensorboard else None
+        self._writer = _event_writer(out / "tensorboard", since) if tensorboard else None
         self._bar: Any = None
 
-    def cut(self, step: int) -> None:
-        """Leave out what was logged after a step, and a last row that was never finished."""
+    def cut(self, step: int, *, validated: bool = True) -> None:
+        """Leave out what was logged after a step, and a last row that was never finished.
+
+        Unless it was `validated`, the step's own validation as well, which comes again.
+        """
         if not self.first:
             return
-        rows = read_rows(self.log)
-        replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step).encode())
+        rows = [row for row in read_rows(self.log) if row["step"] <= step]
+        rows = [row for row in rows if validated or row["step"] < step or "psnr" not in row]
+        replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def showing(self, total: int, bar: bool) -> AbstractContextManager[object]:
         """While training: a bar, where `bar` and the error output is a terminal."""
@@ -135,6 +140,12 @@ class Report:
             self._writer.close()
 
 
+def duration(seconds: float) -> str:
+    """In minutes or hours."""
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 def read_rows(log: Path) -> list[dict[str, Any]]:
     """The rows of a log, without one that a kill cut short."""
     rows = []
@@ -146,12 +157,12 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer(folder: Path, since: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise UsageError("--tensorboard needs TensorBoard: pip install 'serpent-ir[tensorboard]'") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=since)
 
 
 def _middle(image: Tensor) -> Tensor:

@@ -69,13 +69,13 @@ class Step:
         dtype: torch.dtype,
         parts: int,
     ):
-        self.network, self.optimizer, self.loss, self.workers = network, optimizer, loss, workers
+        self.bare, self.network = network, workers.wrap(network)
+        self.optimizer, self.loss, self.workers = optimizer, loss, workers
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.clip, self.dtype, self.parts = clip, dtype, parts
         self.tally = Tally(workers.device)
-        self.good = torch.ones(
-            (), device=workers.device
-        )  # 0 where the last step was skipped; a graph writes to it, too
+        # 0 where the last step was skipped; a graph writes to it, too.
+        self.good = torch.ones((), device=workers.device)
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,56 +101,98 @@ class Step:
         self.tally.add(loss, bad)
         self.good.copy_(1 - bad)
 
+    def begin_anew(self) -> None:
+        """Forget a backward pass that was broken off, of which DistributedDataParallel still awaits gradients."""
+        self.network = self.bare
+        gc.collect()  # its hooks go with it
+        self.network = self.workers.wrap(self.bare)
+
 
 class GraphedStep(Generic[Result]):
     """Calls `step(*tensors)` from a CUDA graph, captured anew whenever the shapes change.
 
     The first calls at a shape run as they are: they make the kernels and the optimiser's state that the graph goes on
     with. All calls must come on one stream that is not the default one. `step` may return a tensor; the caller gets a
-    copy. A step that cannot be captured is called as it is, with a warning.
+    copy. A step that cannot be captured is called as it is, with a warning; at other shapes it is tried again.
+
+    With `workers` that are joined the collectives of a step are part of its graph, so all processes replay it or none:
+    where the capture failed in one of them, all go on without.
     """
 
     WARMUP = 3
+    JOINED_WARMUP = 11  # as PyTorch's documentation asks for: DistributedDataParallel times its first ten steps
 
-    def __init__(self, step: Callable[..., Result]):
+    def __init__(self, step: Callable[..., Result], workers: Workers | None = None):
         self.step = step
+        self.workers = workers if workers is not None and workers.joined else None
+        self.warmup = self.JOINED_WARMUP if self.workers else self.WARMUP
         self.shapes: list[torch.Size] = []
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.output: Any = None
-        self.plain = False  # it was found that the step cannot be captured
+        self.plain = False  # it was found that the step cannot be captured at these shapes
 
     def __call__(self, *tensors: Tensor) -> Result:
         shapes = [x.shape for x in tensors]
         if shapes != self.shapes:
-            torch.cuda.synchronize()  # before the memory of the old graph goes
-            self.shapes, self.calls, self.graph, self.inputs, self.output = shapes, 0, None, [], None
+            self._synchronize()  # before the memory of the old graph goes
+            self.release()
+            self.shapes, self.calls, self.plain = shapes, 0, False
         self.calls += 1
-        if self.calls <= self.WARMUP or self.plain:
-            return self.step(*tensors)
+        if self.calls > self.warmup and self.graph is None and not self.plain:
+            self._try_capture(tensors)
         if self.graph is None:
-            try:
-                self._capture(tensors)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"serpent_ir: the step runs without a CUDA graph, slower: {reason}", stacklevel=2)
-                self.plain, self.graph, self.inputs, self.output = True, None, [], None
-                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-                    torch.zeros(1, device="cuda")  # puts right what the failed capture left
-                return self.step(*tensors)
-        assert self.graph is not None
+            return self.step(*tensors)
         for kept, x in zip(self.inputs, tensors, strict=True):
             kept.copy_(x)
         self.graph.replay()
         result: Any = None if self.output is None else self.output.clone()
         return result
 
+    def release(self) -> None:
+        """Let go of the graph."""
+        self.graph, self.inputs, self.output = None, [], None
+
+    def _synchronize(self) -> None:
+        if self.workers:
+            self.workers.catch_up()
+        torch.cuda.synchronize()
+
+    def _try_capture(self, tensors: tuple[Tensor, ...]) -> None:
+        """Make the graph, or find that there can be none."""
+        problem = ""
+        self._synchronize()
+        try:
+            self._capture(tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problems = self.workers.gather(problem) if self.workers else [problem]
+        if not any(problems):
+            return
+        self.release()
+        self.plain = True
+        if problem:
+            _end_capture()
+        if isinstance(self.step, Step):
+            self.step.begin_anew()
+        if self.workers is None or self.workers.first:
+            reason = next(filter(None, problems))
+            warnings.warn(f"serpent_ir: the step runs without a CUDA graph, slower: {reason}", stacklevel=3)
+
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         self.inputs = [x.clone() for x in tensors]
         self.graph = torch.cuda.CUDAGraph()
         gc.collect()  # a forgotten autograd graph would still hold nodes of its own
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+        # NCCL's watchdog is a thread that asks for events now and then.
+        mode = "thread_local" if self.workers else "global"
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode=mode):
             self.output = self.step(*self.inputs)
+
+
+def _end_capture() -> None:
+    """Put right what a failed capture left on the stream."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+        torch.zeros(1, device="cuda")

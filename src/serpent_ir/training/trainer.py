@@ -6,23 +6,24 @@ import hashlib
 import json
 import math
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from serpent_ir.data import Prefetcher, TrainingSet, list_images
-from serpent_ir.degradations import create_degradation
+from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import read_clean
-from serpent_ir.models import WEIGHTS_DIR, create_model, list_models, load_weights
-from serpent_ir.passes import is_out_of_memory, pick_precision
+from serpent_ir.passes import pick_precision
 from serpent_ir.recipe import Recipe
-from serpent_ir.training import report, stopping
+from serpent_ir.training import report, room, stopping
 from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
 from serpent_ir.training.losses import create_loss
+from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.report import Report
 from serpent_ir.training.schedule import Schedule
@@ -31,6 +32,7 @@ from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError
 from serpent_ir.training.validation import validate
 from serpent_ir.training.workers import Workers
 
+QUEUED = 2  # steps that a GPU may be behind when the host asks for the next batch, which waits for no more
 LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
 CUDA_GRAPHS = True  # a step of many small kernels is otherwise bound by the host that launches them
 MOST_SKIPPED = 5  # steps in a row whose loss is not finite, after which training stops
@@ -57,12 +59,10 @@ class Trainer:
         workers: Workers | None = None,
         tensorboard: bool = False,
     ):
-        if recipe.model not in list_models():
-            raise UsageError(f"unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
         self.recipe = recipe
         self.workers = workers or Workers(recipe.device)
         self.device = self.workers.device
-        self.say = say if self.workers.first else _nothing
+        self.say = say if self.workers.first else lambda line: None
         self.with_bar, self.tensorboard = self.workers.first and say is report.say, tensorboard
         parts = self.workers.world * recipe.accumulate
         for number, stage in enumerate(recipe.stages):
@@ -76,9 +76,16 @@ class Trainer:
         self.val_files = list_images(recipe.val)
         of = {"val": recipe.val, "val_images": len(self.val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
+        # Where there are checkpoints their weights count: those to start from may be gone.
+        begun = self.workers.from_first(bool(self.checkpoints.paths()))
+        network = starting_network(recipe, fresh=begun)
         for file in self.val_files[self.workers.rank :: self.workers.world]:
             read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
-        self.data = TrainingSet(recipe.train, self.degradation, self.device)
+        with room.room_for(lambda: room.loading(recipe, self.workers)):
+            train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
+            self.data = TrainingSet(recipe.train, train, self.device)
+            self.network = network.to(self.device).train()
+            self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         for stage in recipe.stages:
             self.data.check_crop(stage.crop)
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
@@ -86,16 +93,11 @@ class Trainer:
         self.score: dict[str, float] = {}  # of the last validation
         self.saved: tuple[int, Path] | None = None  # step and checkpoint last written or gone on from
         self.validated = -1  # step of the last validation
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            network = _starting_network(recipe)
-        self.network = network.to(self.device).train()
-        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         if recipe.recompute:
             recompute_blocks(self.network)
         self.optimizer = self._create_optimizer()
         self.update = Step(
-            self.workers.wrap(self.network),
+            self.network,
             self.optimizer,
             create_loss(recipe.loss, recipe.frequency),
             self.workers,
@@ -103,8 +105,8 @@ class Trainer:
             dtype=pick_precision(recipe.precision, self.device),
             parts=recipe.accumulate,
         )
-        graphs = CUDA_GRAPHS and self.device.type == "cuda" and self.workers.world == 1
-        self.call = GraphedStep(self.update) if graphs else self.update
+        graphs = CUDA_GRAPHS and self.device.type == "cuda"
+        self.call = GraphedStep(self.update, self.workers) if graphs else self.update
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         on_gpu = self.device.type == "cuda"
@@ -132,38 +134,36 @@ class Trainer:
                 f"{self.workers.told()}; {len(self.data)} training and {len(self.val_files)} validation images"
             )
             try:
-                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
-                    self._loop_in_memory(stop)
+                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar), self._room():
+                    self._loop(stop)
                 if self.step == self.schedule.steps and self.workers.first:
                     self._finish()
-                self.workers.leave()
+                self.leave()
+            except StoppedError:
+                self.leave()
+                raise
             finally:
                 self.report.close()
         return self.out / "weights.safetensors"
 
-    def _loop_in_memory(self, stop: Stop) -> None:
-        """The loop; says in one line what did not fit."""
-        try:
-            self._loop(stop)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            number, stage, _ = self.schedule.place(min(self.step, self.schedule.steps - 1))
-            recipe, parts = self.recipe, 2 * self.recipe.accumulate
-            remedies = (
-                [] if any(s.batch % (self.workers.world * parts) for s in recipe.stages) else [f"accumulate={parts}"]
-            )
-            remedies += [] if recipe.recompute else ["recompute=true"]
-            raise SerpentError(
-                f"stages.{number}: crop {stage.crop} with batch {stage.batch} does not fit in the memory of "
-                f"{self.workers.told()}; go on with --resume and " + (" or ".join(remedies) or "more processes")
-            ) from None
+    def leave(self) -> None:
+        """Part with the other processes; no step comes after."""
+        if isinstance(self.call, GraphedStep):
+            self.call.release()
+        self.workers.leave()
+
+    def _room(self) -> AbstractContextManager[None]:
+        last = self.schedule.steps - 1
+        return room.room_for(
+            lambda: room.training(self.recipe, self.workers, self.schedule.place(min(self.step, last))[0])
+        )
 
     def _loop(self, stop: Stop) -> None:
         batches = self.batches()
         since, first_step = time.perf_counter(), self.step
         waited = batches.waited
         while self.step < self.schedule.steps:
+            self.workers.catch_up(QUEUED)
             asked = self.workers.most(stop.asked())
             ends, due = asked > SAVE, False
             if not ends:
@@ -171,6 +171,8 @@ class Trainer:
                 self.step += 1
                 self.report.at(self.step)
                 due = self.schedule.validates(self.step)
+            if ends or asked or due or self.step % LOG_EVERY == 0:
+                self.workers.catch_up()
             if self.step > first_step and (ends or due or self.step % LOG_EVERY == 0):
                 spent = time.perf_counter() - since
                 self.seconds += spent
@@ -217,6 +219,7 @@ class Trainer:
         change = torch._foreach_sub(network, average)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(average, change)  # pyright: ignore[reportPrivateImportUsage]
+        self.workers.queued()
 
     def save(self) -> Path | None:
         """Write a checkpoint, unless this step has one, and the averaged weights; the first process does."""
@@ -277,13 +280,16 @@ class Trainer:
             self._go_on(found)
         elif resume:
             self.say(f"{self.out}: holds no checkpoint to go on from; starting anew")
-        self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard)
+        # A kill came before its validation was complete.
+        again = found is not None and self.validated != self.step and self.schedule.validates(self.step)
+        since = 0 if found is None else self.step + 1
+        self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
         if first:
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())
-        self.report.cut(self.step)
-        if found is not None and self.validated != self.step and self.schedule.validates(self.step):
-            self._validate(found.path)  # which a kill prevented
+        self.report.cut(self.step, validated=not again)
+        if again and found is not None:
+            self._validate(found.path)
 
     def _check_folder(self, resume: bool) -> None:
         """Refuse to write over a run."""
@@ -294,8 +300,7 @@ class Trainer:
             raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
 
     def _go_on(self, found: Checkpoint) -> None:
-        then, now = found.facts["recipe"], dataclasses.asdict(self.recipe)
-        differ = [key for key in now if then.get(key) != now[key]]
+        differ = self.recipe.differs_from(found.facts["recipe"])
         if others := [key for key in differ if key not in FREE_TO_CHANGE]:
             raise SerpentError(f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=")
         if found.facts["images"] != self._images():
@@ -353,7 +358,7 @@ class Trainer:
             "skipped": skipped,
             "seconds": round(self.seconds, 1),
         }
-        left = f"{_duration(self.schedule.seconds_left(self.step, seconds))} left"
+        left = f"{report.duration(self.schedule.seconds_left(self.step, seconds))} left"
         texts = [f"{rate:.4g} images/s", f"loss {loss:.4g}"]
         texts += [f"PSNR {self.score['psnr']:.2f}"] if self.score else []
         texts += [f"{skipped} skipped"] if skipped else []
@@ -365,38 +370,16 @@ class Trainer:
     def _validate(self, path: Path | None) -> None:
         means, pictures = validate(self.average, self.val_files, self.degradation, self.workers, self.recipe.precision)
         self.score, self.validated = means, self.step
-        if self.workers.first and path is not None and math.isfinite(means["psnr"]):
-            self.checkpoints.score(path, means)
         line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
         told = line.format(self.step, self.schedule.steps, **means)
         self.report.row(self.step, told, {**means, "seconds": round(self.seconds, 1)})
         self.report.pictures(self.step, pictures)
+        # Last, since a validation without a score is made again after a kill.
+        if self.workers.first and path is not None and math.isfinite(means["psnr"]):
+            self.checkpoints.score(path, means)
 
     def _finish(self) -> None:
         self._write_weights()  # once more: a kill may have come between them and the last checkpoint
         self.report.plot()
         best = self.checkpoints.best()
         self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}; the best checkpoint is {best}")
-
-
-def _nothing(line: str) -> None:
-    pass
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _starting_network(recipe: Recipe) -> nn.Module:
-    """A fresh network, or with the weights that the recipe starts from."""
-    options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
-    network = create_model(recipe.model, **options)
-    if recipe.start:
-        shipped = recipe.start in list_models(pretrained=True)
-        state, _ = load_weights(WEIGHTS_DIR / f"{recipe.start}.safetensors" if shipped else recipe.start)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError:
-            raise UsageError(f"start: {recipe.start} holds no weights of {recipe.model}") from None
-    return network

@@ -1,10 +1,13 @@
 """The processes that train together: this one alone, or those that `torchrun` or `accelerate launch` started.
 
-Several are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on CPUs. One needs neither.
+Those are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on CPUs. One alone needs neither.
 """
 
+import atexit
 import os
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import pick_device
+from serpent_ir.training.stopping import StoppedError
 
 T = TypeVar("T")
 
@@ -23,24 +27,35 @@ PATIENCE = timedelta(minutes=15)
 
 
 class Workers:
-    """This process among those of a run; `rank` 0 writes the files and speaks."""
+    """This process among those of a run; `rank` 0 writes the files and speaks.
+
+    `joined` says whether a launcher started it, which may start one process, too: then gradients go through
+    DistributedDataParallel, whatever their number.
+    """
 
     def __init__(self, device: str = "auto"):
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = 0
-        if self.world == 1:
-            self.device = pick_device(device)
+        self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
+        shared = device in ("auto", "cuda", "cpu")
+        if self.world > 1 and not shared:
+            raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
+        self.device = pick_device(device)  # raises where there is none
+        launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+        launched = launched and shared and self.device.type in ("cuda", "cpu")
+        self.joined = self.world > 1 or launched
+        if not self.joined:
             return
         try:
             from accelerate import Accelerator
             from accelerate.utils import InitProcessGroupKwargs
         except ModuleNotFoundError:
             raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
-        if device not in ("auto", "cuda", "cpu"):
-            raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
-        pick_device(device)  # raises where there is none
+        if self.device.type == "cuda":
+            _let_nccl_be_captured()
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
         self._accelerator = Accelerator(
-            cpu=device == "cpu",
+            cpu=self.device.type == "cpu",
             mixed_precision="no",  # whatever the launcher says: precision is the recipe's
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
@@ -67,26 +82,59 @@ class Workers:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network whose gradients are averaged over all processes, and whose weights are those of the first."""
-        if self.world == 1:
+        if not self.joined:
             return network
         # Said of the weights of depthwise convolutions, whose one input channel may have any stride.
         warnings.filterwarnings("ignore", "Grad strides do not match", category=UserWarning)
-        return self._accelerator.prepare_model(network)
+        # By hand, since Accelerate leaves it out for one process.
+        wrapped = nn.parallel.DistributedDataParallel(
+            network, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
+        # It times its first ten steps, and then one in so many, by reading events, which cannot be captured.
+        wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)
+        return wrapped
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay here."""
-        return nullcontext() if self.world == 1 else self._accelerator.no_sync(network)
+        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all processes, the same bits in each."""
-        if self.world == 1:
+        if not self.joined:
             return x
-        total: Any = self._accelerator.reduce(x, "mean")
-        return total
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total / self.world
+
+    def queued(self) -> None:
+        """Note that a step of all processes was queued on the GPU."""
+        if self.joined and self.device.type == "cuda":
+            self._queued.append(torch.cuda.Event())
+            self._queued[-1].record()
+
+    def catch_up(self, ahead: int = 0) -> None:
+        """Wait until the GPU has done all but so many of the steps that were queued; call it before other waiting.
+
+        Where another process is gone a GPU waits for it for ever, and so would a host that waited in CUDA. Raises
+        SerpentError after `PATIENCE`.
+        """
+        if not self.joined:
+            return
+        until = time.monotonic() + PATIENCE.total_seconds()
+        while len(self._queued) > ahead:
+            if self._queued[0].query():
+                self._queued.popleft()
+            elif time.monotonic() > until:
+                raise SerpentError(
+                    f"process {self.rank} of {self.world}: its GPU has waited for the others for "
+                    f"{PATIENCE.total_seconds() / 60:g} minutes; see what they said, then go on with --resume"
+                )
+            else:
+                time.sleep(0.0005)
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
-        if self.world == 1:
+        if not self.joined:
             return number
         tensor = torch.tensor(number)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._words)
@@ -94,7 +142,7 @@ class Workers:
 
     def from_first(self, what: T) -> T:
         """What the first process has."""
-        if self.world == 1:
+        if not self.joined:
             return what
         box = [what]
         torch.distributed.broadcast_object_list(box, src=0, group=self._words)
@@ -102,7 +150,7 @@ class Workers:
 
     def gather(self, what: T) -> list[T]:
         """What each process has."""
-        if self.world == 1:
+        if not self.joined:
             return [what]
         boxes: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(boxes, what, group=self._words)
@@ -113,8 +161,11 @@ class Workers:
         """Say in one line that another process is gone, where that is what an error means."""
         try:
             yield
-        except RuntimeError as error:
-            if self.world == 1 or not _lost(error):
+        except BaseException as error:
+            if self.joined and self.device.type == "cuda" and not isinstance(error, (StoppedError, UsageError)):
+                # Nor does NCCL let go at the end of a process, while the GPU waits for another one or a graph is left.
+                atexit.register(os._exit, 130 if isinstance(error, KeyboardInterrupt) else 1)
+            if not self.joined or not isinstance(error, RuntimeError) or not _lost(error):
                 raise
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise SerpentError(
@@ -123,9 +174,19 @@ class Workers:
             ) from None
 
     def leave(self) -> None:
-        """End what connects the processes."""
-        if self.world > 1:
+        """End what connects the processes. NCCL waits here for graphs that it is part of: let go of them first."""
+        if self.joined:
             self._accelerator.end_training()
+
+
+def _let_nccl_be_captured() -> None:
+    """Set up NCCL for steps in a CUDA graph; before it is initialised (PyTorch, "CUDA semantics", DDP in graphs)."""
+    # Its watchdog does not see collectives of a graph; `Workers.catch_up` does what it is for. torchrun sets 1.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    # Registering a graph's buffers lets the processes talk during the capture, which may fail in one of them.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    # Said once before a capture; it is a tenth of a second.
+    warnings.filterwarnings("ignore", "Waiting for pending NCCL work", category=UserWarning)
 
 
 def _lost(error: RuntimeError) -> bool:

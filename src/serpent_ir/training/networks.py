@@ -1,11 +1,42 @@
-"""The check of a recipe's `model_options`, which recipes themselves know nothing of."""
+"""The network of a recipe: its options, which recipes know nothing of, and the weights that it starts from."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import UsageError
-from serpent_ir.models import PRESETS
+from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models, load_weights
 from serpent_ir.recipe import Recipe
+
+
+def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
+    """A network with the weights that the recipe starts from, or with fresh ones, drawn by its seed alone.
+
+    Raises UsageError for an unknown network, options that it cannot be built with, and weights of another one.
+    """
+    if recipe.model not in list_models():
+        raise UsageError(f"unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
+    options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        try:
+            network = create_model(recipe.model, **options)
+        except UsageError as error:
+            raise UsageError(f"model_options: {error}") from None
+    for name, needed in {"in_channels": create_degradation(recipe.task).channels, "out_channels": 3}.items():
+        if (given := getattr(network.config, name, needed)) != needed:
+            raise UsageError(f"model_options.{name} is {given}; it must be {needed} for the task {recipe.task}")
+    if recipe.start and not fresh:
+        shipped = recipe.start in list_models(pretrained=True)
+        state, _ = load_weights(WEIGHTS_DIR / f"{recipe.start}.safetensors" if shipped else recipe.start)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            raise UsageError(f"start: {recipe.start} holds no weights of {recipe.model}") from None
+    return network
 
 
 def check_model_options(recipe: Recipe, file: Path) -> None:

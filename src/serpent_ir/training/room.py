@@ -1,0 +1,45 @@
+"""What is said where memory is short: one line with a remedy."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from serpent_ir.errors import SerpentError
+from serpent_ir.passes import is_out_of_memory
+from serpent_ir.recipe import Recipe
+from serpent_ir.training.workers import Workers
+
+
+@contextmanager
+def room_for(told: Callable[[], str]) -> Iterator[None]:
+    """Raise SerpentError with what is `told` where PyTorch runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SerpentError(told()) from None
+
+
+def loading(recipe: Recipe, workers: Workers) -> str:
+    """That images and network do not fit."""
+    return (
+        f"{recipe.model} and the images of train do not fit in the memory of {workers.told()}; close what else uses it,"
+        " choose another device=, or `serpent data pack` the images: packed ones are read from disk as they are used"
+    )
+
+
+def training(recipe: Recipe, workers: Workers, number: int) -> str:
+    """That a step of stage `number` does not fit."""
+    stage = recipe.stages[number]
+    return (
+        f"stages.{number}: crop {stage.crop} with batch {stage.batch} does not fit in the memory of {workers.told()}; "
+        f"go on with --resume and {remedies(recipe, workers)}"
+    )
+
+
+def remedies(recipe: Recipe, workers: Workers) -> str:
+    """Keys of the recipe that make a step smaller and leave its result."""
+    parts = 2 * recipe.accumulate
+    cuts = all(stage.batch % (workers.world * parts) == 0 for stage in recipe.stages)
+    keys = [f"accumulate={parts}"] * cuts + ["recompute=true"] * (not recipe.recompute)
+    return " or ".join(keys) or "more processes"

@@ -1,0 +1,56 @@
+"""What a run shows, where it was interrupted: every row, picture and event once."""
+
+import pytest
+
+from serpent_ir.train import Trainer
+from serpent_ir.training.checkpoints import Checkpoints
+from serpent_ir.training.report import Report
+from training_files import draw_folders, logged, quiet_trainer, recipe_file
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return draw_folders(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["row", "pictures", "score"])
+def test_a_validation_that_a_kill_cut_short_is_made_again(folders, monkeypatch, lost):
+    file, out = recipe_file(folders), folders / "run"
+    owner, name = (Checkpoints, "score") if lost == "score" else (Report, lost)
+    write, left = getattr(owner, name), [3 if lost == "row" else 1]
+
+    def die(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, name, die)
+        quiet_trainer(file).run()
+    assert not (out / "checkpoints" / "step-00000006" / "score.json").exists()
+    quiet_trainer(file).run(resume=True)
+    assert logged(out) == [4, 4, 6, 6, 8, 8, 10, 10]
+    assert (out / "pictures" / "step-00000006.png").exists()
+    assert (out / "checkpoints" / "step-00000006" / "score.json").exists()
+
+
+def test_events_of_an_interrupted_run_are_not_shown_twice(folders, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file, write, left = recipe_file(folders), Trainer._write_weights, [2]
+
+    def die(trainer):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(trainer)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_write_weights", die)
+        quiet_trainer(file, tensorboard=True).run()
+    (folders / "run" / "checkpoints" / "step-00000008").rename(folders / "lost")  # whose row was logged
+    quiet_trainer(file, tensorboard=True).run(resume=True)
+    events = EventAccumulator(str(folders / "run" / "tensorboard")).Reload()
+    for key in ("loss", "psnr"):
+        assert [event.step for event in events.Scalars(key)] == [4, 6, 8, 10]
