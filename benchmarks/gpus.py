@@ -3,7 +3,7 @@
     python benchmarks/gpus.py --data DIR --gpus 2 --out gpus.json
 
 One process alone trains on one GPU, torchrun's on several; a step is what `serpent train` does, with its data. `graph`
-says whether it was replayed from a CUDA graph.
+says whether it was replayed from a CUDA graph: of several it is with --graphs alone (`serpent_ir.training.workers`).
 """
 
 import argparse
@@ -18,13 +18,14 @@ import torch
 from serpent_ir.passes import device_name
 from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.train import GraphedStep, Trainer, own_stream
+from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_stage
-from serpent_ir.training.workers import Workers
 
 
 def measure(args: argparse.Namespace) -> None:
     """What each of the processes does; the first prints a line of JSON."""
-    workers = Workers(args.device)
+    processes.NCCL_GRAPHS = args.graphs
+    workers = processes.Workers(args.device)
     stage = Stage(args.crop, args.batch * workers.world, 1)
     recipe = Recipe(args.model, "deblur", args.data, args.data[0], tempfile.mkdtemp(), [stage])
     with workers.together(), own_stream(workers.device):
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16, help="of each GPU")
     parser.add_argument("--device", default="cuda", help="cpu to try this file out")
+    parser.add_argument("--graphs", action="store_true", help="capture the steps of several, too")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

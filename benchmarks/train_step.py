@@ -18,9 +18,9 @@ import torch
 
 from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.training import trainer as engine
+from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_stage
 from serpent_ir.training.step import own_stream
-from serpent_ir.training.workers import Workers
 from timing import machine, median_ms
 
 SIZES = [(64, 128), (128, 64), (256, 16), (128, 16)]
@@ -48,7 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     rows, kernels = [], {}
     folders = [str(folder) for folder in args.data]
-    workers = Workers("cuda")
+    processes.NCCL_GRAPHS = True
+    workers = processes.Workers("cuda")
     stages = [Stage(crop, batch * workers.world, 1) for crop, batch in SIZES]
     for graph in (False, True):
         engine.CUDA_GRAPHS = graph

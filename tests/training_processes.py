@@ -14,7 +14,7 @@ import torch
 
 from serpent_ir.errors import SerpentError
 from serpent_ir.train import GraphedStep, Trainer, train
-from serpent_ir.training import checkpoints, step
+from serpent_ir.training import checkpoints, step, workers
 from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
 
 _context = multiprocessing.get_context("forkserver")
@@ -105,7 +105,8 @@ def _die_at(moment: str, passes: int) -> None:
 
 
 def count_replays() -> None:
-    """Say at the end how many steps were replayed from a graph."""
+    """Capture steps, of joined processes too, and say at the end how many were replayed from a graph."""
+    workers.NCCL_GRAPHS = True
     call, leave, count = GraphedStep.__call__, Trainer.leave, [0]
 
     def counted(graphed, *tensors):
@@ -113,9 +114,9 @@ def count_replays() -> None:
         count[0] += graphed.graph is not None
         return result
 
-    def said(trainer):
+    def said(self):
         print(f"{count[0]} steps replayed", file=sys.stderr)
-        leave(trainer)
+        leave(self)
 
     GraphedStep.__call__, Trainer.leave = counted, said
 
@@ -135,9 +136,9 @@ def fail_to_capture() -> None:
     """On a CPU: go about steps as on a GPU, where captures fail in the second process, half-way through backward."""
     build = Trainer.__init__
 
-    def graphed(trainer, *args, **kwargs):
-        build(trainer, *args, **kwargs)
-        trainer.call = GraphedStep(trainer.update, trainer.workers)
+    def graphed(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.call = GraphedStep(self.update, self.workers)
 
     def capture(graphed, tensors):
         print(f"captures at {tensors[0].shape[-1]}", file=sys.stderr)

@@ -105,7 +105,7 @@ class Trainer:
             dtype=pick_precision(recipe.precision, self.device),
             parts=recipe.accumulate,
         )
-        graphs = CUDA_GRAPHS and self.device.type == "cuda"
+        graphs = CUDA_GRAPHS and self.device.type == "cuda" and self.workers.captured
         self.call = GraphedStep(self.update, self.workers) if graphs else self.update
 
     def _create_optimizer(self) -> torch.optim.Optimizer:

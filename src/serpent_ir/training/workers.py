@@ -25,6 +25,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=15)
 """How long a process waits for the others, who may still be reading images, before it takes them for dead."""
 
+NCCL_GRAPHS = False
+"""Whether steps of joined processes are captured, too. To be turned on when tests/test_train_workers.py -k nccl, which
+does so itself, has passed on a GPU: the one time that it ran there, the time lent on the GPU ended first."""
+
 
 class Workers:
     """This process among those of a run; `rank` 0 writes the files and speaks.
@@ -44,6 +48,7 @@ class Workers:
         launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
         launched = launched and shared and self.device.type in ("cuda", "cpu")
         self.joined = self.world > 1 or launched
+        self.captured = NCCL_GRAPHS or not self.joined  # whether a step may be a CUDA graph
         if not self.joined:
             return
         try:
@@ -51,7 +56,7 @@ class Workers:
             from accelerate.utils import InitProcessGroupKwargs
         except ModuleNotFoundError:
             raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.captured:
             _let_nccl_be_captured()
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
         self._accelerator = Accelerator(
