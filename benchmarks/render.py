@@ -73,7 +73,9 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:#.3g}".rstrip(".")
+    if x is None:
+        return ""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:#.3g}".rstrip(".")
 
 
 def _told(row: dict[str, Any], key: str) -> str:
@@ -151,9 +153,8 @@ def rivals(profiles: Iterable[list[dict[str, Any]]]) -> list[str]:
             cells = [f"{row['model']} {row['size']}", _number(infer) or "-", _number(public), _ratio(public, infer)]
             cells += [_number(row["infer_gb"]), _number(train) or "-", _number(row["train_gb"])]
             lines.append(f"| {' | '.join(cells)} |")
-        notes = {row["error"] for row in rows if "error" in row}
-        if notes:
-            lines += ["", f"-: {'; '.join(sorted(notes))}."]
+        notes = {row["error"].partition(" (")[0] for row in rows if "error" in row}
+        lines += ["", f"-: {'; '.join(sorted(notes))}."] if notes else []
     return lines
 
 
