@@ -204,6 +204,13 @@ def test_a_report_goes_on_after_an_interruption(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "r" / "profile.json").read_text())
     assert [row["error"] for row in rows] == ["training: out of memory", "training: out of memory (at 32 already)"]
     assert not (tmp_path / "r" / "profile.part.json").exists()
+    # What died is tried again.
+    rows[1]["error"] = "inference: it died (status -11); training: out of memory (at 32 already)"
+    (tmp_path / "r" / "profile.part.json").write_text(json.dumps({"seconds": 1.0, "rows": rows}))
+    (tmp_path / "r" / "profile.json").unlink()
+    assert serpent(*call).exit_code == 0
+    assert asked == [("serpent_b", 64, "infer")]
+    asked.clear()
     # Other settings: all anew.
     (tmp_path / "r" / "profile.part.json").write_text(json.dumps({"seconds": 2.0, "rows": rows}))
     (tmp_path / "r" / "profile.json").unlink()

@@ -109,6 +109,7 @@ def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
     (tmp_path / "empty.json").write_text("[]")
     for call, told in [
         (("profile", "-n", "serpent_x"), "unknown model 'serpent_x'"),
+        (("profile", "-n", "serpent_b.nope"), "unknown degradation 'nope'"),
         (("profile", "--size", "big"), "--size big: sides in pixels"),
         (("profile", "--size", "0"), "sizes and the batch must be at least 1"),
         (("profile", "--json", "--markdown"), "give one of them"),

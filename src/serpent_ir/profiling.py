@@ -1,5 +1,6 @@
 """What a network costs: counted by the paper's convention (1 MAC = 2 FLOPs, norms count too), and measured."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import UsageError
 from serpent_ir.figures import short
 from serpent_ir.measure import OUT_OF_MEMORY, Cell, Worker
@@ -130,6 +132,8 @@ def profile(
     names, sizes = list(dict.fromkeys(names)), sorted(set(sizes))
     for name in names:
         _on_meta(name)  # an unknown one is better refused now
+        if task := name.partition(".")[2]:
+            create_degradation(task)
     kinds = ["infer", "train"] if train else ["infer"]
     rows = []
     done, total = 0, len(names) * len(sizes) * len(kinds)
@@ -191,8 +195,12 @@ def _counted(name: str, size: int, batch: int, device: torch.device, dtype: torc
 
 
 def _same(known: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row of before is what would be measured now: all that is known beforehand agrees."""
-    return all(
+    """Whether a row of before is what would be measured now: all that is known beforehand agrees.
+
+    A cell that died or was stopped is tried again.
+    """
+    errors = re.split(r"(?:^|; )(?:inference|training): ", known.get("error", ""))[1:]
+    return all(error.startswith((OUT_OF_MEMORY, "skipped")) for error in errors) and all(
         known.get(key) == value for key, value in row.items() if not key.startswith(("infer_", "train_", "images"))
     )
 

@@ -119,6 +119,7 @@ def test_what_is_no_state_dict_is_refused_in_one_line(tmp_path):
     refused({**state, "more": torch.zeros(3)}, "not weights of U-Net: more is not a part of it")
     for other, what in ((torch.int8, "int8"), (torch.complex64, "complex64")):
         refused({**state, first: state[first].to(other)}, f"{first} holds {what}, not numbers with a fraction")
+    refused({**state, first: state[first] / 0}, f"w.pth: {first} is not finite: the training failed, or the file")
     refused({**state, first: state[first].to_sparse()}, f"{first} holds sparse_coo")
     refused({**state, first: state[first].to("meta")}, f"{first} holds nothing")
 

@@ -27,7 +27,8 @@ PREFIXES = ("module.", "_orig_mod.", "unet.")
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has.
 
-    Raises SerpentError: no such file, not readable, damaged, or one that would run code when loaded.
+    Raises SerpentError: no such file, not readable, damaged, values that are not finite, or one that would run code
+    when loaded.
     """
     path = Path(path)
     try:
@@ -50,7 +51,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
-        return _unprefixed(tensors), metadata or {}
+        return _checked(tensors, path), metadata or {}
     if head[:2] == b"PK":
         _check_archive(path)
     elif head[:1] != b"\x80":  # as pickles begin that torch.save writes
@@ -58,7 +59,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"{path}: is no weights file, neither safetensors nor of torch.save (a web page saved by mistake, or a "
             "pointer of Git LFS?); get the file itself"
         )
-    return _unprefixed(_tensors_of(path)), {}
+    return _checked(_tensors_of(path), path), {}
 
 
 def _check_archive(path: Path) -> None:
@@ -95,8 +96,11 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in held.items()}
 
 
-def _unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same without what training put before every name."""
+def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same without what training put before every name; SerpentError where no network could work with it."""
+    for key, value in state.items():
+        if not _kind(value) and not value.isfinite().all():
+            raise SerpentError(f"{path}: {key} is not finite: the training failed, or the file is damaged; get another")
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
