@@ -1,7 +1,8 @@
 """Several processes on the CPU, over Gloo: the same weights as one, and none that hangs when another is gone."""
 
 import json
-import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,25 +13,21 @@ from safetensors.torch import load_file
 from serpent_ir.errors import SerpentError
 from serpent_ir.training import workers
 from serpent_ir.training.workers import Workers
-from training_files import draw_folders, recipe_file
-from training_processes import count_replays, fail_to_capture, finish, start, stop_after_14_steps
+from training_files import draw_folders, quiet_trainer, recipe_file
+from training_processes import (
+    count_replays,
+    fail_to_capture,
+    finish,
+    join_alone,
+    start,
+    start_workers,
+    stop_after_14_steps,
+)
 
 
 @pytest.fixture
 def folders(tmp_path):
     return draw_folders(tmp_path)
-
-
-def start_workers(file: Path, count: int, folder: Path, **options):
-    """What `torchrun` does: so many processes with their numbers in the environment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    address |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    return [
-        start(file, said=folder / f"said{i}", environment={**address, "RANK": str(i), "LOCAL_RANK": str(i)}, **options)
-        for i in range(count)
-    ]
 
 
 def test_two_processes_reach_the_weights_of_one(folders):
@@ -64,12 +61,42 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):
     """It goes the way of several: DistributedDataParallel, collectives, words over Gloo."""
     assert finish(start(recipe_file(folders, "alone"))) == 0
-    (launched,) = start_workers(recipe_file(folders, "launched"), 1, folders, stop_after_minutes=0)
+    file, joined = recipe_file(folders, "launched"), {"changes": (join_alone,)}
+    (launched,) = start_workers(file, 1, folders, **joined, stop_after_minutes=0)
     assert finish(launched) == 0
-    (launched,) = start_workers(recipe_file(folders, "launched"), 1, folders, resume=True)
+    (launched,) = start_workers(file, 1, folders, **joined, resume=True)
     assert finish(launched) == 0
     alone, launched = weights_of(folders / "alone"), weights_of(folders / "launched")
     assert [name for name in alone if not torch.equal(alone[name], launched[name])] == []
+
+
+def test_one_process_of_a_launcher_is_one_alone_while_steps_of_several_are_not_captured(folders, monkeypatch):
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # which one process needs not
+    for out in ("one", "two"):
+        trainer = quiet_trainer(recipe_file(folders, out))
+        assert trainer.workers.captured
+        trainer.run(stop_after_minutes=0)
+
+
+def test_a_command_that_failed_on_several_gpus_ends_though_nccl_waits():
+    """As far as a CPU can tell: as if NCCL were there, which does not come to an end at exit."""
+    script = """if True:
+        import atexit, time, torch, serpent_ir.train
+        from serpent_ir.cli import app
+        from serpent_ir.errors import SerpentError
+        torch.distributed.is_initialized = torch.cuda.is_initialized = lambda: True
+        def train(*_, **__):
+            raise SerpentError("another one is gone")
+        serpent_ir.train.train = train
+        atexit.register(time.sleep, 1000)
+        print("not flushed")
+        app(["train", "recipe.yaml"])
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "not flushed\n")
+    assert ended.stderr == "serpent: error: another one is gone\n"
 
 
 def test_a_capture_that_fails_in_one_process_leaves_all_without(folders):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from serpent_ir.errors import SerpentError
-from serpent_ir.train import GraphedStep, Trainer, train
+from serpent_ir.train import GraphedStep, Trainer, plan, train
 from serpent_ir.training import checkpoints, step, workers
 from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
 
@@ -46,6 +47,18 @@ def start(
     process = context.Process(target=_run, args=(recipe, overrides, said, die, environment or {}, changes, options))
     process.start()
     return process
+
+
+def start_workers(file: Path, count: int, folder: Path, **options: Any) -> list[BaseProcess]:
+    """What `torchrun` does: so many processes with their numbers in the environment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    address |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [
+        start(file, said=folder / f"said{i}", environment={**address, "RANK": str(i), "LOCAL_RANK": str(i)}, **options)
+        for i in range(count)
+    ]
 
 
 def finish(process: BaseProcess, seconds: float = 120) -> int:
@@ -104,9 +117,38 @@ def _die_at(moment: str, passes: int) -> None:
         setattr(Path, moment, dying(getattr(Path, moment)))
 
 
+def join_alone() -> None:
+    """One process of a launcher goes the way of several."""
+    workers.NCCL_GRAPHS = True
+
+
+def plan_where_the_second_has_no_room() -> None:
+    """Plan instead of training; at crop 32 the second process, it alone, is out of memory amid its step."""
+    build = Trainer.__init__
+
+    def narrow(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        loss = self.update.loss
+
+        def fail(restored, clean):
+            if not self.workers.first and clean.shape[-1] == 32:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss(restored, clean)
+
+        self.update.loss = fail
+
+    def told(recipe, overrides):
+        measured = plan(recipe, overrides)
+        for stage in measured.stages if measured.first else ():
+            print(f"{stage.crop}: {stage.error or 'fits'}", file=sys.stderr)
+
+    Trainer.__init__ = narrow
+    globals()["train"] = told
+
+
 def count_replays() -> None:
     """Capture steps, of joined processes too, and say at the end how many were replayed from a graph."""
-    workers.NCCL_GRAPHS = True
+    join_alone()
     call, leave, count = GraphedStep.__call__, Trainer.leave, [0]
 
     def counted(graphed, *tensors):

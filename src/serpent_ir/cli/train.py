@@ -36,6 +36,7 @@ def train(
     """Train a network; see `serpent_ir.train.train`, which raises for a recipe with an unknown or ill-typed key."""
     import serpent_ir.train
     from serpent_ir.training.stopping import StoppedError
+    from serpent_ir.training.workers import end_at_exit
 
     if images is not None and not dry_run:
         raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
@@ -56,6 +57,11 @@ def train(
         if error.name != "yaml":
             raise
         raise UsageError("reading a recipe needs PyYAML: pip install 'serpent-ir[train]'") from None
+    except UsageError:
+        raise
+    except BaseException as error:
+        end_at_exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
 
 
 def _show(plan: "Plan") -> None:

@@ -5,6 +5,7 @@ Those are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on 
 
 import atexit
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import pick_device
-from serpent_ir.training.stopping import StoppedError
 
 T = TypeVar("T")
 
@@ -33,8 +33,8 @@ does so itself, has passed on a GPU: the one time that it ran there, the time le
 class Workers:
     """This process among those of a run; `rank` 0 writes the files and speaks.
 
-    `joined` says whether a launcher started it, which may start one process, too: then gradients go through
-    DistributedDataParallel, whatever their number.
+    `joined` says whether gradients go through DistributedDataParallel: those of several processes, and with
+    `NCCL_GRAPHS` of one that a launcher started, too.
     """
 
     def __init__(self, device: str = "auto"):
@@ -47,7 +47,7 @@ class Workers:
         self.device = pick_device(device)  # raises where there is none
         launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
         launched = launched and shared and self.device.type in ("cuda", "cpu")
-        self.joined = self.world > 1 or launched
+        self.joined = self.world > 1 or (launched and NCCL_GRAPHS)
         self.captured = NCCL_GRAPHS or not self.joined  # whether a step may be a CUDA graph
         if not self.joined:
             return
@@ -166,11 +166,8 @@ class Workers:
         """Say in one line that another process is gone, where that is what an error means."""
         try:
             yield
-        except BaseException as error:
-            if self.joined and self.device.type == "cuda" and not isinstance(error, (StoppedError, UsageError)):
-                # Nor does NCCL let go at the end of a process, while the GPU waits for another one or a graph is left.
-                atexit.register(os._exit, 130 if isinstance(error, KeyboardInterrupt) else 1)
-            if not self.joined or not isinstance(error, RuntimeError) or not _lost(error):
+        except RuntimeError as error:
+            if not self.joined or not _lost(error):
                 raise
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise SerpentError(
@@ -182,6 +179,24 @@ class Workers:
         """End what connects the processes. NCCL waits here for graphs that it is part of: let go of them first."""
         if self.joined:
             self._accelerator.end_training()
+
+
+def end_at_exit(status: int) -> None:
+    """Have this process, whose training failed, end with `status` at its exit, if it is one of several on GPUs.
+
+    NCCL does not let go there while the GPU waits for another process or a graph is left. Nothing that was registered
+    with atexit before is called: this is for a process that only trains.
+    """
+
+    def end() -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.cuda.is_initialized():
+        atexit.register(end)
 
 
 def _let_nccl_be_captured() -> None:
