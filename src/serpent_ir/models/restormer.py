@@ -43,6 +43,8 @@ class RestormerConfig:
         object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.blocks) != 4 or len(self.heads) != 4:
             raise UsageError("restormer: blocks and heads are of four levels")
+        if self.dim % 2:
+            raise UsageError(f"restormer: dim is {self.dim}; it must be even, for a half of it is unshuffled")
         for c, heads in zip((self.dim << i for i in range(4)), self.heads, strict=True):
             if heads < 1 or c % heads:
                 raise UsageError(f"{c} channels cannot be shared out among {heads} heads")
