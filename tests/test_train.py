@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,10 @@ def test_a_run_may_start_from_other_weights(folders):
     [
         ({"model": "serpent_b.sr8"}, r"unknown model 'serpent_b\.sr8'; valid: serpent_b"),
         ({"model": "swinir_b", "model_options": {"dim": 7}}, "model_options: 7 channels cannot be shared out among 6"),
+        (
+            {"model": "restormer_24", "model_options": {"dim": 25}},
+            "model_options: restormer: dim is 25; it must be even",
+        ),
         ({"model_options": {"in_channels": 1}}, "model_options.in_channels is 1; it must be 3 for the task deblur"),
         ({"task": "inpaint", "model_options": {"in_channels": 3}}, "model_options.in_channels is 3; it must be 4"),
         ({"model": "unet_32", "model_options": {"out_channels": 1}}, "model_options.out_channels is 1; it must be 3"),
@@ -243,6 +248,13 @@ def test_what_is_wrong_with_a_network_is_said_before_images_are_read(folders, ch
         (folders / name / "bad.png").write_bytes(b"")
     with pytest.raises(SerpentError, match=told):
         train(recipe_file(folders, **changes))
+
+
+def test_a_missing_tensorboard_is_said_before_images_are_read(folders, monkeypatch):
+    (folders / "val" / "bad.png").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"--tensorboard needs TensorBoard: pip install 'serpent-ir\[tensorboard\]'"):
+        train(recipe_file(folders), tensorboard=True)
 
 
 def test_evaluation_reports_means_and_repeats(folders):

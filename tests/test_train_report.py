@@ -1,6 +1,9 @@
 """What a run shows, where it was interrupted: every row, picture and event once."""
 
+from pathlib import Path
+
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from serpent_ir.train import Trainer
 from serpent_ir.training.checkpoints import Checkpoints
@@ -11,6 +14,12 @@ from training_files import draw_folders, logged, quiet_trainer, recipe_file
 @pytest.fixture
 def folders(tmp_path):
     return draw_folders(tmp_path)
+
+
+def shown(run: Path) -> dict[str, list[int]]:
+    """The steps at which TensorBoard shows loss and PSNR."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {key: [event.step for event in events.Scalars(key)] for key in ("loss", "psnr")}
 
 
 @pytest.mark.parametrize("lost", ["row", "pictures", "score"])
@@ -27,17 +36,16 @@ def test_a_validation_that_a_kill_cut_short_is_made_again(folders, monkeypatch, 
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(owner, name, die)
-        quiet_trainer(file).run()
+        quiet_trainer(file, tensorboard=True).run()
     assert not (out / "checkpoints" / "step-00000006" / "score.json").exists()
-    quiet_trainer(file).run(resume=True)
+    quiet_trainer(file, tensorboard=True).run(resume=True)
     assert logged(out) == [4, 4, 6, 6, 8, 8, 10, 10]
+    assert shown(out) == {"loss": [4, 6, 8, 10], "psnr": [4, 6, 8, 10]}
     assert (out / "pictures" / "step-00000006.png").exists()
     assert (out / "checkpoints" / "step-00000006" / "score.json").exists()
 
 
 def test_events_of_an_interrupted_run_are_not_shown_twice(folders, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     file, write, left = recipe_file(folders), Trainer._write_weights, [2]
 
     def die(trainer):
@@ -51,6 +59,4 @@ def test_events_of_an_interrupted_run_are_not_shown_twice(folders, monkeypatch):
         quiet_trainer(file, tensorboard=True).run()
     (folders / "run" / "checkpoints" / "step-00000008").rename(folders / "lost")  # whose row was logged
     quiet_trainer(file, tensorboard=True).run(resume=True)
-    events = EventAccumulator(str(folders / "run" / "tensorboard")).Reload()
-    for key in ("loss", "psnr"):
-        assert [event.step for event in events.Scalars(key)] == [4, 6, 8, 10]
+    assert shown(folders / "run") == {"loss": [4, 6, 8, 10], "psnr": [4, 6, 8, 10]}

@@ -252,28 +252,6 @@ def test_a_time_limit_ends_a_run_in_order(folders):
     assert logged(folders / "run")[-1] == 10
 
 
-def test_too_little_memory_is_said_in_one_line_and_the_run_goes_on(folders, monkeypatch):
-    file, step = recipe_file(folders), Trainer.train_step
-
-    def full(trainer, *args):
-        if not isinstance(trainer, Trainer) or trainer.step == 7:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        step(trainer, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", full)
-        told = r"^stages\.1: crop 32 with batch 4 does not fit .* --resume and accumulate=2 or recompute=true$"
-        with pytest.raises(SerpentError, match=told):
-            quiet_trainer(file).run()
-    quiet_trainer(file, "accumulate=2").run(resume=True)
-    assert logged(folders / "run")[-1] == 10
-    monkeypatch.setattr("serpent_ir.training.trainer.TrainingSet", full)
-    with pytest.raises(
-        SerpentError, match=r"^serpent_b and the images of train do not fit in the memory of cpu; close"
-    ):
-        quiet_trainer(file)
-
-
 def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
     whole = quiet_trainer(recipe_file(folders, "whole"))
     whole.run()

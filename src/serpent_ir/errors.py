@@ -11,3 +11,7 @@ class UsageError(SerpentError, ValueError):
 
 class ImageError(SerpentError):
     """A file that cannot be read or written as an image."""
+
+
+class OutOfRoomError(SerpentError):
+    """Memory that does not suffice for a training."""

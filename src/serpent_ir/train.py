@@ -1,11 +1,13 @@
 """Training by recipe: the entry point of what `serpent_ir.training` holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from serpent_ir.recipe import load_recipe
 from serpent_ir.training.networks import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
+from serpent_ir.training.room import loading, room_for
 from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer
 from serpent_ir.training.workers import Workers
@@ -38,13 +40,10 @@ def train(
     Raises:
         UsageError: a recipe that does not fit its schema, a folder without images, or one that holds a run.
         StoppedError: Ctrl-C or SIGTERM; the run was saved.
+        OutOfRoomError: something does not fit in memory; the last checkpoint is whole.
         SerpentError: a run of another recipe, losses that are not finite, a full disk, a process that is gone.
     """
-    recipe = load_recipe(config, overrides)
-    check_model_options(recipe, config)
-    workers = Workers(recipe.device)
-    with workers.together(), own_stream(workers.device):
-        trainer = Trainer(recipe, workers=workers, tensorboard=tensorboard)
+    with _trainer(config, overrides, tensorboard=tensorboard) as trainer:
         return trainer.run(resume=resume, stop_after_minutes=stop_after_minutes)
 
 
@@ -56,11 +55,17 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
         overrides: as `train` takes them.
         images: plan for a training set of so many images instead, from which the recipe's epochs follow.
     """
-    recipe = load_recipe(config, overrides)
-    check_model_options(recipe, config)
-    workers = Workers(recipe.device)
-    with workers.together(), own_stream(workers.device):
-        trainer = Trainer(recipe, workers=workers)
+    with _trainer(config, overrides) as trainer:
         made = make_plan(trainer, images)
         trainer.leave()
         return made
+
+
+@contextmanager
+def _trainer(config: Path, overrides: Sequence[str], *, tensorboard: bool = False) -> Iterator[Trainer]:
+    """The trainer of a recipe, on a stream of its own, and errors in one line."""
+    recipe = load_recipe(config, overrides)
+    check_model_options(recipe, config)
+    workers = Workers(recipe.device)
+    with workers.together(), room_for(lambda: loading(recipe, workers)), own_stream(workers.device):
+        yield Trainer(recipe, workers=workers, tensorboard=tensorboard)

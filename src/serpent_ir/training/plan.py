@@ -1,16 +1,18 @@
 """What a run would take: every stage measured by a few steps on this machine, nothing written."""
 
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from serpent_ir.data import Prefetcher
 from serpent_ir.passes import device_name, is_out_of_memory
 from serpent_ir.recipe import Stage
-from serpent_ir.training.room import remedies
+from serpent_ir.training.room import remedies, room_for, training
 from serpent_ir.training.step import GraphedStep
 from serpent_ir.training.trainer import QUEUED, Trainer
 from serpent_ir.training.validation import validate
@@ -56,23 +58,13 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
 
     `images` stands for the number of training images, which decides the steps of stages given in epochs.
     """
-    recipe, device = trainer.recipe, trainer.device
+    recipe = trainer.recipe
     images = images or len(trainer.data)
     lengths = [recipe.steps_of(stage, images) for stage in recipe.stages]
     stages = []
-    for stage, length in zip(recipe.stages, lengths, strict=True):
-        error = ""
-        try:
-            seconds, memory = measure_stage(trainer, stage)
-        except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem):
-                raise
-            trainer.optimizer.zero_grad()
-            trainer.update.begin_anew()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            seconds, memory = float("nan"), 0
-            error = f"does not fit: {remedies(recipe, trainer.workers)}"
+    for number, (stage, length) in enumerate(zip(recipe.stages, lengths, strict=True)):
+        seconds, memory = measure_where_it_fits(trainer, number) or (float("nan"), 0)
+        error = f"does not fit: {remedies(recipe, trainer.workers)}" if math.isnan(seconds) else ""
         stages.append(StagePlan(stage.crop, stage.batch, length, length * stage.batch, seconds, memory, error))
     total = sum(lengths)
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
@@ -83,11 +75,43 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
         images,
         trainer.workers.told(),
         trainer.workers.first,
-        device_name(device),
+        device_name(trainer.device),
         stages,
         validations,
         _validation_seconds(trainer),
     )
+
+
+def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | None:
+    """`measure_stage`, of stage `number`; None where it does not fit, be it in one process alone.
+
+    Several find that out each by itself: those who wait in a step of all for one that ran out of memory wait long.
+    """
+    workers, stage = trainer.workers, trainer.recipe.stages[number]
+    measure = partial(measure_stage, trainer, stage)
+    measured, full = None, False
+    try:
+        measured = measure() if workers.world == 1 else _try_alone(trainer, stage)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        full = True
+    if not workers.most(full):
+        with room_for(lambda: training(trainer.recipe, workers, number)):
+            return measured or measure()
+    trainer.optimizer.zero_grad()
+    trainer.update.begin_anew()
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _try_alone(trainer: Trainer, stage: Stage) -> None:
+    """The way forth and back of a step, without the other processes."""
+    if isinstance(trainer.call, GraphedStep):
+        trainer.call.release()  # the stage before has its memory
+    batch = trainer.data.batch(trainer.workers.share(range(stage.batch)), stage.crop, seed=trainer.recipe.seed)
+    trainer.update.backward(trainer.network, *batch)
 
 
 def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:

@@ -42,7 +42,7 @@ class Report:
     def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False, since: int = 0):
         self.out, self.log, self.first, self._say = out, out / "log.jsonl", first, say
         tensorboard = tensorboard and first
-        self._writer = _event_writer(out / "tensorboard", since) if tensorboard else None
+        self._writer = event_writer()(str(out / "tensorboard"), purge_step=since) if tensorboard else None
         self._bar: Any = None
 
     def cut(self, step: int, *, validated: bool = True) -> None:
@@ -55,6 +55,8 @@ class Report:
         rows = [row for row in read_rows(self.log) if row["step"] <= step]
         rows = [row for row in rows if validated or row["step"] < step or "psnr" not in row]
         replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        for row in [] if validated else [row for row in rows if row["step"] == step]:
+            self._show(step, row)  # its events went with those of the validation
 
     def showing(self, total: int, bar: bool) -> AbstractContextManager[object]:
         """While training: a bar, where `bar` and the error output is a terminal."""
@@ -87,15 +89,19 @@ class Report:
             raise SerpentError(
                 f"{self.log}: cannot be written ({error.strerror}); make room and go on with --resume"
             ) from None
-        if self._writer:
-            for key, value in row.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(key, value, step)
-            self._writer.flush()
+        self._show(step, row)
         if now and self._bar:
             self._bar(now=now)
         else:
             self._say(told)
+
+    def _show(self, step: int, row: dict[str, Any]) -> None:
+        """In TensorBoard."""
+        if self._writer:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
 
     def pictures(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
         """Write degraded | restored | clean images (1, 3, H, W), a row each, as `pictures/step-NUMBER.png`."""
@@ -157,12 +163,13 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _event_writer(folder: Path, since: int) -> Any:
+def event_writer() -> Any:
+    """TensorBoard's class. Raises UsageError where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise UsageError("--tensorboard needs TensorBoard: pip install 'serpent-ir[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=since)
+    return SummaryWriter
 
 
 def _middle(image: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serpent_ir.errors import SerpentError
+from torch import Tensor
+
+from serpent_ir.errors import OutOfRoomError
 from serpent_ir.passes import is_out_of_memory
 from serpent_ir.recipe import Recipe
 from serpent_ir.training.workers import Workers
@@ -11,17 +13,17 @@ from serpent_ir.training.workers import Workers
 
 @contextmanager
 def room_for(told: Callable[[], str]) -> Iterator[None]:
-    """Raise SerpentError with what is `told` where PyTorch runs out of memory."""
+    """Raise OutOfRoomError with what is `told` where PyTorch runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise SerpentError(told()) from None
+        raise OutOfRoomError(told()) from None
 
 
 def loading(recipe: Recipe, workers: Workers) -> str:
-    """That images and network do not fit."""
+    """That images and network do not fit: of all but a step and a validation."""
     return (
         f"{recipe.model} and the images of train do not fit in the memory of {workers.told()}; close what else uses it,"
         " choose another device=, or `serpent data pack` the images: packed ones are read from disk as they are used"
@@ -34,6 +36,15 @@ def training(recipe: Recipe, workers: Workers, number: int) -> str:
     return (
         f"stages.{number}: crop {stage.crop} with batch {stage.batch} does not fit in the memory of {workers.told()}; "
         f"go on with --resume and {remedies(recipe, workers)}"
+    )
+
+
+def validating(image: object, clean: Tensor, workers: Workers) -> str:
+    """That an image (1, 3, H, W) does not fit; `image` is its name."""
+    height, width = clean.shape[-2:]
+    return (
+        f"{image}: validation of its {width}x{height} px does not fit in the memory of {workers.told()}; close what "
+        "else uses it, or go on with --resume and smaller images in val="
     )
 
 

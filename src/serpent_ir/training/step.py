@@ -78,20 +78,9 @@ class Step:
         self.good = torch.ones((), device=workers.device)
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
-        for number, (given, target) in enumerate(pairs, 1):
-            # Gradients of several processes are averaged once a step, with the last part.
-            with nullcontext() if number == len(pairs) else self.workers.no_sync(self.network):
-                device = self.workers.device.type
-                with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                    restored = self.network(given)
-                loss = self.loss(restored, target) / len(pairs)
-                loss.backward()
-            losses.append(loss.detach())
+        loss = self.backward(self.network, degraded, clean)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        loss = self.workers.mean(torch.stack(losses).sum())
+        loss = self.workers.mean(loss)
         bad = 1 - (loss.isfinite() & norm.isfinite()).float()
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,6 +89,22 @@ class Step:
             self.optimizer.step()
         self.tally.add(loss, bad)
         self.good.copy_(1 - bad)
+
+    def backward(self, network: nn.Module, degraded: Tensor, clean: Tensor) -> Tensor:
+        """Make gradients, of this process alone where `network` is the bare one, and return its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
+        for number, (given, target) in enumerate(pairs, 1):
+            # Gradients of several processes are averaged once a step, with the last part.
+            with nullcontext() if number == len(pairs) else self.workers.no_sync(network):
+                device = self.workers.device.type
+                with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+                    restored = network(given)
+                loss = self.loss(restored, target) / len(pairs)
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def begin_anew(self) -> None:
         """Forget a backward pass that was broken off, of which DistributedDataParallel still awaits gradients."""
@@ -166,6 +171,7 @@ class GraphedStep(Generic[Result]):
         try:
             self._capture(tensors)
         except torch.OutOfMemoryError:
+            self.release()  # what was captured is half a step
             raise
         except RuntimeError as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__

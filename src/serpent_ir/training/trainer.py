@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +75,17 @@ class Trainer:
         self.val_files = list_images(recipe.val)
         of = {"val": recipe.val, "val_images": len(self.val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
+        if tensorboard and self.workers.first:
+            report.event_writer()
         # Where there are checkpoints their weights count: those to start from may be gone.
         begun = self.workers.from_first(bool(self.checkpoints.paths()))
         network = starting_network(recipe, fresh=begun)
         for file in self.val_files[self.workers.rank :: self.workers.world]:
             read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
-        with room.room_for(lambda: room.loading(recipe, self.workers)):
-            train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
-            self.data = TrainingSet(recipe.train, train, self.device)
-            self.network = network.to(self.device).train()
-            self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
+        self.data = TrainingSet(recipe.train, train, self.device)
+        self.network = network.to(self.device).train()
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         for stage in recipe.stages:
             self.data.check_crop(stage.crop)
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
@@ -121,20 +121,23 @@ class Trainer:
         Raises:
             UsageError: the folder holds a run, and `resume` is not set.
             StoppedError: a signal asked for it; the run was saved.
+            OutOfRoomError: a step or a validation that does not fit in memory.
             SerpentError: a run of another recipe, losses that are not finite, a full disk.
         """
         stop = Stop(stop_after_minutes)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.recipe.seed)
-            self._open(resume)
+            again = self._open(resume)
             recipe = self.recipe
             self.say(
                 f"{recipe.model} {recipe.task}: {self.schedule.steps} steps in {len(recipe.stages)} stage(s) on "
                 f"{self.workers.told()}; {len(self.data)} training and {len(self.val_files)} validation images"
             )
             try:
-                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar), self._room():
+                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
+                    if again is not None:
+                        self._validate(again)
                     self._loop(stop)
                 if self.step == self.schedule.steps and self.workers.first:
                     self._finish()
@@ -152,12 +155,6 @@ class Trainer:
             self.call.release()
         self.workers.leave()
 
-    def _room(self) -> AbstractContextManager[None]:
-        last = self.schedule.steps - 1
-        return room.room_for(
-            lambda: room.training(self.recipe, self.workers, self.schedule.place(min(self.step, last))[0])
-        )
-
     def _loop(self, stop: Stop) -> None:
         batches = self.batches()
         since, first_step = time.perf_counter(), self.step
@@ -167,7 +164,8 @@ class Trainer:
             asked = self.workers.most(stop.asked())
             ends, due = asked > SAVE, False
             if not ends:
-                self.train_step(*next(batches))
+                with room.room_for(lambda: room.training(self.recipe, self.workers, self.schedule.place(self.step)[0])):
+                    self.train_step(*next(batches))
                 self.step += 1
                 self.report.at(self.step)
                 due = self.schedule.validates(self.step)
@@ -263,8 +261,11 @@ class Trainer:
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
-    def _open(self, resume: bool) -> None:
-        """Make the run's folder, or go on from its newest checkpoint that is whole."""
+    def _open(self, resume: bool) -> Path | None:
+        """Make the run's folder, or go on from its newest checkpoint that is whole.
+
+        Return that checkpoint where its validation is to be made again.
+        """
         first = self.workers.first
         if first:
             try:
@@ -282,14 +283,13 @@ class Trainer:
             self.say(f"{self.out}: holds no checkpoint to go on from; starting anew")
         # A kill came before its validation was complete.
         again = found is not None and self.validated != self.step and self.schedule.validates(self.step)
-        since = 0 if found is None else self.step + 1
+        since = 0 if found is None else self.step + (not again)
         self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
         if first:
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())
         self.report.cut(self.step, validated=not again)
-        if again and found is not None:
-            self._validate(found.path)
+        return found.path if found is not None and again else None
 
     def _check_folder(self, resume: bool) -> None:
         """Refuse to write over a run."""
