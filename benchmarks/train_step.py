@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/train_step.py --model serpent_h --data DIR --out train_step.2.json
 
 A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
-backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more.
+backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more, and
+graphs with --graphs alone (`serpent_ir.training.workers`).
 `data_ms` is a batch by itself (median over CUDA events), `ms` the mean of 20 steps after a warm-up.
 """
 
@@ -19,7 +20,7 @@ import torch
 from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
-from serpent_ir.training.plan import measure_stage
+from serpent_ir.training.plan import measure_where_it_fits
 from serpent_ir.training.step import own_stream
 from timing import machine, median_ms
 
@@ -43,34 +44,35 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--model", default="serpent_l")
     parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--graphs", action="store_true", help="capture the steps of several, too")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows, kernels = [], {}
     folders = [str(folder) for folder in args.data]
-    processes.NCCL_GRAPHS = True
+    processes.NCCL_GRAPHS = args.graphs
     workers = processes.Workers("cuda")
     stages = [Stage(crop, batch * workers.world, 1) for crop, batch in SIZES]
-    for graph in (False, True):
-        engine.CUDA_GRAPHS = graph
-        recipe = Recipe(args.model, "deblur", folders, folders[0], tempfile.mkdtemp(), stages, recompute=args.recompute)
-        with own_stream(workers.device):
+    with workers.together(), own_stream(workers.device):
+        for graph in (False, True) if workers.captured else (False,):
+            engine.CUDA_GRAPHS = graph
+            out = tempfile.mkdtemp()
+            recipe = Recipe(args.model, "deblur", folders, folders[0], out, stages, recompute=args.recompute)
             trainer = engine.Trainer(recipe, workers=workers)
-            for stage in stages:
+            for number, stage in enumerate(stages):
                 row = {"model": args.model, "gpus": workers.world, "crop": stage.crop, "batch": stage.batch}
                 row |= {"graph": graph, "recompute": args.recompute}
-                samples = workers.share(range(stage.batch))
-                cut = partial(trainer.data.batch, samples, stage.crop, seed=0)
-                try:
-                    seconds, memory = measure_stage(trainer, stage)
+                cut = partial(trainer.data.batch, workers.share(range(stage.batch)), stage.crop, seed=0)
+                if measured := measure_where_it_fits(trainer, number):
+                    seconds, memory = measured
                     row |= {"ms": 1000 * seconds, "images_per_second": stage.batch / seconds, "gb": memory / 1e9}
                     row |= {"data_ms": median_ms(cut, 15, warmup=3)}
-                except torch.OutOfMemoryError:
+                    if args.profile and not graph:
+                        kernels[str(stage.crop)] = top_kernels(partial(trainer.train_step, *cut()))
+                else:
                     row |= {"ms": None, "error": "out of memory"}
                 rows.append(row)
-                if args.profile and not graph:
-                    kernels[str(stage.crop)] = top_kernels(partial(trainer.train_step, *cut()))
-            if graph:
+            if graph == workers.captured:
                 trainer.leave()
     if not workers.first:
         return
