@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.device, Path(temporary))
         for job in jobs:
-            run_task(job, args.networks, args.lrs, folder, devices, until, Path(temporary))
+            run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
     results = json.loads((folder / "results.json").read_text())
     print(render(results["runs"]))
@@ -200,13 +200,7 @@ class Devices:
 
 
 def run_task(
-    job: Job,
-    networks: list[str],
-    lrs: list[float] | None,
-    folder: Path,
-    devices: Devices,
-    until: float,
-    temporary: Path,
+    job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
 ) -> None:
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
@@ -216,7 +210,7 @@ def run_task(
             say(f"{job.task} {name}: done already ({place / name}.json)")
     if not wanted or time.monotonic() > until:
         return
-    packed = _packed(job, temporary)
+    packed = _packed(job, devices.temporary)
 
     def time_some(names: list[str]) -> None:
         while names:
