@@ -24,9 +24,9 @@ BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
     ("Serpent", "cuda"): (0, 25),
     ("UNet", "cpu"): (0, 25),
     ("UNet", "cuda"): (0, 13),
-    ("SwinIR", "cpu"): (0, 106),
+    ("SwinIR", "cpu"): (0, 56),
     ("SwinIR", "cuda"): (528, 25),  # heads are padded, which costs narrow networks more
-    ("Restormer", "cpu"): (0, 160),
+    ("Restormer", "cpu"): (0, 145),
     ("Restormer", "cuda"): (0, 65),
 }
 _ENLARGED = {"cpu": 520, "cuda": 260}
