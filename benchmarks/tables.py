@@ -44,6 +44,7 @@ from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
 from serpent_ir.passes import device_name, pick_device
+from serpent_ir.writing import whole_file
 from tables_job import Job
 
 VAL = ("faces256/val", "faces512/val", "natural/val")
@@ -54,7 +55,8 @@ TASKS: dict[str, tuple[int, int, tuple[str, ...], str]] = {
 }
 # The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.
 RATES = {"serpent": [1e-3, 5e-4], "unet": [5e-4, 1e-3], "restormer": [3e-4, 5e-4], "swinir": [1e-3, 3e-4]}
-EXTRA = 90  # seconds that a network takes beside training: imports, images, evaluation
+TIMING = 15  # seconds for each network whose step is timed
+EXTRA = 90  # that a network takes beside training: imports, validation, evaluation
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.device, Path(temporary))
         for job in jobs:
-            run_task(job, args.networks, args.lrs, folder, devices, until, Path(temporary))
+            run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
     results = json.loads((folder / "results.json").read_text())
     print(render(results["runs"]))
@@ -152,7 +154,9 @@ def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
     """What has to be the same of results that stand in one table, and of those that are gone on from."""
     device = pick_device(job.device)
     about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
-    return about | {"train": _told(job.train), "lrs": lrs, "device": device_name(device)}
+    lpips = Path(job.lpips_weights).name if job.lpips_weights else None
+    about |= {"train": _told(job.train), "lrs": lrs, "lpips_weights": lpips}
+    return about | {"device": device_name(device), "torch": torch.__version__}
 
 
 def _told(sources: list[str]) -> list[str]:
@@ -196,13 +200,7 @@ class Devices:
 
 
 def run_task(
-    job: Job,
-    networks: list[str],
-    lrs: list[float] | None,
-    folder: Path,
-    devices: Devices,
-    until: float,
-    temporary: Path,
+    job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
 ) -> None:
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
@@ -210,15 +208,15 @@ def run_task(
     for name in networks:
         if name not in wanted:
             say(f"{job.task} {name}: done already ({place / name}.json)")
-    if not wanted:
+    if not wanted or time.monotonic() > until:
         return
-    packed = _packed(job, temporary)
+    packed = _packed(job, devices.temporary)
 
     def time_some(names: list[str]) -> None:
         while names:
             rates_of = {name: rates(name, lrs) for name in names}
             timing = dataclasses.replace(packed, models=names, lrs=[each[-1] for each in rates_of.values()])
-            result = devices(timing, place / "time.log", until, EXTRA)
+            result = devices(timing, place / "time.log", until, TIMING * len(names))
             if result is None:
                 say(f"{job.task} {', '.join(names)}: no time left")
                 return
@@ -295,7 +293,12 @@ def _keep(result: dict[str, Any], file: Path, job: Job) -> None:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
     result = {**result, "settings": settings(job, job.lrs)}
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    _write(file, json.dumps(result, indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    with whole_file(file) as content:  # a kill leaves no half of one, which the next call could not read
+        content.write(text.encode())
 
 
 def say(line: str) -> None:
@@ -308,8 +311,8 @@ def write_results(folder: Path) -> None:
     # Where the timing failed, that says why there is no more.
     files += [file for file in sorted(folder.glob("*min/*.time.json")) if "error" in json.loads(file.read_text())]
     runs = [json.loads(file.read_text()) for file in files]
-    (folder / "results.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    (folder / "results.md").write_text(render(runs))
+    _write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
+    _write(folder / "results.md", render(runs))
 
 
 def render(runs: list[dict[str, Any]]) -> str:

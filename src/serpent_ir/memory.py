@@ -13,25 +13,28 @@ from torch import nn
 SHARE = 0.8
 """Of the available memory, what an image may take by prediction; the rest is for what a prediction does not see."""
 
-# Peak bytes for each pixel of the network's input, beyond the weights: (fixed, for each channel of the first level and
-# pixel). A patch of P x P pixels is one position of Serpent's first level. The fixed part holds the image itself: its
-# pixels, the input and output in float32 and what turns one into the other.
+IMAGE = 72
+"""Bytes for each pixel of a network's input that hold the image itself: its pixels, the input and output in float32 and
+what turns one into the other."""
+
+# Peak bytes for each pixel of the network's input, beyond the weights and `IMAGE`: (in any case, for each channel of
+# the first level and pixel). A patch of P x P pixels is one position of Serpent's first level.
 BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
-    ("Serpent", "cpu"): (72, 40),  # measured 66 to 68, 288 to 314, 990 to 1240 in all for P = 4, 2, 1 (strips)
-    ("Serpent", "cuda"): (72, 25),  # 89, 220, 827 for P = 4, 2, 1
-    ("UNet", "cpu"): (72, 25),  # measured 704 to 759 for 32 channels, 2816 to 3193 for 128
-    ("UNet", "cuda"): (72, 13),  # 428, 1677 for 32, 128 channels
-    ("SwinIR", "cpu"): (72, 106),  # measured 6383, 7513, 12009 for 60, 96, 180 channels
-    ("SwinIR", "cuda"): (600, 25),  # 2088, 2520, 4872, 6488 for 60, 96, 180, 240 channels: heads are padded
-    ("Restormer", "cpu"): (72, 160),  # measured 2827 for 24 channels, 7493 for 48
-    ("Restormer", "cuda"): (72, 65),  # 1568, 3132 for 24, 48 channels
+    ("Serpent", "cpu"): (0, 40),
+    ("Serpent", "cuda"): (0, 25),
+    ("UNet", "cpu"): (0, 25),
+    ("UNet", "cuda"): (0, 13),
+    ("SwinIR", "cpu"): (0, 56),
+    ("SwinIR", "cuda"): (528, 25),  # heads are padded, which costs narrow networks more
+    ("Restormer", "cpu"): (0, 145),
+    ("Restormer", "cuda"): (0, 65),
 }
 _ENLARGED = {"cpu": 520, "cuda": 260}
 """Bytes for each pixel of the output of a network that makes images larger: two maps of SwinIR's 64 channels there.
 
 Measured on a CPU 480 (`pixelshuffle`), 320 (`nearest+conv`).
 """
-_UNKNOWN = (72, 128)  # a network that nobody measured, 32 channels wide: 4 KB a pixel
+_UNKNOWN = (0, 128)  # a network that nobody measured, 32 channels wide: 4 KB a pixel
 
 
 def network_bytes(model: nn.Module, pixels: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -41,13 +44,13 @@ def network_bytes(model: nn.Module, pixels: int, device: torch.device, dtype: to
     """
     config = getattr(model, "config", None)
     kind = "cpu" if device.type == "cpu" else "cuda"
-    fixed, each = BYTES_PER_PIXEL.get((type(model).__name__, kind), _UNKNOWN)
+    maps, each = BYTES_PER_PIXEL.get((type(model).__name__, kind), _UNKNOWN)
     width = getattr(config, "dim", None) or getattr(config, "channels", None) or 32
     width /= getattr(config, "patch_size", 1) ** 2
     wider = 2 if kind == "cuda" and dtype == torch.float32 else 1
     if (scale := getattr(model, "scale", 1)) > 1:
-        fixed += _ENLARGED[kind] * wider * scale**2
-    return round(pixels * (fixed + each * width * wider))
+        maps += _ENLARGED[kind] * scale**2
+    return round(pixels * (IMAGE + wider * (maps + each * width)))
 
 
 def available(device: torch.device) -> int:

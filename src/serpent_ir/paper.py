@@ -87,7 +87,7 @@ CLAIMS = [
     ),
     Claim(
         "images per second of Serpent over SwinIR", "1", "35 x", "images_per_s", "serpent_b", "swinir_b", 512,
-        said="sizes are not said: Serpent-B and SwinIR-B here",
+        said="sizes are not said: Serpent-B and SwinIR-B here, by plain calls",
     ),
     Claim(
         "parameters of Serpent over SwinIR-L", "4.3, Fig. 6c", "less than half", "params",

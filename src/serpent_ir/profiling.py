@@ -115,7 +115,7 @@ def profile(
 
     Returns:
         One object for each size and network: model, size, batch, device (its name), precision, torch, threads (None on
-        a GPU), params, macs and flops (of one image), infer_ms (median of plain calls), infer_range_ms (10th and 90th
+        a GPU), seconds (as given), params, macs and flops (of one image), infer_ms (median of plain calls), infer_range_ms (10th and 90th
         percentile), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph; None elsewhere), images_per_s
         (of plain calls), infer_gb (peak, 1e9 bytes, weights included); with `train` the same of a step as train_*, and
         train_s_per_60k (seconds for 60,000 images; from the graph where there is one, as `serpent train` runs). What
@@ -142,7 +142,7 @@ def profile(
     with Worker(fresh=target.type == "cpu") as worker:
         for size in sizes:
             for name in names:
-                row = _counted(name, size, batch, target, dtype)
+                row = _counted(name, size, batch, target, dtype) | {"seconds": seconds}
                 if found := next((other for other in known if _same(other, row)), None):
                     rows.append(found)
                     last |= {(name, kind): (size, result) for kind in kinds if (result := _result(found, kind))}
