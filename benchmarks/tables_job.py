@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from serpent_ir.data import list_images
-from serpent_ir.errors import SerpentError
+from serpent_ir.errors import OutOfRoomError, SerpentError
 from serpent_ir.evaluate import evaluate_network
 from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
@@ -71,6 +71,8 @@ def _or_why_not(work: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, An
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        return {"error": OUT_OF_MEMORY}
+    except OutOfRoomError:
         return {"error": OUT_OF_MEMORY}
     except SerpentError as error:
         return {"error": str(error)}
@@ -143,8 +145,8 @@ def _train(
     shutil.rmtree(out, ignore_errors=True)  # one that was cut off
     try:
         train(_recipe(job, out, lr=lr, steps=steps, val_every=val_every))
-    except SerpentError:
-        if not optional:
+    except SerpentError as error:
+        if not optional or isinstance(error, OutOfRoomError):  # which is so at any learning rate
             raise
         return []
     return [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]

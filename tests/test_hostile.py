@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 
 from hostile_files import hostile_files, saved, whole_files
 from image_files import draw
-from networks import identity_network
 from serpent_ir import cli, create_model
 from serpent_ir.errors import SerpentError
 from serpent_ir.image import read_image
@@ -349,10 +348,8 @@ def test_damaged_weights_are_one_line(data, photo, tmp_path):
 
 
 def test_weights_that_make_nothing_but_nan_write_nothing(photo, tmp_path):
-    model = identity_network()
     state = create_model("serpent_b").state_dict()
-    state["head.bias"] = torch.full_like(state["head.bias"], torch.nan)
-    assert model
+    state["head.weight"] = torch.full_like(state["head.weight"], 3e38)
     save_file(state, tmp_path / "w.safetensors", metadata={"network": "serpent_b", "task": "deblur"})
     result = serpent("restore", photo, "-o", tmp_path / "out.png", "--weights", tmp_path / "w.safetensors")
     assert result.exit_code == 1

@@ -115,12 +115,12 @@ def profile(
 
     Returns:
         One object for each size and network: model, size, batch, device (its name), precision, torch, threads (None on
-        a GPU), seconds (as given), params, macs and flops (of one image), infer_ms (median of plain calls), infer_range_ms (10th and 90th
-        percentile), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph; None elsewhere), images_per_s
-        (of plain calls), infer_gb (peak, 1e9 bytes, weights included); with `train` the same of a step as train_*, and
-        train_s_per_60k (seconds for 60,000 images; from the graph where there is one, as `serpent train` runs). What
-        could not be measured is None, beside `error`: "inference: out of memory", say, also where a smaller size says
-        so already; `notes` holds what else is to be known.
+        a GPU), seconds (as given), params, macs and flops (of one image), infer_ms (median of plain calls),
+        infer_range_ms (10th and 90th percentile), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph;
+        None elsewhere), images_per_s (of plain calls), infer_gb (peak, 1e9 bytes, weights included); with `train` the
+        same of a step as train_*, and train_s_per_60k (seconds for 60,000 images; from the graph where there is one, as
+        `serpent train` runs). What could not be measured is None, beside `error`: "inference: out of memory", say, also
+        where a smaller size says so already; `notes` holds what else is to be known.
 
     Raises:
         UsageError: an unknown network, device or precision, or a size or batch below 1.

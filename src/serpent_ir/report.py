@@ -177,7 +177,7 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
         "",
         "- *The paper* is Sepehri, Fabian and Soltanolkotabi: Serpent. *Here*: the machine named above.",
         "- 1 MAC = 2 FLOPs, and what the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
-        "- Memory is the peak of plain calls, with weights and images; that of training with gradients and Adam's moments.",
+        "- Memory is the peak of plain calls with weights and images, and in training gradients and Adam's moments.",
         "- *Out of memory*: tried, or told by a smaller size. *Skipped*: a call would have taken too long.",
         "- Every figure is there as SVG, too. Written by `serpent report`; docs/profile.md says how it is measured.",
         "",
@@ -237,8 +237,8 @@ def _beside_the_tables(rows: Rows) -> list[str]:
         *lines,
         "",
         f"The paper measured with batch 1 on one H100; here: {about(rows)}. It says neither in which precision nor",
-        "what its memory includes. The standard SwinIR counts more than the paper prints; it is not tuned to match. Lines of",
-        "Serpent at 512 are missing in the text of Table 1 that was transcribed.",
+        "what its memory includes. The standard SwinIR counts more than the paper prints; it is not tuned to match.",
+        "The text of Table 1 that was transcribed has no lines of Serpent at 512.",
         "",
     ]
 
