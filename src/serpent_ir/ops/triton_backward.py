@@ -12,7 +12,7 @@ the last to the first.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

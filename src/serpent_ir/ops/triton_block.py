@@ -5,7 +5,8 @@ the residual, makes them again. Products take 16-bit operands and add up in floa
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
 
 import torch
 import triton

@@ -6,7 +6,8 @@ added in a fixed order afterwards: the same inputs give the same bits.
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
 
 import functools
 from typing import Any

@@ -6,6 +6,7 @@ Products take 16-bit operands (the dtype of the weight) and add up in float32.
 
 # Triton's compile-time values have no types that a checker follows.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
 
 import torch
 import triton

@@ -6,7 +6,7 @@ into an array of its own; large ones run direction by direction and add up, so s
 """
 
 # Triton's compile-time values have no types that a checker follows.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 
 import functools
 from typing import NamedTuple
