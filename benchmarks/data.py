@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from serpent_ir import create_model
 from serpent_ir.data import Prefetcher, TrainingSet, write_pack
@@ -26,6 +25,7 @@ from serpent_ir.data.store import Memory
 from serpent_ir.degradations import create_degradation
 from serpent_ir.passes import device_name
 from serpent_ir.train import GraphedStep, own_stream
+from timing import training_step
 
 STAGES = {"cuda": [(64, 128), (128, 16), (256, 16)], "cpu": [(64, 8)]}  # crop, batch
 MEMORY: tuple[Memory, ...] = ("device", "host", "stream")
@@ -47,29 +47,11 @@ def requests(batch: int, crop: int) -> Iterator[tuple[range, int]]:
     return ((range(first, first + batch), crop) for first in itertools.count(0, batch))
 
 
-def step_of(model: str, device: torch.device) -> Callable[..., torch.Tensor]:
-    network = create_model(model).to(device).train()
-    on_gpu = device.type == "cuda"
-    lr = torch.tensor(1e-4, device=device) if on_gpu else 1e-4
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=on_gpu, capturable=on_gpu)
-
-    def step(degraded: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            restored = network(degraded)
-        loss = F.l1_loss(restored.float(), clean)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        return loss.detach()
-
-    return GraphedStep(step) if on_gpu else step  # pyright: ignore[reportReturnType]
-
-
 def measure_steps(images: TrainingSet, model: str, crop: int, batch: int, count: int, repeats: int) -> dict:
     """Milliseconds of a step with a batch that is kept, with batches made ahead, and with batches made before it."""
     device = images.device
-    step = step_of(model, device)
+    plain = training_step(create_model(model).to(device).train())
+    step = GraphedStep(plain) if device.type == "cuda" else plain
     ahead = Prefetcher(images, requests(batch, crop), seed=0)
     samples = requests(batch, crop)
     kept = images.batch(range(batch), crop, seed=0)

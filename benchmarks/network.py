@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serpent_ir.models import as_built, create_model
 from serpent_ir.models.fused import FUSED_CHANNELS
 from serpent_ir.models.serpent import Serpent, VSSBlock
 from serpent_ir.train import GraphedStep, own_stream
-from timing import machine, median_ms
+from timing import machine, median_ms, training_step
 
 NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
 SIZES = [256, 512, 1024, 2048]
@@ -159,20 +158,8 @@ def step(name: str, batch: int, side: int) -> dict[str, float]:
     held = held_before()
     with own_stream(torch.device("cuda")):
         model = create_model(name).cuda().train()
-        lr = torch.tensor(1e-4, device="cuda")
-        adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
+        update = training_step(model)
         x, clean = torch.rand(2, batch, 3, side, side, device="cuda")
-
-        def update(degraded: Tensor, clean: Tensor) -> Tensor:
-            with torch.autocast("cuda", torch.bfloat16):
-                restored = model(degraded)
-            loss = F.l1_loss(restored.float(), clean)
-            adam.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adam.step()
-            return loss.detach()
-
         call_ms = median_ms(lambda: update(x, clean), repeats, warmup=2)
         gb = (torch.cuda.max_memory_allocated() - held) / 1e9
         graphed = GraphedStep(update)

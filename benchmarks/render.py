@@ -28,10 +28,7 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
     ]
     for record in records:
         lines += [
-            "",
-            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}",
-            "",
-            *((record["note"], "") if "note" in record else ()),
+            *_heading(record),
             "Inference, batch 1:",
             "",
             "| network, size | graph | public | x | call | call / graph | GB | exponentials | bytes |",
@@ -72,6 +69,12 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
     return [*lines, ", ".join(counts)]
 
 
+def _heading(record: dict[str, Any]) -> list[str]:
+    made_with = f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}"
+    dtype = f", {record['dtype']}" if "dtype" in record else ""
+    return ["", made_with + dtype, "", *((record["note"], "") if "note" in record else ())]
+
+
 def _number(x: float | None) -> str:
     if x is None:
         return ""
@@ -99,10 +102,7 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
     ]
     for record in records:
         lines += [
-            "",
-            f"## {record['device']}, PyTorch {record['torch']}, Triton {record['triton']}, {record['dtype']}",
-            "",
-            *((record["note"], "") if "note" in record else ()),
+            *_heading(record),
             "| backend | batch x H x W x d_inner, N | forward | public | x | prototype | floor | backward | public | x "
             "| backward / forward |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

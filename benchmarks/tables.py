@@ -37,9 +37,8 @@ import torch
 
 import tables_job
 from serpent_ir.data import find_images, write_pack
-from serpent_ir.errors import SerpentError
+from serpent_ir.errors import OUT_OF_MEMORY, SerpentError
 from serpent_ir.figures import in_order, label_of
-from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from serpent_ir.data import list_images
-from serpent_ir.errors import OutOfRoomError, SerpentError
+from serpent_ir.errors import OUT_OF_MEMORY, OutOfRoomError, SerpentError
 from serpent_ir.evaluate import evaluate_network
-from serpent_ir.measure import OUT_OF_MEMORY
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import create_model
-from serpent_ir.passes import device_name, is_out_of_memory, pick_device
+from serpent_ir.passes import device_name, pick_device
 from serpent_ir.train import plan, train
+from serpent_ir.training.room import room_for
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,8 @@ def main() -> None:
 
 def _or_why_not(work: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, Any]:
     try:
-        return work(job)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return {"error": OUT_OF_MEMORY}
+        with room_for(lambda: OUT_OF_MEMORY):
+            return work(job)
     except OutOfRoomError:
         return {"error": OUT_OF_MEMORY}
     except SerpentError as error:

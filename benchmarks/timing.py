@@ -1,4 +1,4 @@
-"""What the benchmarks of GPUs share: how a call is timed, and what it was timed on."""
+"""What the benchmarks of GPUs share: the step that is timed, how a call is, and what it was timed on."""
 
 import platform
 import statistics
@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
@@ -23,6 +25,26 @@ def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def training_step(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """(degraded, clean) -> loss: forward (on a GPU under bfloat16 autocast), L1, backward, clipping and Adam."""
+    device = next(network.parameters()).device
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(1e-4, device=device) if on_gpu else 1e-4
+    adam = torch.optim.Adam(network.parameters(), lr=lr, fused=on_gpu, capturable=on_gpu)
+
+    def step(degraded: Tensor, clean: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            restored = network(degraded)
+        loss = F.l1_loss(restored.float(), clean)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        adam.step()
+        return loss.detach()
+
+    return step
 
 
 def machine() -> dict[str, Any]:

@@ -13,5 +13,9 @@ class ImageError(SerpentError):
     """A file that cannot be read or written as an image."""
 
 
+OUT_OF_MEMORY = "out of memory"
+"""What stands for a figure where memory did not suffice, in profiles and tables."""
+
+
 class OutOfRoomError(SerpentError):
     """Memory that does not suffice for a training."""

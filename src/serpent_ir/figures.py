@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import OUT_OF_MEMORY, UsageError
 from serpent_ir.image import replacing
 from serpent_ir.paper import NAMES
 
@@ -23,7 +23,6 @@ FAMILIES = {
 _OTHER = ("#555555", "v")
 LINES = {"b": "--", "32": "--", "l": "-", "24": "-", "128": "-", "h": (0, (6, 1, 1, 1))}
 QUIET = "#757575"
-OUT_OF_MEMORY = "out of memory"
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,

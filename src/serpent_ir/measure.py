@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from serpent_ir.errors import OUT_OF_MEMORY
 from serpent_ir.models import create_model
 from serpent_ir.passes import is_out_of_memory, pick_device, pick_precision
 
-OUT_OF_MEMORY = "out of memory"
 LEAST, MOST = 3, 100  # timed calls
 STATUS = Path("/proc/self/status")
 

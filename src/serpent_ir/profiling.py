@@ -1,6 +1,5 @@
 """What a network costs: counted by the paper's convention (1 MAC = 2 FLOPs, norms count too), and measured."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from serpent_ir.degradations import create_degradation
-from serpent_ir.errors import UsageError
-from serpent_ir.figures import short
-from serpent_ir.measure import OUT_OF_MEMORY, Cell, Worker
+from serpent_ir.errors import OUT_OF_MEMORY, UsageError
+from serpent_ir.figures import error_of, short
+from serpent_ir.measure import Cell, Worker
 from serpent_ir.memory import available
 from serpent_ir.models import create_model
 from serpent_ir.ops.cpu import NORM_GATE
@@ -199,8 +198,8 @@ def _same(known: dict[str, Any], row: dict[str, Any]) -> bool:
 
     A cell that died or was stopped is tried again.
     """
-    errors = re.split(r"(?:^|; )(?:inference|training): ", known.get("error", ""))[1:]
-    return all(error.startswith((OUT_OF_MEMORY, "skipped")) for error in errors) and all(
+    errors = [error_of(known, kind) for kind in _KINDS.values()]
+    return all(not error or error.startswith((OUT_OF_MEMORY, "skipped")) for error in errors) and all(
         known.get(key) == value for key, value in row.items() if not key.startswith(("infer_", "train_", "images"))
     )
 
@@ -209,9 +208,8 @@ def _result(row: dict[str, Any], kind: str) -> dict[str, Any]:
     """What `measure` said of a cell, as far as larger sizes are expected from it; {} where it was not measured."""
     if row[f"{kind}_ms"] is not None:
         return {"ms": row[f"{kind}_ms"], "gb": row[f"{kind}_gb"]}
-    spent = f"{_KINDS[kind]}: {OUT_OF_MEMORY}"
-    parts = row.get("error", "").split("; ")
-    return {"error": OUT_OF_MEMORY} if spent in parts or f"{spent} (the system ended the process)" in parts else {}
+    spent = (OUT_OF_MEMORY, f"{OUT_OF_MEMORY} (the system ended the process)")
+    return {"error": OUT_OF_MEMORY} if error_of(row, _KINDS[kind]) in spent else {}
 
 
 def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.device) -> str:

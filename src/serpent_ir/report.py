@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serpent_ir import figures, paper
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import OUT_OF_MEMORY, SerpentError, UsageError
 from serpent_ir.image import replacing
 
 Rows = list[dict[str, Any]]
@@ -209,7 +209,7 @@ def _out_of_memory(rows: Rows) -> str:
     """The networks that run out of memory in training, each with the smallest size."""
     first: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["size"]):
-        if figures.why_missing(row, "training") == figures.OUT_OF_MEMORY:
+        if figures.why_missing(row, "training") == OUT_OF_MEMORY:
             first.setdefault(row["model"], row["size"])
     return ", ".join(f"{figures.label_of(model)} from {first[model]} on" for model in figures.in_order(set(first)))
 

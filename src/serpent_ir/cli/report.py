@@ -34,7 +34,6 @@ def report(
 ) -> None:
     """Write figures (PNG and SVG) and report.md, as `serpent_ir.report.write` does."""
     from serpent_ir.figures import new_figure
-    from serpent_ir.image import replacing
     from serpent_ir.report import load, write
 
     new_figure(1, 1)  # what is missing is better said before minutes of measuring
@@ -50,19 +49,24 @@ def report(
 
             def keep(rows: Rows) -> None:
                 content = {"seconds": seconds, "rows": rows + [row for row in known if row not in rows]}
-                with replacing(part) as file:
-                    file.write(f"{json.dumps(content, indent=1)}\n".encode())
+                _write_json(part, content)
 
             if known:
                 say(f"{part}: goes on from {len(known)} rows")
             say(f"{profile} is to be measured first")
             all_rows = measured(name, sizes_of(size), 1, True, device, precision, seconds, known, keep)
-            with replacing(profile) as file:
-                file.write(f"{json.dumps(all_rows, indent=1)}\n".encode())
+            _write_json(profile, all_rows)
             part.unlink(missing_ok=True)
         rows, _ = load([profile])
     files = write(folder, rows, runs)
     say(f"{len(files)} files are in {folder}; begin with {files[-1]}")
+
+
+def _write_json(path: Path, content: object) -> None:
+    from serpent_ir.image import replacing
+
+    with replacing(path) as file:
+        file.write(f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def _known(part: Path, seconds: float) -> Rows:

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from serpent_ir.data import Prefetcher
-from serpent_ir.passes import device_name, is_out_of_memory
+from serpent_ir.errors import OutOfRoomError
+from serpent_ir.passes import device_name
 from serpent_ir.recipe import Stage
 from serpent_ir.training.room import remedies, room_for, training
 from serpent_ir.training.step import GraphedStep
@@ -90,14 +91,14 @@ def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | 
     workers, stage = trainer.workers, trainer.recipe.stages[number]
     measure = partial(measure_stage, trainer, stage)
     measured, full = None, False
+    room = partial(room_for, lambda: training(trainer.recipe, workers, number))
     try:
-        measured = measure() if workers.world == 1 else _try_alone(trainer, stage)
-    except (RuntimeError, MemoryError) as problem:
-        if not is_out_of_memory(problem):
-            raise
+        with room():
+            measured = measure() if workers.world == 1 else _try_alone(trainer, stage)
+    except OutOfRoomError:
         full = True
     if not workers.most(full):
-        with room_for(lambda: training(trainer.recipe, workers, number)):
+        with room():
             return measured or measure()
     trainer.optimizer.zero_grad()
     trainer.update.begin_anew()

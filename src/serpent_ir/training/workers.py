@@ -27,7 +27,7 @@ PATIENCE = timedelta(minutes=15)
 
 NCCL_GRAPHS = False
 """Whether steps of joined processes are captured, too. To be turned on when tests/test_train_workers.py -k nccl, which
-does so itself, has passed on a GPU: the one time that it ran there, the time lent on the GPU ended first."""
+does so itself, has passed on a GPU: in the time that was left there it came to no end."""
 
 
 class Workers:
