@@ -18,7 +18,7 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate
 from serpent_ir.export import export
 from serpent_ir.inference import Restorer
-from serpent_ir.models import create_model
+from serpent_ir.models import create_model, load_weights
 
 TINY = {
     "serpent_l": {"dim": 8, "blocks": (1, 1), "in_channels": 4},
@@ -159,6 +159,37 @@ def test_what_is_no_weights_file_is_said_for_what_it_is(tmp_path):
         assert str(caught.value).startswith(f"{tmp_path / name}: {told}" if told[0] != "(" else f"{tmp_path / name}: ")
         assert told in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_flipped_byte_of_a_torch_file_is_never_loaded(checksums, tmp_path):
+    """Without checksums, which torch.save can be asked to leave out, there is nothing to tell it by."""
+    state, file = {"a": torch.rand(3, 50), "b": torch.rand(70)}, tmp_path / "w.pth"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    torch.save(state, file)
+    torch.serialization.set_crc32_options(before)
+    whole = file.read_bytes()
+    loaded = load_weights(file)[0]
+    assert all(torch.equal(loaded[key], x) for key, x in state.items())
+    if not checksums:
+        return
+    middle = whole.index(state["a"].numpy().tobytes()) + 300
+    refused = 0
+    for place in [middle, *range(5, len(whole), 11)]:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            loaded = load_weights(file)[0]
+        except SerpentError as error:
+            refused += 1
+            assert str(error).startswith(f"{file}: "), error
+            assert "\n" not in str(error)
+            if place == middle:
+                assert "is damaged (the checksum of w/data/0 differs); get the file again" in str(error)
+        else:  # one that says nothing, between the entries
+            assert place != middle
+            assert all(torch.equal(loaded[key], x) for key, x in state.items())
+    assert refused > 50
 
 
 class Enlarger(nn.Module):
