@@ -34,7 +34,7 @@ def test_training_learns_logs_and_leaves_what_it_should(folders):
     file = recipe_file(folders, "learn", stages=stages, lr=5e-3, val_every=30, ema=0.9)
     out = folders / "learn"
     before = quiet_trainer(file)
-    untrained = evaluate_network(before.average, before.val_files, "deblur")
+    untrained = evaluate_network(before.average, before.val.files, "deblur")
     torch.manual_seed(5)
     state = torch.get_rng_state()
     weights = train(file, tensorboard=True)
@@ -46,7 +46,7 @@ def test_training_learns_logs_and_leaves_what_it_should(folders):
     rows = [row for row in rows_of(out) if "loss" in row]
     assert [row["step"] for row in rows] == [30, 50, 60]
     assert rows[-1]["loss"] < rows[0]["loss"]
-    again = evaluate_network(create_model("serpent_b", checkpoint_path=weights, **TINY), before.val_files, "deblur")
+    again = evaluate_network(create_model("serpent_b", checkpoint_path=weights, **TINY), before.val.files, "deblur")
     assert again["psnr"] == last["psnr"]
     assert json.loads((out / "recipe.json").read_text())["model_options"] == TINY
     assert quiet_trainer(out / "recipe.json").schedule.steps == 60, "what was saved is a recipe"

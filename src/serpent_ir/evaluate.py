@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from serpent_ir.data import PackedImage, list_images, read_rgb8
@@ -92,19 +93,29 @@ def evaluate_network(
 
 
 def evaluate_image(
-    network: nn.Module, clean: Tensor, degradation: Degradation, *, index: int, seed: int = 0, precision: str = "auto"
+    network: nn.Module,
+    clean: Tensor,
+    degradation: Degradation,
+    *,
+    index: int,
+    seed: int = 0,
+    precision: str = "auto",
+    known: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
 
-    `clean` (1, 3, H, W) lies on the network's device; `precision` is as `run_network` takes it.
+    `clean` (1, 3, H, W) lies on the network's device; `precision` is as `run_network` takes it; `known` are figures
+    that need not be computed: those of the input, which are the same for every network.
     """
     degraded = degradation(clean, generator=evaluation_generator(seed, index))
     given = degradation.network_input(degraded)
     restored = degradation.combine(run_network(network, given, precision=precision), given)
     image = given[:, :3]
     row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
-    row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
-    return {key: value.item() for key, value in row.items()}, given, restored
+    if not known:
+        row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
+    figures = torch.cat(list(row.values())).tolist()  # all at once, since a GPU is waited for
+    return {**dict(zip(row, figures, strict=True)), **(known or {})}, given, restored
 
 
 def mean_figure(figures: list[float]) -> float:
@@ -117,7 +128,12 @@ def mean_figure(figures: list[float]) -> float:
 
 
 def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:
-    """A clean image (1, 3, H, W) float32 in [0, 1], cropped for the degradation.
+    """A clean image (1, 3, H, W) float32 in [0, 1], cropped for the degradation. Raises ImageError as `read_clean8`."""
+    return to_unit(read_clean8(file, degradation))
+
+
+def read_clean8(file: Path | PackedImage, degradation: Degradation) -> Tensor:
+    """The same in 8 bits, (3, H, W) uint8.
 
     Raises ImageError, as `read_image` does, and where it is too small to be degraded or compared.
     """
@@ -126,4 +142,9 @@ def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:
     least = max(SSIM_WINDOW, 2 * degradation.scale)
     if min(height, width) < least:
         raise ImageError(f"{file}: {width}x{height} px is too small to compare; remove it (least side: {least} px)")
-    return degradation.crop(pixels)[None].float() / 255
+    return degradation.crop(pixels)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """(3, H, W) uint8 -> (1, 3, H, W) float32 in [0, 1]."""
+    return pixels[None].float() / 255

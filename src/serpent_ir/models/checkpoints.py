@@ -63,7 +63,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def _check_archive(path: Path) -> None:
-    """SerpentError where a zip archive is not what torch.save writes, or its bytes are not those it was written with."""
+    """SerpentError where a zip archive is not what torch.save writes, or not as it was written."""
     damaged = ""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -152,8 +152,8 @@ def _peak() -> int:
 
 def _validation_seconds(trainer: Trainer) -> float:
     """Of all images, by a few of them, the first of which is not counted."""
-    few = trainer.val_files[: 3 * trainer.workers.world]
-    validate(trainer.average, few, trainer.degradation, trainer.workers, trainer.recipe.precision)
+    few = min(3 * trainer.workers.world, len(trainer.val))
+    validate(trainer.average, trainer.val, trainer.recipe.precision, count=few)
     start = time.perf_counter()
-    validate(trainer.average, few, trainer.degradation, trainer.workers, trainer.recipe.precision)
-    return (time.perf_counter() - start) * len(trainer.val_files) / len(few)
+    validate(trainer.average, trainer.val, trainer.recipe.precision, count=few)
+    return (time.perf_counter() - start) * len(trainer.val) / few

@@ -16,7 +16,6 @@ from torch import Tensor
 from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.evaluate import read_clean
 from serpent_ir.passes import pick_precision
 from serpent_ir.recipe import Recipe
 from serpent_ir.training import report, room, stopping
@@ -28,7 +27,7 @@ from serpent_ir.training.report import Report
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep, Step
 from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError
-from serpent_ir.training.validation import validate
+from serpent_ir.training.validation import ValidationImages, validate
 from serpent_ir.training.workers import Workers
 
 QUEUED = 2  # steps that a GPU may be behind when the host asks for the next batch, which waits for no more
@@ -72,16 +71,15 @@ class Trainer:
                 )
         self.out = Path(recipe.out)
         self.degradation = create_degradation(recipe.task)
-        self.val_files = list_images(recipe.val)
-        of = {"val": recipe.val, "val_images": len(self.val_files)}
+        val_files = list_images(recipe.val)
+        of = {"val": recipe.val, "val_images": len(val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         if tensorboard and self.workers.first:
             report.event_writer()
         # Where there are checkpoints their weights count: those to start from may be gone.
         begun = self.workers.from_first(bool(self.checkpoints.paths()))
         network = starting_network(recipe, fresh=begun)
-        for file in self.val_files[self.workers.rank :: self.workers.world]:
-            read_clean(file, self.degradation)  # a bad one is better found now than at the first validation
+        self.val = ValidationImages(val_files, self.degradation, self.workers)
         train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
         self.data = TrainingSet(recipe.train, train, self.device)
         self.network = network.to(self.device).train()
@@ -132,7 +130,7 @@ class Trainer:
             recipe = self.recipe
             self.say(
                 f"{recipe.model} {recipe.task}: {self.schedule.steps} steps in {len(recipe.stages)} stage(s) on "
-                f"{self.workers.told()}; {len(self.data)} training and {len(self.val_files)} validation images"
+                f"{self.workers.told()}; {len(self.data)} training and {len(self.val)} validation images"
             )
             try:
                 with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
@@ -368,7 +366,7 @@ class Trainer:
         self.report.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
 
     def _validate(self, path: Path | None) -> None:
-        means, pictures = validate(self.average, self.val_files, self.degradation, self.workers, self.recipe.precision)
+        means, pictures = validate(self.average, self.val, self.recipe.precision)
         self.score, self.validated = means, self.step
         line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
         told = line.format(self.step, self.schedule.steps, **means)
