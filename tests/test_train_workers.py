@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from serpent_ir.errors import SerpentError
+from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.training import workers
 from serpent_ir.training.workers import Workers
 from training_files import draw_folders, quiet_trainer, recipe_file
@@ -22,6 +22,7 @@ from training_processes import (
     start,
     start_workers,
     stop_after_14_steps,
+    train_twice,
 )
 
 
@@ -58,6 +59,29 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "weights.safetensors")
 
 
+def test_processes_that_trained_train_again(folders):
+    file = recipe_file(folders, "one")
+    both = start_workers(file, 2, folders, changes=(train_twice,))
+    assert [finish(process) for process in both] == [0, 0]
+    one, again = weights_of(folders / "one"), weights_of(folders / "one_again")
+    assert [name for name in one if not torch.equal(one[name], again[name])] == []
+    said = (folders / "said0").read_text()
+    assert said.count("step 10/10  validation") == 2
+    assert said.count("stages.0.batch is 3; it must be a multiple of 2") == 1
+
+
+def test_processes_that_trained_on_cpus_do_not_train_on_gpus(monkeypatch):
+    """Nor after something else ended the group: Accelerate would not take notice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for kind, told in {
+        "cuda": "has trained on cuda, not cpu; train",
+        "cpu": "has parted with the others; train",
+    }.items():
+        monkeypatch.setattr(workers, "_joint", workers._Joint(kind, None, None))
+        with pytest.raises(UsageError, match=f"this process, one of several, {told} in a new one"):
+            Workers("cpu")
+
+
 def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):
     """It goes the way of several: DistributedDataParallel, collectives, words over Gloo."""
     assert finish(start(recipe_file(folders, "alone"))) == 0
@@ -85,7 +109,7 @@ def test_a_command_that_failed_on_several_gpus_ends_though_nccl_waits():
     script = """if True:
         import atexit, time, torch, serpent_ir.train
         from serpent_ir.cli import app
-        from serpent_ir.errors import SerpentError
+        from serpent_ir.errors import SerpentError, UsageError
         torch.distributed.is_initialized = torch.cuda.is_initialized = lambda: True
         def train(*_, **__):
             raise SerpentError("another one is gone")

@@ -146,6 +146,22 @@ def plan_where_the_second_has_no_room() -> None:
     globals()["train"] = told
 
 
+def train_twice() -> None:
+    """Plan, train, fail in all processes, and train again, in another folder."""
+    once = train
+
+    def twice(recipe, overrides, **options):
+        plan(recipe, overrides)
+        once(recipe, overrides, **options)
+        try:
+            once(recipe, [*overrides, "stages=[{crop: 16, batch: 3, steps: 1}]"])
+        except SerpentError as error:
+            print(error, file=sys.stderr)
+        once(recipe, [*overrides, f"out={recipe.with_suffix('')}_again"], **options)
+
+    globals()["train"] = twice
+
+
 def count_replays() -> None:
     """Capture steps, of joined processes too, and say at the end how many were replayed from a graph."""
     join_alone()

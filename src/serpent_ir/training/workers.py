@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -51,25 +52,12 @@ class Workers:
         self.captured = NCCL_GRAPHS or not self.joined  # whether a step may be a CUDA graph
         if not self.joined:
             return
-        try:
-            from accelerate import Accelerator
-            from accelerate.utils import InitProcessGroupKwargs
-        except ModuleNotFoundError:
-            raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
         if self.device.type == "cuda" and self.captured:
             _let_nccl_be_captured()
-        warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
-        self._accelerator = Accelerator(
-            cpu=self.device.type == "cpu",
-            mixed_precision="no",  # whatever the launcher says: precision is the recipe's
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-        self.rank = self._accelerator.process_index
-        self.device = self._accelerator.device
-        if self._accelerator.num_processes != self.world or not torch.distributed.is_initialized():
-            raise UsageError("serpent train runs data parallel alone; use torchrun, or accelerate launch --multi_gpu")
-        # Words between the hosts go another way than gradients: they must not wait for the GPU.
-        self._words: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._joint = _join(self.device.type)
+        self.rank = self._joint.accelerator.process_index
+        self.device = self._joint.accelerator.device
+        self._words = self._joint.words
 
     @property
     def first(self) -> bool:
@@ -176,9 +164,53 @@ class Workers:
             ) from None
 
     def leave(self) -> None:
-        """End what connects the processes. NCCL waits here for graphs that it is part of: let go of them first."""
+        """Part with the others at the exit of this process, unless another training comes before.
+
+        NCCL waits there for graphs that it is part of: let go of them first.
+        """
         if self.joined:
-            self._accelerator.end_training()
+            atexit.register(self._joint.accelerator.end_training)
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """What connects this process with the others."""
+
+    kind: str  # of device
+    accelerator: Any
+    words: Any  # group for words between the hosts, which must not wait for the GPU as gradients do
+
+
+_joint: _Joint | None = None
+"""Made by the first training of this process and kept for the next ones: Accelerate has one state for a process, and
+what a launcher lets its processes meet by still knows the addresses of a group that was ended."""
+
+
+def _join(kind: str) -> _Joint:
+    """Meet the other processes, unless that was done before. Raises UsageError where it cannot be."""
+    global _joint
+    if _joint is not None:
+        if _joint.kind != kind or not torch.distributed.is_initialized():
+            what = f"trained on {_joint.kind}, not {kind}" if _joint.kind != kind else "parted with the others"
+            raise UsageError(f"this process, one of several, has {what}; train in a new one")
+        atexit.unregister(_joint.accelerator.end_training)  # a training that fails ends without NCCL's farewell
+        return _joint
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+    except ModuleNotFoundError:
+        raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision="no",  # whatever the launcher says: precision is the recipe's
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected or not torch.distributed.is_initialized():
+        raise UsageError("serpent train runs data parallel alone; use torchrun, or accelerate launch --multi_gpu")
+    _joint = _Joint(kind, accelerator, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+    return _joint
 
 
 def end_at_exit(status: int) -> None:
