@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,13 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from serpent_ir.passes import device_name
+
 
 def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Median of a call between two CUDA events, with the time that the host takes to launch it."""
+    """Median of a call between two CUDA events, with the time that the host takes to launch it.
+
+    Without a GPU by the clock.
+    """
     for _ in range(warmup):
         call()
     times = []
     for _ in range(repeats):
+        if not torch.cuda.is_available():
+            start = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - start))
+            continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
@@ -47,14 +58,14 @@ def training_step(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return step
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cuda") -> dict[str, Any]:
     """What a measurement was made with."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = None
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(torch.device(device)),
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),

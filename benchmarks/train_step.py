@@ -1,23 +1,35 @@
-"""Milliseconds, images per second and memory of a training step on GPUs by crop and batch, plain and as a CUDA graph.
+"""Milliseconds, images a second and memory of a training step by crop and batch; and what several GPUs make of it.
 
     python benchmarks/train_step.py --data DIR [DIR ...] --out train_step.json
-    torchrun --nproc-per-node 2 benchmarks/train_step.py --model serpent_h --data DIR --out train_step.2.json
+    python benchmarks/train_step.py --data DIR --sizes 128x16 --gpus 1 2 --out gpus.json      # the ratio alone
+    python benchmarks/train_step.py --data DIR --tiny --out tiny.json                         # tries this file on a CPU
 
 A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
-backward, clipping, fused Adam, averaged weights. Batches are those of one GPU: several have so many times more, and
-graphs with --graphs alone (`serpent_ir.training.workers`).
-`data_ms` is a batch by itself (median over CUDA events), `ms` the mean of 20 steps after a warm-up.
+backward, clipping, fused Adam, averaged weights. It is measured on one GPU and, by torchrun, on all of this machine,
+each with as much to do; without a CUDA graph and, where `serpent train` captures its steps, from one (of several GPUs
+with --graphs alone: `serpent_ir.training.workers`).
+
+`ms` is the mean of 20 steps after a warm-up, `data_ms` a batch by itself (median over CUDA events). `batch` is that of
+all GPUs. A ratio is the images a second of several GPUs by those of one at as large a batch of each: `ratio` as
+`serpent train` runs them, `ratio_plain` both without a graph.
 """
 
 import argparse
+import gc
 import json
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from serpent_ir.recipe import Recipe, Stage
+from serpent_ir.train import GraphedStep
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_where_it_fits
@@ -25,63 +37,129 @@ from serpent_ir.training.step import own_stream
 from timing import machine, median_ms
 
 SIZES = [(64, 128), (128, 64), (256, 16), (128, 16)]
-"""Crops and batches of one GPU; the last is that of the bar on the share of data."""
+"""Crops and batches of one GPU; the last is that of the bars on the share of data and on several GPUs."""
+
+TINY: dict[str, Any] = {"model": "serpent_b", "model_options": {"dim": 8, "blocks": [1, 1]}, "device": "cpu"}
 
 
-def top_kernels(run, count: int = 14) -> list[tuple[str, float]]:
-    """Names and milliseconds of the kernels that take most of one run."""
+def cutter(trainer: engine.Trainer, number: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What makes this process's share of a batch of a stage."""
+    stage = trainer.recipe.stages[number]
+    return partial(trainer.data.batch, trainer.workers.share(range(stage.batch)), stage.crop, seed=0)
+
+
+def top_kernels(trainer: engine.Trainer, number: int, count: int = 14) -> list[tuple[str, float]]:
+    """Names and milliseconds of the kernels that take most of one step of a stage."""
     from torch.profiler import ProfilerActivity, profile
 
+    batch = cutter(trainer, number)()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        run()
+        trainer.train_step(*batch)
         torch.cuda.synchronize()
     rows = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total)
     return [(e.key[:90], e.self_device_time_total / 1000) for e in rows[:count]]
 
 
+def measure(args: argparse.Namespace) -> None:
+    """What each of the processes does; the first writes its rows as JSON."""
+    processes.NCCL_GRAPHS = args.graphs
+    recipe: dict[str, Any] = TINY if args.tiny else {"model": args.model, "device": "cuda"}
+    workers = processes.Workers(recipe["device"])
+    stages = [Stage(crop, batch * workers.world, 1) for crop, batch in args.sizes]
+    recipe |= {"task": "deblur", "train": args.data, "val": args.data[0], "out": tempfile.mkdtemp(), "stages": stages}
+    captured = workers.captured and workers.device.type == "cuda"
+    rows, kernels = [], {}
+    with workers.together(), own_stream(workers.device):
+        for engine.CUDA_GRAPHS in (False, True) if captured else (False,):
+            trainer = engine.Trainer(Recipe(recompute=args.recompute, **recipe), workers=workers)
+            for number in range(len(stages)):
+                rows.append(measure_row(trainer, number))
+                if args.profile and rows[-1]["ms"] and not engine.CUDA_GRAPHS:
+                    kernels[f"{workers.world} x {stages[number].crop}"] = top_kernels(trainer, number)
+            if isinstance(trainer.call, GraphedStep):
+                trainer.call.release()
+            del trainer  # its memory is not the next one's
+            gc.collect()
+        workers.leave()
+    if workers.first:
+        args.measure.write_text(json.dumps({**machine(workers.device.type), "steps": rows, "kernels": kernels}))
+
+
+def measure_row(trainer: engine.Trainer, number: int) -> dict[str, Any]:
+    """The figures of a stage."""
+    recipe, workers, stage = trainer.recipe, trainer.workers, trainer.recipe.stages[number]
+    row = {"model": recipe.model, "gpus": workers.world, "crop": stage.crop, "batch": stage.batch}
+    measured = measure_where_it_fits(trainer, number)
+    graph = isinstance(trainer.call, GraphedStep) and trainer.call.graph is not None
+    row |= {"graph": graph, "recompute": recipe.recompute}
+    if measured is None:
+        return row | {"ms": None, "images_per_second": None, "error": "out of memory"}
+    seconds, memory = measured
+    row |= {"ms": 1000 * seconds, "images_per_second": stage.batch / seconds, "gb": memory / 1e9}
+    return row | {"data_ms": median_ms(cutter(trainer, number), 15, warmup=3)}
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of several GPUs to one, at each crop and batch of a GPU; null where one of them does not fit."""
+    plain, best = ({}, {})
+    for row in rows:
+        place = row["crop"], row["batch"] // row["gpus"], row["gpus"]
+        best[place] = row["images_per_second"]  # the last is as `serpent train` runs it
+        plain.setdefault(place, row["images_per_second"])
+    found = []
+    for crop, batch, gpus in best:
+        one = crop, batch, 1
+        row: dict[str, Any] = {"gpus": gpus, "crop": crop, "batch_of_each": batch}
+        for name, rates in (("ratio", best), ("ratio_plain", plain)):
+            several, alone = rates[crop, batch, gpus], rates.get(one)
+            row[name] = several / alone if several and alone else None
+        found += [row] if gpus > 1 else []
+    return found
+
+
+def size(text: str) -> tuple[int, int]:
+    crop, batch = text.split("x")
+    return int(crop), int(batch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--model", default="serpent_l")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--model", default="serpent_h")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="CROPxBATCH", help="of each GPU")
+    parser.add_argument("--gpus", nargs="+", type=int, help="how many; by default 1 and all that are here")
     parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
     parser.add_argument("--graphs", action="store_true", help="capture the steps of several, too")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, in one process and in two")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows, kernels = [], {}
-    folders = [str(folder) for folder in args.data]
-    processes.NCCL_GRAPHS = args.graphs
-    workers = processes.Workers("cuda")
-    stages = [Stage(crop, batch * workers.world, 1) for crop, batch in SIZES]
-    with workers.together(), own_stream(workers.device):
-        for graph in (False, True) if workers.captured else (False,):
-            engine.CUDA_GRAPHS = graph
-            out = tempfile.mkdtemp()
-            recipe = Recipe(args.model, "deblur", folders, folders[0], out, stages, recompute=args.recompute)
-            trainer = engine.Trainer(recipe, workers=workers)
-            for number, stage in enumerate(stages):
-                row = {"model": args.model, "gpus": workers.world, "crop": stage.crop, "batch": stage.batch}
-                row |= {"graph": graph, "recompute": args.recompute}
-                cut = partial(trainer.data.batch, workers.share(range(stage.batch)), stage.crop, seed=0)
-                if measured := measure_where_it_fits(trainer, number):
-                    seconds, memory = measured
-                    row |= {"ms": 1000 * seconds, "images_per_second": stage.batch / seconds, "gb": memory / 1e9}
-                    row |= {"data_ms": median_ms(cut, 15, warmup=3)}
-                    if args.profile and not graph:
-                        kernels[str(stage.crop)] = top_kernels(partial(trainer.train_step, *cut()))
-                else:
-                    row |= {"ms": None, "error": "out of memory"}
-                rows.append(row)
-            if graph == workers.captured:
-                trainer.leave()
-    if not workers.first:
+    args.sizes = args.sizes or ([(16, 4)] if args.tiny else SIZES)
+    if args.measure:
+        measure(args)
         return
-    args.out.write_text(json.dumps({**machine(), "steps": rows, "kernels": kernels}))
-    for key, names in kernels.items():
+    if not args.tiny and not torch.cuda.is_available():
+        sys.exit("benchmarks/train_step.py times GPUs: no CUDA device here; --tiny tries it on a CPU")
+    counts = args.gpus or sorted({1, 2 if args.tiny else torch.cuda.device_count()} - {0})
+    record: dict[str, Any] = {"steps": [], "kernels": {}}
+    for count in counts:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "measured.json"
+            how = torchrun if count > 1 else []
+            ended = subprocess.run([sys.executable, *how, *sys.argv, "--measure", str(file)])
+            if ended.returncode:
+                sys.exit(f"{count} process(es) ended with status {ended.returncode}; see what they said")
+            found = json.loads(file.read_text())
+        record = {**found, "steps": record["steps"] + found["steps"], "kernels": record["kernels"] | found["kernels"]}
+    record["ratios"] = ratios(record["steps"])
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for key, names in record["kernels"].items():
         print(key)
         for name, ms in names:
             print(f"  {ms:8.3f} ms  {name}")
-    for row in rows:
+    for row in [*record["steps"], *record["ratios"]]:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from training_files import draw_folders
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -58,3 +62,36 @@ def test_results_are_written_from_the_files(tmp_path: Path) -> None:
     assert "serpent_b 120 (480)" in text
     assert "256, 22 | 0.0710 | 0.142 | 2.00 | 0.0920 | 0.0231 | 0.213 | 0.590 | 2.77 | 3.00 |" in text
     assert tables.render() == tables.RESULTS.read_text()
+
+
+def test_one_command_measures_one_process_and_two_and_prints_their_ratio(tmp_path):
+    """On the CPU, over Gloo; --tiny is there for that."""
+    data, out = draw_folders(tmp_path) / "train", tmp_path / "steps.json"
+    call = [sys.executable, FOLDER / "train_step.py", "--data", data, "--tiny", "--out", out]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(out.read_text())
+    assert record["device"] == "cpu"
+    assert [(row["gpus"], row["crop"], row["batch"], row["graph"]) for row in record["steps"]] == [
+        (1, 16, 4, False),
+        (2, 16, 8, False),
+    ]
+    one, two = (row["images_per_second"] for row in record["steps"])
+    assert record["ratios"] == [
+        {"gpus": 2, "crop": 16, "batch_of_each": 4, "ratio": two / one, "ratio_plain": two / one}
+    ]
+    assert ended.stdout.splitlines()[-1] == f"gpus 2  crop 16  batch_of_each 4  ratio {two / one:.4g}  ratio_plain " + (
+        f"{two / one:.4g}"
+    )
+
+
+def test_ratios_are_of_steps_as_they_run_and_of_those_without_a_graph() -> None:
+    def row(gpus: int, crop: int, batch: int, rate: float | None) -> dict[str, object]:
+        return {"gpus": gpus, "crop": crop, "batch": batch, "images_per_second": rate}
+
+    rows = [row(1, 64, 8, 100.0), row(1, 128, 4, 20.0), row(1, 64, 8, 150.0), row(1, 128, 4, None)]
+    rows += [row(2, 64, 16, 195.0), row(2, 128, 8, None)]
+    assert load("train_step").ratios(rows) == [
+        {"gpus": 2, "crop": 64, "batch_of_each": 8, "ratio": 1.3, "ratio_plain": 1.95},
+        {"gpus": 2, "crop": 128, "batch_of_each": 4, "ratio": None, "ratio_plain": None},
+    ]
