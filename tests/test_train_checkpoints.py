@@ -55,6 +55,21 @@ def test_large_groups_are_cut_into_parts(tmp_path):
     assert all(torch.equal(found.groups["adam"][name], x) for name, x in tensors.items())
 
 
+def test_a_gpu_without_room_for_a_copy_is_saved_tensor_by_tensor(monkeypatch):
+    tensors = {"a": torch.rand(3, 2), "b": torch.rand(4)}
+    whole, cat, calls = b"".join(tensor_file(tensors)), torch.cat, []
+
+    def full(parts):
+        calls.append(parts)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cat(parts)
+
+    monkeypatch.setattr(torch, "cat", full)
+    assert b"".join(tensor_file(tensors)) == whole
+    assert len(calls) == 2
+
+
 def test_files_of_tensors_are_what_safetensors_writes(tmp_path):
     """For its own readers: mapped, and from bytes; of every type, shape and stride."""
     types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]

@@ -190,8 +190,12 @@ def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str] | None = No
     told += b" " * (-len(told) % 8)  # so that the tensors are aligned
     pieces = [memoryview(len(told).to_bytes(8, "little") + told)]
     if tensors:
-        flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()])
-        pieces.append(flat.cpu().numpy().data)
+        parts = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+        try:
+            flat = torch.cat(parts).cpu()
+        except torch.OutOfMemoryError:  # of a GPU that the steps fill; the run is to be saved all the same
+            flat = torch.cat([part.cpu() for part in parts])
+        pieces.append(flat.numpy().data)
     return pieces
 
 
