@@ -108,7 +108,7 @@ class Captured:
                 return
             del self.keys[key]
         try:
-            # A graph holds the pool at all times: PyTorch takes the handle of one that was let go for an error.
+            # Another graph holds the pool at all times: PyTorch refuses the handle of one that was let go.
             now.graph = _Graph(run, numbers, self.device, others[-1][2] if others else None)
         except RuntimeError:  # too little memory, too
             self.able = False
