@@ -1,12 +1,13 @@
 """Tables 1 and 2 of the paper at our scale: all networks trained for the same minutes of one device, and compared.
 
-    python benchmarks/tables.py --out runs/tables [--data ../shared/data] [--minutes 2.5] [--gpus 2]
+    python benchmarks/tables.py --out runs/tables [--data ../shared/data] [--minutes 2.5] [--gpus 2] [--at-once 3]
 
-Images are decoded once, into packed sets. For each task, `deblur` then `sr8`: a step of every network is timed, which
-says how many steps fit in the minutes, so that the learning rate comes down to zero at their end. Then each network, in
-a process and on a GPU of its own, gets the better of two learning rates by short runs (by PSNR on some validation
-images; the paper's rate and a neighbour), trains at one crop size (SwinIR has no progressive stages in the paper, and
-images of one size can be counted), and is evaluated on three sets. Rows at equal numbers of images are read from the
+Images are decoded once, into packed sets. For each task, `deblur` then `sr8`, every network first has a GPU to itself,
+for short runs at two learning rates (the paper's and a neighbour), which choose the better one by PSNR on some
+validation images and say how many steps the minutes hold. Then each trains for so many steps at one crop size (SwinIR
+has no progressive stages in the paper, and images of one size can be counted), the learning rate coming down to zero at
+their end, and is evaluated on three sets. As the steps are fixed by then, --at-once trainings may share a GPU: minutes
+and seconds are always steps times the time that one took alone. Rows at equal numbers of images are read from the
 validations of the same runs, at the number that the slowest network reached; the learning rate of the others is not
 down by then.
 
@@ -54,8 +55,7 @@ TASKS: dict[str, tuple[int, int, tuple[str, ...], str]] = {
 }
 # The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.
 RATES = {"serpent": [1e-3, 5e-4], "unet": [5e-4, 1e-3], "restormer": [3e-4, 5e-4], "swinir": [1e-3, 3e-4]}
-TIMING = 15  # seconds for each network whose step is timed
-EXTRA = 90  # that a network takes beside training: imports, validation, evaluation
+EXTRA = 30  # seconds that a job takes beside training: imports, captures, validation, evaluation
 
 
 def main() -> None:
@@ -66,11 +66,11 @@ def main() -> None:
     jobs = [job_of(task, args) for task in args.tasks]
     refuse_what_cannot_be(jobs, args.lrs, folder)
     with tempfile.TemporaryDirectory() as temporary:
-        devices = Devices(args.gpus, args.device, Path(temporary))
+        devices = Devices(args.gpus, args.at_once, args.device, Path(temporary))
         for job in jobs:
             run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
-    results = json.loads((folder / "results.json").read_text())
+    results = _read(folder / "results.json")
     print(render(results["runs"]))
     failed = [run for run in results["runs"] if run.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if failed:
@@ -93,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs to use, a network on each")
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that share a GPU, once all is timed")
     parser.add_argument("--device", default="auto", help="cpu: use no GPU")
     parser.add_argument("--curve-images", type=int, default=25, help="validation images that are looked at in training")
     parser.add_argument("--lpips-weights", help="torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth")
@@ -114,11 +115,11 @@ def job_of(task: str, args: argparse.Namespace) -> Job:
     crop, batch, sets, curve = TASKS[task]
     data = Path(args.data)
     return Job(
-        what="time", models=[], task=task, crop=args.crop or crop, batch=args.batch or batch,
+        what="probe", model="", task=task, crop=args.crop or crop, batch=args.batch or batch,
         train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
         curve=curve, curve_images=args.curve_images, curve_data="", minutes=args.minutes,
         probe_seconds=args.probe_seconds, lrs=[], seed=args.seed, device=args.device,
-        step_ms=0, val_every=0, lpips_weights=args.lpips_weights,
+        step_ms=0, first_look=0, lpips_weights=args.lpips_weights,
         runs=args.keep_runs, result="",
     )  # fmt: skip
 
@@ -135,7 +136,7 @@ def refuse_what_cannot_be(jobs: list[Job], lrs: list[float] | None, folder: Path
     for job in jobs:
         for file in sorted(place_of(job, folder).glob("*.json")):
             now = settings(job, rates(file.name.split(".")[0], lrs))
-            before = json.loads(file.read_text()).get("settings", {})
+            before = _read(file).get("settings", {})
             if _settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
                 told = "; ".join(f"{key} {before.get(key, 'not noted')}, now {now[key]}" for key in other)
                 sys.exit(f"tables.py: error: {file}: of other settings ({told}); give another --out or remove it")
@@ -164,16 +165,25 @@ def _told(sources: list[str]) -> list[str]:
 
 
 class Devices:
-    """Jobs wait here for a free GPU (or for the CPU, which is one); each runs in a process that sees that one alone."""
+    """Jobs wait here for a GPU (or for the CPU, which is one); each runs in a process that sees that one alone."""
 
-    def __init__(self, gpus: int, device: str, temporary: Path):
-        self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    def __init__(self, gpus: int, at_once: int, device: str, temporary: Path):
         self.count = 1 if device == "cpu" or gpus < 1 else gpus
+        self.at_once = max(1, at_once)
         self.temporary = temporary
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        for i in range(self.count):
-            self.free.put(visible.split(",")[i] if self.count > 1 or (visible and device != "cpu") else None)
+        named = self.count > 1 or (visible and device != "cpu")
+        self.all = visible.split(",")[: self.count] if named else [None]
+        self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._number, self._lock = 0, threading.Lock()
+
+    def share_out(self, work: Callable[[Any], None], items: list[Any], at_once: int = 1) -> None:
+        """Do the work on every item, so many at once on each device."""
+        self.free = queue.SimpleQueue()
+        for device in self.all * at_once:
+            self.free.put(device)
+        with ThreadPoolExecutor(self.count * at_once) as pool:
+            list(pool.map(work, items))
 
     def __call__(self, job: Job, log: Path, until: float, takes: float) -> dict[str, Any] | None:
         """The job's result; None where it would end after `until`. What it says goes to the end of `log`."""
@@ -211,48 +221,38 @@ def run_task(
         return
     packed = _packed(job, devices.temporary)
 
-    def time_some(names: list[str]) -> None:
-        while names:
-            rates_of = {name: rates(name, lrs) for name in names}
-            timing = dataclasses.replace(packed, models=names, lrs=[each[-1] for each in rates_of.values()])
-            result = devices(timing, place / "time.log", until, TIMING * len(names))
-            if result is None:
-                say(f"{job.task} {', '.join(names)}: no time left")
-                return
-            steps = result.get("steps", {})
-            if len(steps) < len(names):
-                steps[names[len(steps)]] = {"error": result["error"]}  # the process ended with this one
-            for name, figures in steps.items():
-                _keep(figures, place / f"{name}.time.json", dataclasses.replace(job, models=[name], lrs=rates_of[name]))
-            names = names[len(steps) :]
+    def probe(name: str) -> None:
+        probing = dataclasses.replace(packed, model=name, lrs=rates(name, lrs))
+        takes = EXTRA + job.probe_seconds * len(probing.lrs)
+        run(probing, f"{name}.probe.json", takes)
 
-    def train_one(name: str) -> None:
+    def train(name: str) -> None:
+        found = probed[name]
+        best = max(found["probes"], key=lambda each: each["psnr"] or -math.inf)
         training = dataclasses.replace(
-            packed, what="train", models=[name], lrs=rates(name, lrs), step_ms=times[name], val_every=val_every
+            packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
-        takes = EXTRA + 60 * job.minutes + job.probe_seconds * len(training.lrs)
-        result = devices(training, place / f"{name}.log", until, takes)
+        takes = EXTRA + 60 * job.minutes * min(devices.at_once, len(ready))
+        run(training, f"{name}.json", takes, train=_told(job.train), probes=found["probes"])
+
+    def run(one: Job, file: str, takes: float, **more: Any) -> None:
+        result = devices(one, place / f"{one.model}.log", until, takes)
         if result is None:
-            say(f"{job.task} {name}: no time left")
+            say(f"{job.task} {one.model}: no time left to {one.what}")
             return
-        if "error" not in result:
-            result["train"] = _told(job.train)
-        _keep(result, place / f"{name}.json", dataclasses.replace(training, train=job.train))
+        if one.what == "train" and devices.at_once > 1 and result.get("error") == OUT_OF_MEMORY:
+            result = {"error": "out of memory beside others; call again with a lower --at-once"}
+        result = result if "error" in result else {**result, **more}
+        _keep(result, place / file, dataclasses.replace(job, model=one.model), rates(one.model, lrs))
 
-    def share_out(work: Callable[[Any], None], items: list[Any]) -> None:
-        with ThreadPoolExecutor(devices.count) as pool:
-            list(pool.map(work, items))
-
-    untimed = [name for name in networks if not _settled(place / f"{name}.time.json")]
-    share_out(time_some, [untimed[i :: devices.count] for i in range(devices.count)])
+    devices.share_out(probe, [name for name in wanted if not _settled(place / f"{name}.probe.json")])
     # Of networks that an earlier call was asked for, too: all curves are to be compared.
-    timed = {file.name.split(".")[0]: json.loads(file.read_text()) for file in place.glob("*.time.json")}
-    times = {name: result["step_ms"] for name, result in timed.items() if "step_ms" in result}
-    if not times:
-        return
-    # A validation at the last step of the slowest, which is where they are.
-    val_every = max(1, round(60e3 * job.minutes / max(times.values())))
-    share_out(train_one, sorted((name for name in wanted if name in times), key=lambda name: -times[name]))
+    steps = [_read(file)["steps"] for file in place.glob("*.json") if "steps" in _read(file)]
+    probed = {file.name.split(".")[0]: _read(file) for file in place.glob("*.probe.json") if "probes" in _read(file)}
+    # A look at the last step of the slowest, which is where they are.
+    fewest = min(steps + [max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()], default=1)
+    ready = sorted((name for name in wanted if name in probed), key=lambda name: -probed[name]["step_ms"])
+    devices.share_out(train, ready, devices.at_once)
 
 
 def _packed(job: Job, folder: Path) -> Job:
@@ -278,20 +278,25 @@ def _packed(job: Job, folder: Path) -> Job:
 
 def _settled(file: Path) -> bool:
     """Whether there is a result; that a network does not fit is one, too."""
-    return file.exists() and json.loads(file.read_text()).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
+    return file.exists() and _read(file).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
 
 
-def _keep(result: dict[str, Any], file: Path, job: Job) -> None:
-    name = job.models[0]
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def _keep(result: dict[str, Any], file: Path, job: Job, lrs: list[float]) -> None:
+    name = job.model
     if "error" in result:
         result = {"model": name, "task": job.task, "minutes": job.minutes, **result}
         say(f"{job.task} {name}: {result['error']}")
     elif "curve" not in result:
-        say(f"{job.task} {name}: {result['step_ms']:.1f} ms a step")
+        tried = ", ".join(f"{p['psnr']:.2f} dB at {p['lr']:g}" for p in result["probes"] if p["psnr"])
+        say(f"{job.task} {name}: {result['step_ms']:.1f} ms a step; {tried}")
     else:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
-    result = {**result, "settings": settings(job, job.lrs)}
+    result = {**result, "settings": settings(job, lrs)}
     _write(file, json.dumps(result, indent=1) + "\n")
 
 
@@ -306,10 +311,10 @@ def say(line: str) -> None:
 
 def write_results(folder: Path) -> None:
     """results.json and results.md of all that is in the folder."""
-    files = [file for file in sorted(folder.glob("*min/*.json")) if not file.name.endswith(".time.json")]
-    # Where the timing failed, that says why there is no more.
-    files += [file for file in sorted(folder.glob("*min/*.time.json")) if "error" in json.loads(file.read_text())]
-    runs = [json.loads(file.read_text()) for file in files]
+    files = [file for file in sorted(folder.glob("*min/*.json")) if not file.name.endswith(".probe.json")]
+    # Where the probes failed, that says why there is no more.
+    files += [file for file in sorted(folder.glob("*min/*.probe.json")) if "error" in _read(file)]
+    runs = [_read(file) for file in files]
     _write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
     _write(folder / "results.md", render(runs))
 
@@ -335,7 +340,8 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
         lines += [
             f"{one['device']}, PyTorch {one['torch']}; {how}.",
             f"Training images: {', '.join(one['train'])}.",
-            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each.",
+            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each. Minutes: the steps times",
+            "what one takes a network that has the device to itself.",
             "",
         ]
     for name in VAL if done else ():

@@ -1,17 +1,15 @@
-"""What benchmarks/tables.py does in a process of its own: time a step of networks; or probe, train and evaluate one.
+"""What benchmarks/tables.py does in a process of its own: probe learning rates of a network, or train and evaluate it.
 
     python benchmarks/tables_job.py JOB.json        # a `Job`; the result goes to its file `result`
 
-It knows of training what anybody does: `serpent_ir.train.train` of a recipe file, and the run's log.jsonl.
+It knows of training what anybody does: a recipe file, `serpent_ir.train`, and the run's log.jsonl.
 """
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,15 @@ from serpent_ir.evaluate import evaluate_network
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import create_model
 from serpent_ir.passes import device_name, pick_device
-from serpent_ir.train import plan, train
+from serpent_ir.train import open_trainer, plan
 from serpent_ir.training.room import room_for
+from serpent_ir.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Job:
-    what: str  # "time" or "train"
-    models: list[str]  # of `train`: one
+    what: str  # "probe" or "train"
+    model: str
     task: str
     crop: int
     batch: int
@@ -42,11 +41,11 @@ class Job:
     curve_data: str  # these, as a folder or packed set
     minutes: float
     probe_seconds: float
-    lrs: list[float]  # of `train`: to choose from; of `time`: one of each network
+    lrs: list[float]  # of `probe`: to choose from; of `train`: the one
     seed: int
     device: str
-    step_ms: float  # of `train`: what `time` found
-    val_every: int  # of `train`: steps
+    step_ms: float  # of `train`: what `probe` found
+    first_look: int  # of `train`: steps until the first validation
     lpips_weights: str | None
     runs: str | None  # folder where runs are kept; None: they go
     result: str
@@ -54,105 +53,104 @@ class Job:
 
 def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    if job.what == "train":
-        _write(job, _or_why_not(train_and_evaluate, job))
-        return
-    steps: dict[str, Any] = {}
-    for name, lr in zip(job.models, job.lrs, strict=True):
-        one = dataclasses.replace(job, models=[name], lrs=[lr])
-        _write(job, {"steps": steps, "error": f"the process ended while a step of {name} was timed"})
-        steps[name] = _or_why_not(time_step, one)
-    _write(job, {"steps": steps})
-
-
-def _or_why_not(work: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, Any]:
-    try:
-        with room_for(lambda: OUT_OF_MEMORY):
-            return work(job)
-    except OutOfRoomError:
-        return {"error": OUT_OF_MEMORY}
-    except SerpentError as error:
-        return {"error": str(error)}
-
-
-def _write(job: Job, result: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(job.runs, f"{job.task}.{job.model}") if job.runs else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with room_for(lambda: OUT_OF_MEMORY):
+                result = probe(job, folder) if job.what == "probe" else train_and_evaluate(job, folder)
+        except OutOfRoomError:
+            result = {"error": OUT_OF_MEMORY}
+        except SerpentError as error:
+            result = {"error": str(error)}
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def time_step(job: Job) -> dict[str, Any]:
-    """Milliseconds of a step of `serpent train`, data and all."""
-    with tempfile.TemporaryDirectory() as folder:
-        planned = plan(_recipe(job, Path(folder, "run"), lr=job.lrs[0], steps=1, val_every=1))
-    (stage,) = planned.stages
-    return {"error": OUT_OF_MEMORY} if stage.error else {"step_ms": 1e3 * stage.seconds}
+def probe(job: Job, folder: Path) -> dict[str, Any]:
+    """What a short run at each learning rate comes to, and milliseconds of a step in the last of them, data and all."""
+    # Its few steps say how many make a probe; a GPU that goes on for longer is slower.
+    (stage,) = plan(_recipe(job, folder / "plan", lr=job.lrs[0], steps=1, first_look=1)).stages
+    if stage.error:
+        return {"error": OUT_OF_MEMORY}
+    steps, step_ms = _steps(job.probe_seconds, 1e3 * stage.seconds), 1e3 * stage.seconds
+    probes = []
+    for lr in job.lrs:
+        try:
+            rows = _train(job, folder / f"probe-{lr:g}", lr=lr, steps=steps, first_look=steps)
+        except OutOfRoomError:  # which is so at any learning rate
+            raise
+        except SerpentError as error:  # as at too high a one
+            probes.append({"lr": lr, "psnr": None, "error": str(error)})
+        else:
+            probes.append({"lr": lr, **_score(rows)[-1]})
+            step_ms = _lasting(rows)
+    return {"probes": probes, "step_ms": step_ms}
 
 
-def train_and_evaluate(job: Job) -> dict[str, Any]:
-    """The better learning rate by short runs, the run, and its weights on all sets of images."""
-    budget, (model,) = job.minutes * 60, job.models
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(job.runs, f"{job.task}.{model}") if job.runs else Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        probes = []
-        for lr in job.lrs if len(job.lrs) > 1 else []:
-            steps = _steps(job.probe_seconds, job.step_ms)
-            rows = _train(job, folder / f"probe-{lr:g}", lr=lr, steps=steps, val_every=steps, optional=True)
-            probes.append({"lr": lr, **(_curve(rows, job.batch)[-1] if rows else {"psnr": None})})
-        lr = max(probes, key=lambda probe: probe["psnr"] or -math.inf)["lr"] if probes else job.lrs[0]
-        rows = _train(job, folder / "run", lr=lr, steps=_steps(budget, job.step_ms), val_every=job.val_every)
-        curve = _curve(rows, job.batch)
-        device = pick_device(job.device)
-        network = create_model(f"{model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
-        network = network.to(device)
-        lpips = Lpips(Path(job.lpips_weights), device) if job.lpips_weights else None
-        evaluation = {}
-        for name, images in job.val.items():
-            evaluation[name] = evaluate_network(network, list_images(images), job.task, seed=job.seed, lpips=lpips)
-            del evaluation[name]["images"]
-        seen = len(list_images(job.curve_data))
-    about = {"model": model} | {
-        key: getattr(job, key) for key in ("task", "crop", "batch", "minutes", "probe_seconds", "seed")
-    }
+def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:
+    """A run of all the steps that the minutes hold, and its weights on all sets of images."""
+    (lr,) = job.lrs
+    steps = _steps(60 * job.minutes, job.step_ms)
+    curve = _score(_train(job, folder / "run", lr=lr, steps=steps, first_look=job.first_look))
+    device = pick_device(job.device)
+    network = create_model(f"{job.model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
+    network = network.to(device)
+    lpips = Lpips(Path(job.lpips_weights), device) if job.lpips_weights else None
+    evaluation = {}
+    for name, images in job.val.items():
+        evaluation[name] = evaluate_network(network, list_images(images), job.task, seed=job.seed, lpips=lpips)
+        del evaluation[name]["images"]
+    about = {key: getattr(job, key) for key in ("model", "task", "crop", "batch", "minutes", "probe_seconds", "seed")}
     return about | {
         "device": device_name(device),
         "torch": torch.__version__,
-        "train": job.train,
         "params": sum(p.numel() for p in network.parameters()),
         "lr": lr,
-        "probes": probes,
         "step_ms": job.step_ms,
-        "steps": rows[-1]["step"],
-        "images": curve[-1]["images"],
-        "seconds": curve[-1]["seconds"],
+        "steps": steps,
+        "images": job.batch * steps,
+        "seconds": round(1e-3 * job.step_ms * steps, 1),
         "curve_set": job.curve,
-        "curve_images": seen,
-        "curve": curve,
+        "curve_images": len(list_images(job.curve_data)),
+        "curve": [
+            {
+                "images": job.batch * look["step"],
+                "seconds": round(1e-3 * job.step_ms * look["step"], 1),
+                "psnr": look["psnr"],
+                "ssim": look["ssim"],
+            }
+            for look in curve
+        ],
         "evaluation": evaluation,
     }
+
+
+class Doubling(Schedule):
+    """Looks at the weights after `val_every` steps, twice, four times as many, and at the end: enough for a curve over
+    the logarithm of images, of a fast network, too, which else would spend its time on validations."""
+
+    def validates(self, done: int) -> bool:
+        times, rest = divmod(done, self.recipe.val_every)
+        return done > 0 and (self.ends_stage(done) or (rest == 0 and times & (times - 1) == 0))
 
 
 def _steps(seconds: float, ms: float) -> int:
     return max(1, round(1e3 * seconds / ms))
 
 
-def _train(
-    job: Job, out: Path, *, lr: float, steps: int, val_every: int, optional: bool = False
-) -> list[dict[str, Any]]:
-    """The rows of the run's log; with `optional` none for a run that failed, as at too high a learning rate."""
+def _train(job: Job, out: Path, *, lr: float, steps: int, first_look: int) -> list[dict[str, Any]]:
+    """The rows of the run's log."""
     shutil.rmtree(out, ignore_errors=True)  # one that was cut off
-    try:
-        train(_recipe(job, out, lr=lr, steps=steps, val_every=val_every))
-    except SerpentError as error:
-        if not optional or isinstance(error, OutOfRoomError):  # which is so at any learning rate
-            raise
-        return []
+    with open_trainer(_recipe(job, out, lr=lr, steps=steps, first_look=first_look)) as trainer:
+        trainer.schedule = Doubling(trainer.recipe, trainer.schedule.lengths)
+        trainer.run()
     return [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
 
 
-def _recipe(job: Job, out: Path, *, lr: float, steps: int, val_every: int) -> Path:
+def _recipe(job: Job, out: Path, *, lr: float, steps: int, first_look: int) -> Path:
     recipe = {
-        "model": job.models[0], "task": job.task, "train": job.train, "val": job.curve_data, "out": str(out), "lr": lr,
-        "keep": 1, "warmup": min(200, steps // 10), "val_every": min(val_every, steps), "seed": job.seed,
+        "model": job.model, "task": job.task, "train": job.train, "val": job.curve_data, "out": str(out), "lr": lr,
+        "keep": 1, "warmup": min(200, steps // 10), "val_every": min(first_look, steps), "seed": job.seed,
         "device": job.device, "stages": [{"crop": job.crop, "batch": job.batch, "steps": steps}],
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,13 +159,18 @@ def _recipe(job: Job, out: Path, *, lr: float, steps: int, val_every: int) -> Pa
     return file
 
 
-def _curve(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
+def _score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the validations of a run say of its averaged weights."""
-    return [
-        {"images": batch * row["step"], "seconds": row["seconds"], "psnr": row["psnr"], "ssim": row["ssim"]}
-        for row in rows
-        if row.get("psnr") is not None
-    ]
+    return [{key: row[key] for key in ("step", "psnr", "ssim")} for row in rows if row.get("psnr") is not None]
+
+
+def _lasting(rows: list[dict[str, Any]]) -> float:
+    """Milliseconds of a step, by a run's log; without its first steps, which compile and capture, if there are more."""
+    timed = [(row["step"], row["ms"]) for row in rows if "ms" in row]
+    counts = [step - before for (step, _), before in zip(timed, [0, *(step for step, _ in timed)], strict=False)]
+    skip = counts[0] if 2 * counts[0] <= timed[-1][0] else 0
+    kept = [(n, ms) for n, (step, ms) in zip(counts, timed, strict=True) if step > skip]
+    return sum(n * ms for n, ms in kept) / sum(n for n, _ in kept)
 
 
 def write(job: Job, file: Path) -> None:

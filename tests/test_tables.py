@@ -1,5 +1,6 @@
 """benchmarks/tables.py from end to end, with seconds for minutes."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -33,7 +34,7 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     for name in ("faces256", "faces512", "natural"):
         draw(tmp_path / name / "train", 2)
         draw(tmp_path / name / "val", 1)
-    budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3)
+    budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3, "--at-once", 2)
     done = tables(tmp_path, *budget)
     assert done.returncode == 0, done.stderr
     runs = {run["model"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
@@ -46,7 +47,12 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
         assert probes[run["lr"]] == max(probes.values())
         assert run["evaluation"].keys() == {"faces256/val", "faces512/val", "natural/val"}
         assert all(figures["n"] == 1 for figures in run["evaluation"].values())
-        assert run["curve"][-1]["images"] == run["images"], name
+        looks = [point["images"] for point in run["curve"]]
+        assert looks[-1] == run["images"], name
+        assert all(b == 2 * a for a, b in itertools.pairwise(looks[:-1])), looks
+        assert run["seconds"] == pytest.approx(run["steps"] * run["step_ms"] / 1e3, abs=0.06)
+    # The slowest network's last step is where all are compared.
+    assert {run["curve"][0]["images"] for run in runs.values()} == {min(run["images"] for run in runs.values())}
     page = (tmp_path / "out" / "results.md").read_text()
     assert page.strip() in done.stdout
     assert "## deblur, 0.01 minutes a network" in page
@@ -61,6 +67,7 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     again = tables(tmp_path, *budget)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done already") == 2
+    assert "packing" not in again.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from tables import main  # pyright: ignore[reportMissingImports]

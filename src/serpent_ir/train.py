@@ -12,7 +12,7 @@ from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer
 from serpent_ir.training.workers import Workers
 
-__all__ = ["GraphedStep", "Trainer", "own_stream", "plan", "train"]
+__all__ = ["GraphedStep", "Trainer", "open_trainer", "own_stream", "plan", "train"]
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
         OutOfRoomError: something does not fit in memory; the last checkpoint is whole.
         SerpentError: a run of another recipe, losses that are not finite, a full disk, a process that is gone.
     """
-    with _trainer(config, overrides, tensorboard=tensorboard) as trainer:
+    with open_trainer(config, overrides, tensorboard=tensorboard) as trainer:
         return trainer.run(resume=resume, stop_after_minutes=stop_after_minutes)
 
 
@@ -55,15 +55,16 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
         overrides: as `train` takes them.
         images: plan for a training set of so many images instead, from which the recipe's epochs follow.
     """
-    with _trainer(config, overrides) as trainer:
+    with open_trainer(config, overrides) as trainer:
         made = make_plan(trainer, images)
         trainer.leave()
         return made
 
 
 @contextmanager
-def _trainer(config: Path, overrides: Sequence[str], *, tensorboard: bool = False) -> Iterator[Trainer]:
-    """The trainer of a recipe, on a stream of its own, and errors in one line."""
+def open_trainer(config: Path, overrides: Sequence[str] = (), *, tensorboard: bool = False) -> Iterator[Trainer]:
+    """The trainer of a recipe, on a stream of its own, where what goes wrong is said in one line: for scripts that want
+    more than `train`, as other steps to validate at. Raises what `train` raises."""
     recipe = load_recipe(config, overrides)
     check_model_options(recipe, config)
     workers = Workers(recipe.device)

@@ -1,4 +1,5 @@
-"""A step of training: forward, backward, clipping and Adam; captured in a CUDA graph where that is possible."""
+"""A step of training: forward, backward, clipping, Adam and the averaged weights; captured in a CUDA graph where that
+is possible."""
 
 import gc
 import warnings
@@ -54,13 +55,16 @@ class Tally:
 class Step:
     """Trains a network on a batch (degraded, clean) and returns nothing: the loss goes to `tally`.
 
-    A step whose loss or gradient is not finite changes neither weights nor the optimiser's state. On CUDA and CPUs
-    that is decided where the numbers are, by the switch that fused Adam has for loss scaling: the host need not wait.
+    `average`, weights that follow the network's, goes the share `follow` of the way to them, which the caller sets.
+    A step whose loss or gradient is not finite changes neither weights nor average nor the optimiser's state. On CUDA
+    and CPUs that is decided where the numbers are, by the switch that fused Adam has for loss scaling, and for the
+    average by a factor: the host need not wait.
     """
 
     def __init__(
         self,
         network: nn.Module,
+        average: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Loss,
         workers: Workers,
@@ -74,8 +78,10 @@ class Step:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.clip, self.dtype, self.parts = clip, dtype, parts
         self.tally = Tally(workers.device)
-        # 0 where the last step was skipped; a graph writes to it, too.
-        self.good = torch.ones((), device=workers.device)
+        # A tensor, as a number would be frozen into a graph.
+        self.follow = torch.zeros((), device=workers.device)
+        # Data alone, or autograd would keep a graph of all steps.
+        self.averages, self.weights = ([p.data for p in each.parameters()] for each in (average, network))
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
         loss = self.backward(self.network, degraded, clean)
@@ -88,7 +94,9 @@ class Step:
         elif not bad:
             self.optimizer.step()
         self.tally.add(loss, bad)
-        self.good.copy_(1 - bad)
+        change = torch._foreach_sub(self.weights, self.averages)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(change, self.follow * (1 - bad))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(self.averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def backward(self, network: nn.Module, degraded: Tensor, clean: Tensor) -> Tensor:
         """Make gradients, of this process alone where `network` is the bare one, and return its loss."""

@@ -98,6 +98,7 @@ class Trainer:
         self.optimizer = self._create_optimizer()
         self.update = Step(
             self.network,
+            self.average,
             self.optimizer,
             create_loss(recipe.loss, recipe.frequency),
             self.workers,
@@ -209,14 +210,8 @@ class Trainer:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+        self.update.follow.fill_(1 - self.schedule.decay(self.step))
         self.call(degraded, clean)
-        # A skipped step leaves the average where it is, too, which the device decides: the host need not wait.
-        weight = self.update.good * (1 - self.schedule.decay(self.step))
-        average = [x.data for x in self.average.parameters()]  # else autograd keeps a graph of all steps
-        network = [x.data for x in self.network.parameters()]
-        change = torch._foreach_sub(network, average)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(average, change)  # pyright: ignore[reportPrivateImportUsage]
         self.workers.queued()
 
     def save(self) -> Path | None:
