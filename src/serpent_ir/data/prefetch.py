@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from serpent_ir.data.captured import Captured
 from serpent_ir.data.training import TrainingSet, Windows
 
 _AHEAD = 2  # batches whose pixels the host reads ahead
@@ -17,8 +18,9 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
     """The batches of a training set, one for each request: (numbers of samples, crop).
 
     On a CUDA device a batch is made on a stream of its own, so that it is ready when the step before it is done, if the
-    caller only queues its steps, on the stream that is current when it asks for a batch. Elsewhere batches are made
-    when they are asked for: there is no idle processor that could do it.
+    caller only queues its steps, on the stream that is current when it asks for a batch. Where the images are on the
+    device, too, it comes from a CUDA graph, once there were a few like it. Elsewhere batches are made when they are
+    asked for: there is no idle processor that could do it.
     """
 
     def __init__(self, images: TrainingSet, requests: Iterable[tuple[Sequence[int], int]], *, seed: int):
@@ -27,6 +29,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         self._seed = seed
         self._begun: deque[tuple[list[Windows], int]] = deque()
         self._stream = torch.cuda.Stream(images.device) if images.device.type == "cuda" else None
+        self._captured = Captured(images.device) if self._stream else None
         self._asked: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waited = 0.0
 
@@ -56,7 +59,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         done = torch.cuda.Event(enable_timing=True)  # by the steps queued so far
         done.record(current)
         with torch.cuda.stream(stream):
-            batch = self._images.finish(windows, crop)
+            batch = self._images.finish(windows, crop, self._captured)
             made = torch.cuda.Event(enable_timing=True)
             made.record(stream)
         current.wait_event(made)

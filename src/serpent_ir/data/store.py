@@ -46,23 +46,19 @@ class ImageStore:
             self._images = [np.array(image) if isinstance(image, np.memmap) else image for image in self._images]
         self._readers = ThreadPoolExecutor(_READERS) if device.type == "cuda" and self._flat is None else None
 
-    def read(
-        self, images: np.ndarray, tops: np.ndarray, lefts: np.ndarray, height: int, width: int
-    ) -> Callable[[], Tensor]:
-        """Begin to read windows; `images` (B,) says of which image each is, `tops` and `lefts` where in it.
+    def read(self, images: np.ndarray, begins: np.ndarray, height: int, width: int) -> Callable[[], Tensor]:
+        """Begin to read windows; `images` (B,) says of which image each is, `begins` (B, 2) where in it.
 
-        What it returns is called for the windows, (B, height, width, 3) uint8 on the device.
+        What it returns is called for the windows, (B, height, width, 3) uint8 on the device. Where the images are there
+        already, `places` and `gather` take its place.
         """
-        if self._flat is not None:
-            widths = self.sizes[images, 1]
-            return lambda: self._gather(self._starts[images] + tops * widths + lefts, widths, height, width)
         pinned = self._readers is not None
         staged = torch.empty((len(images), height, width, 3), dtype=torch.uint8, pin_memory=pinned)
         pixels = staged.numpy()
 
         def copy(first: int, step: int) -> None:
             for i in range(first, len(images), step):
-                top, left = tops[i], lefts[i]
+                top, left = begins[i]
                 pixels[i] = self._images[images[i]][top : top + height, left : left + width]
 
         copying: list[Future[None]] = []
@@ -78,9 +74,15 @@ class ImageStore:
 
         return finish
 
-    def _gather(self, starts: np.ndarray, widths: np.ndarray, height: int, width: int) -> Tensor:
+    def places(self, images: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """What `gather` needs of windows, (B, 2): where they begin, and how far it is from row to row."""
+        widths = self.sizes[images, 1]
+        return np.stack([self._starts[images] + begins[:, 0] * widths + begins[:, 1], widths], 1)
+
+    def gather(self, places: Tensor, height: int, width: int) -> Tensor:
+        """Windows (B, height, width, 3) uint8 of images on the device, from places (B, 2) there."""
         assert self._flat is not None
-        start, stride = to_device(np.stack([starts, widths]), self.device)[:, :, None].unbind(0)
+        start, stride = places[:, :, None].unbind(1)
         rows = start + torch.arange(height, device=self.device) * stride
         return self._flat[rows[:, :, None] + torch.arange(width, device=self.device)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serpent_ir.data.captured import Captured
 from serpent_ir.data.files import list_images
 from serpent_ir.data.store import ImageStore, Memory, to_device
 from serpent_ir.degradations import Degradation, ImageGenerators
@@ -25,8 +26,8 @@ class Windows:
 
     places: np.ndarray  # (B,) in the batch
     shape: tuple[int, int]
-    pixels: Callable[[], Tensor]  # what `ImageStore.read` returned
-    numbers: np.ndarray  # (B, 8) int64, as `_finish` takes them apart
+    pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None where they are on the device
+    numbers: np.ndarray  # (B, 8) int64, as `_make` takes them apart; on the device what `ImageStore.gather` takes, too
 
 
 class TrainingSet:
@@ -83,40 +84,59 @@ class TrainingSet:
         numbers = np.asarray(samples, dtype=np.int64)
         images = self._images_of(numbers, seed)
         sizes = self.sizes[images]
-        own = _generators(seed, 2 * numbers)  # of places and orientations; the degradation has others
-        corners = torch.stack([own.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
-        turns = own.below(8).numpy()
-        keys = _keys(seed, 2 * numbers + 1)
+        # Places and orientations have keys of their own, beside those of the degradation.
+        own, keys = np.split(_keys(seed, np.concatenate([2 * numbers, 2 * numbers + 1])), 2)
+        draws = _generators(own)
+        corners = torch.stack([draws.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
+        turns = draws.below(8).numpy()
         begins, ends = self._windows(corners, sizes, crop)
         shapes = ends - begins
+        scale = self.degradation.scale
+        oriented = _orient(corners - begins, turns, crop, shapes[:, 1])
+        columns = [keys, begins // scale, sizes // scale, *oriented]
+        on_device = self.store.memory == "device"
+        if on_device:
+            columns.append(self.store.places(images, begins))
+        table = np.column_stack(columns)
+        together: dict[object, list[int]] = {}
+        for place, shape in enumerate(map(tuple, shapes.tolist())):
+            together.setdefault(place if self.device.type in _APART else shape, []).append(place)
         groups = []
-        for shape in np.unique(shapes, axis=0):
-            places = np.flatnonzero((shapes == shape).all(1))
-            for group in np.split(places, len(places)) if self.device.type in _APART else [places]:
-                begin, size = begins[group], sizes[group]
-                first, down, across = _orient(corners[group] - begin, turns[group], crop, shape[1])
-                scale = self.degradation.scale
-                table = np.column_stack([keys[group], begin // scale, size // scale, first, down, across])
-                pixels = self.store.read(images[group], begin[:, 0], begin[:, 1], *shape.tolist())
-                groups.append(Windows(group, tuple(shape.tolist()), pixels, table))
+        for places in map(np.array, together.values()):
+            height, width = shapes[places[0]].tolist()
+            pixels = None if on_device else self.store.read(images[places], begins[places], height, width)
+            groups.append(Windows(places, (height, width), pixels, table[places]))
         return groups
 
-    def finish(self, groups: list[Windows], crop: int) -> tuple[Tensor, Tensor]:
-        """The second half of `batch`: all that runs on the device, once the host has read what it has to."""
+    def finish(self, groups: list[Windows], crop: int, captured: Captured | None = None) -> tuple[Tensor, Tensor]:
+        """The second half of `batch`: all that runs on the device, once the host has read what it has to.
+
+        With `captured` from CUDA graphs, where the images are on the device.
+        """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            parts = [self._finish(group, crop) for group in groups]
+            parts = [self._finish(group, crop, captured) for group in groups]
             if len(parts) == 1:
                 return parts[0]
             inputs, cleans = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             order = to_device(np.argsort(np.concatenate([group.places for group in groups])), self.device)
             return inputs[order], cleans[order]
 
-    def _finish(self, group: Windows, crop: int) -> tuple[Tensor, Tensor]:
-        numbers = to_device(group.numbers, self.device)
+    def _finish(self, group: Windows, crop: int, captured: Captured | None) -> tuple[Tensor, Tensor]:
+        if group.pixels is not None:
+            return self._make(group.pixels(), to_device(group.numbers, self.device), crop)
+
+        def make(table: Tensor) -> tuple[Tensor, Tensor]:
+            return self._make(self.store.gather(table[:, 8:], *group.shape), table, crop)
+
+        if captured is None:
+            return make(to_device(group.numbers, self.device))
+        return captured(make, group.numbers, key=(group.shape, crop))
+
+    def _make(self, pixels: Tensor, numbers: Tensor, crop: int) -> tuple[Tensor, Tensor]:
+        """Input and clean image of windows (B, h, w, 3): what differs between batches is in numbers."""
         keys, begins, sizes = numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5]
-        first, down, across = numbers[:, 5:, None, None].unbind(1)
-        pixels = group.pixels().permute(0, 3, 1, 2)
-        clean = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        first, down, across = numbers[:, 5:8, None, None].unbind(1)
+        clean = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
         degraded = self.degradation(clean, generator=ImageGenerators(keys, begins, sizes))
         steps = torch.arange(crop, device=self.device)
         places = first + down * steps[:, None] + across * steps  # (B, crop, crop), in the flattened window
@@ -134,13 +154,15 @@ class TrainingSet:
     def _images_of(self, samples: np.ndarray, seed: int) -> np.ndarray:
         epochs, offsets = np.divmod(samples, len(self))
         images = np.empty_like(samples)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in set(epochs.tolist()):
             images[epochs == epoch] = _epoch_order(len(self), seed, epoch)[offsets[epochs == epoch]]
         return images
 
 
-def _orient(corners: np.ndarray, turns: np.ndarray, crop: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of crops in one of eight orientations: where the first pixel is in a flattened window of this width, and how far
+def _orient(
+    corners: np.ndarray, turns: np.ndarray, crop: int, width: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of crops in one of eight orientations: where the first pixel is in flattened windows of these widths, and how far
     it is from there to the next below, and to the next across; (B,) each."""
     flip_rows, flip_columns, transpose = turns & 1, turns >> 1 & 1, turns >> 2
     rows, columns = (corners + (crop - 1) * np.stack([flip_rows, flip_columns], 1)).T
@@ -169,11 +191,10 @@ def _keys(seed: int, numbers: np.ndarray) -> np.ndarray:
     return image_keys(_word(seed), torch.from_numpy(numbers)).numpy()
 
 
-def _generators(seed: int, numbers: np.ndarray) -> ImageGenerators:
+def _generators(keys: np.ndarray) -> ImageGenerators:
     """Generators on the host, for numbers that belong to no place in an image."""
-    keys = torch.from_numpy(_keys(seed, numbers))
-    nowhere = keys.new_zeros(len(keys), 2)
-    return ImageGenerators(keys, nowhere, nowhere)
+    nowhere = torch.zeros(len(keys), 2, dtype=torch.int64)
+    return ImageGenerators(torch.from_numpy(keys), nowhere, nowhere)
 
 
 def _up(sides, grid: int):
