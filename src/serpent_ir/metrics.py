@@ -2,7 +2,7 @@
 
 RGB images in [0, 1]; both are clamped and rounded to the 8 bits of a saved file first; no border is cropped and nothing
 is converted to luminance; one value per image, which the caller averages over images. PSNR and SSIM are computed in
-float64, so that the device does not show.
+float64, so that the device does not show. torchmetrics is imported at the first call: it brings matplotlib, if it can.
 """
 
 import importlib.util
@@ -17,8 +17,6 @@ from serpent_ir.errors import SerpentError, UsageError
 
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
-
-_C1, _C2 = 0.01**2, 0.03**2
 
 # Rows of SSIM computed at once: bounds the memory of one image (about 20 float64 copies of the strip).
 _STRIP = 512
@@ -135,6 +133,8 @@ def eight_bits(image: Tensor) -> Tensor:
 
 def _ssim_of_one(restored: Tensor, clean: Tensor) -> Tensor:
     """SSIM of (1, C, H, W), strip by strip; a strip brings the rows that its windows reach and drops their values."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     height = clean.shape[-2]
     reach = SSIM_WINDOW // 2
     sums = []
@@ -142,36 +142,14 @@ def _ssim_of_one(restored: Tensor, clean: Tensor) -> Tensor:
         stop = min(start + _STRIP, height)
         # `reach` rows on either side would do; twice as many above keep a short last strip as high as the window.
         above, below = max(start - 2 * reach, 0), min(stop + reach, height)
-        similarity = _similarity(eight_bits(restored[..., above:below, :]), eight_bits(clean[..., above:below, :]))
+        _, similarity = structural_similarity_index_measure(
+            eight_bits(restored[..., above:below, :]),
+            eight_bits(clean[..., above:below, :]),
+            data_range=1.0,
+            return_full_image=True,  # its own mean depends on the version: see `ssim`
+        )
         sums.append(similarity[..., start - above : stop - above, :].mean((0, 1, 3)).sum())
     return torch.stack(sums).sum() / height
-
-
-def _similarity(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of every window, (1, C, H, W) float64 twice -> the same."""
-    x, y = (F.pad(image, [SSIM_WINDOW // 2] * 4, mode="reflect") for image in (x, y))
-    mean_x, mean_y, xx, yy, xy = _in_windows(torch.stack([x, y, x * x, y * y, x * y]))
-    means, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-    luminance = (2 * means + _C1) / (squares + _C1)
-    return luminance * (2 * (xy - means) + _C2) / (xx + yy - squares + _C2)
-
-
-def _in_windows(x: Tensor) -> Tensor:
-    """Gaussian means, (..., H + 10, W + 10) -> (..., H, W), along rows and then columns.
-
-    As sums of shifted images: a convolution in float64 takes PyTorch 7 times as long on a CPU, and in two dimensions,
-    as torchmetrics has it, 38 times.
-    """
-    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
-    window = torch.exp(-0.5 * (offsets / 1.5) ** 2)
-    weights = (window / window.sum()).tolist()
-    for dim in (-1, -2):
-        size = x.shape[dim] - SSIM_WINDOW + 1
-        total = x.narrow(dim, 0, size) * weights[0]
-        for offset, weight in enumerate(weights[1:], 1):
-            total.add_(x.narrow(dim, offset, size), alpha=weight)
-        x = total
-    return x
 
 
 def _check_shapes(restored: Tensor, clean: Tensor) -> None:
