@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load, load_file
 
-from serpent_ir.training.checkpoints import Checkpoints, tensor_file
+from serpent_ir.training.checkpoints import Checkpoints
 
 
 def test_the_policy_keeps_the_last_and_the_best(tmp_path):
@@ -53,37 +51,3 @@ def test_large_groups_are_cut_into_parts(tmp_path):
     found = Checkpoints(tmp_path, keep=1).newest(lambda line: None)
     assert found is not None
     assert all(torch.equal(found.groups["adam"][name], x) for name, x in tensors.items())
-
-
-def test_a_gpu_without_room_for_a_copy_is_saved_tensor_by_tensor(monkeypatch):
-    tensors = {"a": torch.rand(3, 2), "b": torch.rand(4)}
-    whole, cat, calls = b"".join(tensor_file(tensors)), torch.cat, []
-
-    def full(parts):
-        calls.append(parts)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return cat(parts)
-
-    monkeypatch.setattr(torch, "cat", full)
-    assert b"".join(tensor_file(tensors)) == whole
-    assert len(calls) == 2
-
-
-def test_files_of_tensors_are_what_safetensors_writes(tmp_path):
-    """For its own readers: mapped, and from bytes; of every type, shape and stride."""
-    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
-    tensors = {f"x.{i}": torch.arange(1, 16).view(3, 5).to(dtype) for i, dtype in enumerate(types)}
-    tensors |= {"mask": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    tensors["across"] = torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last)[:, 1:]
-    tensors['same memory " \u00e4'] = tensors["x.0"]
-    for given, metadata in ((tensors, {"network": "a\nb"}), ({}, None)):
-        file = tmp_path / "x.safetensors"
-        file.write_bytes(b"".join(tensor_file(given, metadata)))
-        with safe_open(file, framework="pt") as opened:
-            assert opened.metadata() == metadata
-        for found in (load_file(file), load(file.read_bytes())):
-            assert found.keys() == given.keys()
-            for name, x in given.items():
-                assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape)
-                assert torch.equal(found[name], x), name

@@ -100,7 +100,7 @@ def _die_at(moment: str, passes: int) -> None:
             left[0] -= 1
             if left[0] < 0:
                 if moment == "half a file":
-                    path, content = args[0], b"".join(args[1])
+                    path, content = args
                     path.write_bytes(content[: len(content) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from serpent_ir.errors import SerpentError
@@ -74,13 +74,11 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             files = {}
             for name, tensors in _parts(groups):
-                pieces, digest = tensor_file(tensors), hashlib.sha256()
-                for piece in pieces:
-                    digest.update(piece)
-                _write(temporary / name, pieces)
-                files[name] = {"bytes": sum(map(len, pieces)), "sha256": digest.hexdigest()}
+                content = save(tensors)
+                _write(temporary / name, content)
+                files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             body = {"format": 1, "step": step, **facts, "files": files}
-            _write(temporary / "manifest.json", [json.dumps({**body, "sha256": _seal(body)}, indent=1).encode()])
+            _write(temporary / "manifest.json", json.dumps({**body, "sha256": _seal(body)}, indent=1).encode())
             _sync_folder(temporary)
             aside = path.with_name(path.name + ASIDE)
             if path.exists():  # the same step again; `clean` puts it back if a kill comes before the new one is there
@@ -161,7 +159,7 @@ class _DamageError(Exception):
 
 
 def _parts(groups: Groups) -> list[tuple[str, dict[str, Tensor]]]:
-    """File names and their tensors, which are no copies."""
+    """File names and their tensors."""
     parts: list[tuple[str, dict[str, Tensor]]] = []
     for group, tensors in groups.items():
         number, size, part = 0, 0, {}
@@ -169,47 +167,11 @@ def _parts(groups: Groups) -> list[tuple[str, dict[str, Tensor]]]:
             if part and size + tensor.nbytes > PART_BYTES:
                 parts.append((f"{group}.{number}.safetensors", part))
                 number, size, part = number + 1, 0, {}
-            part[name] = tensor.detach()
+            # A copy, because safetensors refuses tensors that share memory.
+            part[name] = tensor.detach().to("cpu", copy=True).contiguous()
             size += tensor.nbytes
         parts.append((f"{group}.{number}.safetensors", part))
     return parts
-
-
-def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list[memoryview]:
-    """The content of a safetensors file, in pieces: the length of its header, the header, and all tensors at once.
-
-    `safetensors.torch.save` copies each tensor three times, and from a GPU each by itself, which took longer than
-    hashing and writing what it made. Tensors (of the types in `_TYPES`, on one device) may share memory.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)  # so that the tensors are aligned
-    pieces = [memoryview(len(told).to_bytes(8, "little") + told)]
-    if tensors:
-        parts = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
-        try:
-            flat = torch.cat(parts).cpu()
-        except torch.OutOfMemoryError:  # of a GPU that the steps fill; the run is to be saved all the same
-            flat = torch.cat([part.cpu() for part in parts])
-        pieces.append(flat.numpy().data)
-    return pieces
-
-
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls them."""
 
 
 def _seal(body: dict[str, Any]) -> str:
@@ -254,24 +216,22 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
-    """Write a file that is always whole: the old content or the new, given in pieces.
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is always whole: the old content or the new.
 
     Raises SerpentError where it cannot be written; the old file stays.
     """
     try:
         with whole_file(path, aside=f"{path.name}.part") as file:
-            for piece in pieces:
-                file.write(piece)
+            file.write(content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None
 
 
-def _write(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from serpent_ir.data import Prefetcher, TrainingSet, list_images
@@ -18,14 +19,7 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.passes import pick_precision
 from serpent_ir.recipe import Recipe
 from serpent_ir.training import report, room, stopping
-from serpent_ir.training.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-    load_optimizer,
-    optimizer_tensors,
-    replace_file,
-    tensor_file,
-)
+from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recompute import recompute_blocks
@@ -251,7 +245,9 @@ class Trainer:
     def _write_weights(self) -> None:
         metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
         metadata["steps"] = json.dumps(self.schedule.lengths)
-        replace_file(self.out / "weights.safetensors", *tensor_file(self.average.state_dict(), metadata))
+        weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+        # As bytes, since safetensors would make a file that its owner alone can read.
+        replace_file(self.out / "weights.safetensors", save(weights, metadata))
 
     def _generators(self) -> dict[str, Tensor]:
         """PyTorch's generators. Samples need none: they are functions of their numbers."""
