@@ -14,6 +14,7 @@ def small_network(task: str = "") -> nn.Module:
 def identity_network(task: str = "") -> nn.Module:
     """A network whose residual is zero: what goes in comes out."""
     model = small_network(task)
+    setattr(model, "residual", True)  # noqa: B010
     for parameter in model.get_submodule("head").parameters():
         nn.init.zeros_(parameter)
     return model

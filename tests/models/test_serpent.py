@@ -51,11 +51,22 @@ def test_the_restoration_depends_on_every_pixel():
 
 
 def test_more_input_channels_leave_the_residual_to_the_image():
-    model = create_model("serpent_b", in_channels=4)
+    model = create_model("serpent_l", in_channels=4)
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
     x = torch.rand(1, 4, 37, 20)
     torch.testing.assert_close(model(x), x[:, :3])
+
+
+@pytest.mark.parametrize("name", ["serpent_b", "serpent_l", "serpent_h"])
+def test_the_head_can_undo_all_that_the_image_brings(name):
+    """Else noise would stay: a patch with more numbers than the head has ranks keeps some, whatever is learned."""
+    model = create_model(name)
+    P = model.config.patch_size
+    patch = torch.randn(1, 3, P, P)
+    rest = torch.linalg.lstsq(model.head.weight.detach(), patch.reshape(-1, 1))
+    undone = (model.head.weight.detach() @ rest.solution - patch.reshape(-1, 1)).abs().max() < 1e-3
+    assert model.residual == undone
 
 
 def test_gradients_reach_every_parameter():

@@ -86,14 +86,27 @@ def test_the_network_is_the_described_one():
         return norm_act(F.conv_transpose2d(x, w[f"{prefix}.layers.0.weight"], stride=2))
 
     image = torch.rand(2, 3, 16, 24)
-    first = block(image, "down_sample_layers.0")
+    mean, deviation = image.mean((1, 2, 3), keepdim=True), image.std((1, 2, 3), keepdim=True, unbiased=False)
+    first = block((image - mean) / deviation, "down_sample_layers.0")
     second = block(F.avg_pool2d(first, 2), "down_sample_layers.1")
     x = block(F.avg_pool2d(second, 2), "conv")
     x = block(torch.cat([up(x, "up_transpose_conv.0"), second], 1), "up_conv.0")
     x = block(torch.cat([up(x, "up_transpose_conv.1"), first], 1), "up_conv.1.0")
-    expected = F.conv2d(x, w["up_conv.1.1.weight"], w["up_conv.1.1.bias"])
+    expected = F.conv2d(x, w["up_conv.1.1.weight"], w["up_conv.1.1.bias"]) * deviation + mean
     with torch.no_grad():
         torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_brighter_image_comes_back_brighter():
+    """Which instance norm alone would not tell; and of a mask that comes with it nothing is taken away."""
+    torch.manual_seed(0)
+    model = create_model("unet_32", channels=4, in_channels=4)
+    image, mask = torch.rand(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
+    with torch.no_grad():
+        restored, brighter = (model(torch.cat([x, mask], 1)) for x in (image, 0.5 * image + 0.4))
+        unmasked = model(torch.cat([image, 0 * mask], 1))
+    torch.testing.assert_close(brighter, 0.5 * restored + 0.4, rtol=1e-4, atol=1e-5)
+    assert (unmasked - restored).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -119,10 +119,11 @@ def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
         x = triton_patch.expand(x, matrices[levels + level], skip) if half else model.up[level](x) + skip
         x = _infer_blocks(x, weights[levels + 1 + level])
     if half:
-        return triton_patch.head(x, head, model.head.bias, image.contiguous())
+        return triton_patch.head(x, head, model.head.bias, image.contiguous(), model.residual)
     P = model.config.patch_size
-    residual = rearrange(model.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
-    return (padded[:, :3] + residual)[..., : image.shape[-2], : image.shape[-1]]
+    out = rearrange(model.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
+    out = padded[:, :3] + out if model.residual else out.to(image.dtype)
+    return out[..., : image.shape[-2], : image.shape[-1]]
 
 
 def _infer_blocks(x: Tensor, weights: list[Weights]) -> Tensor:

@@ -149,6 +149,9 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         self.up = nn.ModuleList(patch_expanding(c) for c, _ in levels)
         self.decoder = nn.ModuleList(s_block(*level) for level in levels)
         self.head = nn.Linear(dim, 3 * P * P)
+        # Where a patch has more numbers than the head's rank, what the image brings could never be undone: of its noise
+        # a third would stay in Serpent-B (48 numbers, D = 32).
+        self.residual = dim >= 3 * P * P
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and fused.serves(self, x):
@@ -165,5 +168,6 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         for up, block in zip(reversed(self.up), reversed(self.decoder), strict=True):
             x = block(up(x) + skips.pop())
         P = self.config.patch_size
-        residual = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
-        return (image[:, :3] + residual)[..., :height, :width]
+        out = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
+        out = image[:, :3] + out if self.residual else out.to(image.dtype)
+        return out[..., :height, :width]

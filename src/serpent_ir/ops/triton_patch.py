@@ -103,10 +103,10 @@ def expand_kernel(
 @triton.jit(do_not_specialize=INTS)
 def head_kernel(
     x, matrix, bias, image, out, H, W, height, width, rows, in_channels,
-    P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    RESIDUAL: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (B, 3, height, width) = image[:, :3] + the P x P patches that x (rows, D), rows = B H W, makes by matrix^T
-    (3 P P, D) and bias. image (B, in_channels, height, width); patches may reach past it.
+    """out (B, 3, height, width) = the P x P patches that x (rows, D), rows = B H W, makes by matrix^T (3 P P, D) and
+    bias, with RESIDUAL added to image[:, :3]. image (B, in_channels, height, width); patches may reach past it.
     """
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     k, n = tl.arange(0, BK), tl.arange(0, BN)
@@ -126,8 +126,9 @@ def head_kernel(
     mask = ok[:, None] & (n < 3 * P * P)[None, :] & (row < height) & (column < width)
     b = b.to(tl.int64)
     inside = row.to(tl.int64) * width + column
-    seen = image + ((b * in_channels)[:, None] + plane) * height * width + inside
-    total += tl.load(seen, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        seen = image + ((b * in_channels)[:, None] + plane) * height * width + inside
+        total += tl.load(seen, mask=mask, other=0.0).to(tl.float32)
     at = out + ((b * 3)[:, None] + plane) * height * width + inside
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
@@ -203,8 +204,9 @@ def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
     return skip
 
 
-def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor) -> Tensor:
-    """image[:, :3] plus the patches that the linear layer makes of x (B, H, W, D); as large as image (B, .., h, w)."""
+def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor, residual: bool) -> Tensor:
+    """The patches that the linear layer makes of x (B, H, W, D), as large as image (B, .., h, w), and with `residual`
+    added to image[:, :3]."""
     batch, H, W, D = x.shape
     channels, height, width = image.shape[1:]
     P = round((len(weight) // 3) ** 0.5)
@@ -213,6 +215,6 @@ def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         head_kernel[(triton.cdiv(rows, BM),)](
             x, weight, bias, image, out, H, W, height, width, rows, channels,
-            P=P, D=D, BM=BM, BK=_padded(D), BN=_padded(3 * P * P), num_stages=2, num_warps=warps,
+            RESIDUAL=residual, P=P, D=D, BM=BM, BK=_padded(D), BN=_padded(3 * P * P), num_stages=2, num_warps=warps,
         )  # fmt: skip
     return out
