@@ -24,7 +24,6 @@ import math
 import os
 import queue
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -193,17 +192,13 @@ class Devices:
                 return None
             with self._lock:
                 self._number += 1
-                place = self.temporary / str(self._number)
-            place.mkdir()
-            job = dataclasses.replace(job, result=str(place / "result.json"))
-            tables_job.write(job, place / "job.json")
-            environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-            command = [sys.executable, tables_job.__file__, str(place / "job.json")]
-            with log.open("a") as file:
-                done = subprocess.run(command, env=environment, stdout=file, stderr=file)
-            if not Path(job.result).exists():
-                return {"error": f"ended with status {done.returncode}; see {log}"}
-            return json.loads(Path(job.result).read_text())
+                place = self.temporary / f"{self._number}.json"
+            job = dataclasses.replace(job, result=str(place))
+            process = tables_job.start(job, log, gpu)
+            process.join()
+            if not place.exists():
+                return {"error": f"ended with status {process.exitcode}; see {log}"}
+            return _read(place)
         finally:
             self.free.put(gpu)
 

@@ -1,16 +1,15 @@
 """What benchmarks/tables.py does in a process of its own: probe learning rates of a network, or train and evaluate it.
 
-    python benchmarks/tables_job.py JOB.json        # a `Job`; the result goes to its file `result`
-
 It knows of training what anybody does: a recipe file, `serpent_ir.train`, and the run's log.jsonl.
 """
 
-import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,27 @@ class Job:
     result: str
 
 
-def main() -> None:
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+def start(job: Job, log: Path, gpu: str | None) -> BaseProcess:
+    """Begin the job in a process that sees this GPU alone; the result goes to `job.result`, what is said to `log`."""
+    process = _FORKSERVER.Process(target=_run, args=(job, log, gpu))
+    process.start()
+    return process
+
+
+# A job is begun by a process that has imported what jobs need but has no GPU yet: with transformers installed, which
+# torchmetrics imports, that takes twenty seconds of a lent GPU's time.
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(
+    ["serpent_ir.train", "torch._dynamo", "torchmetrics.functional.image", "matplotlib.figure"]
+)
+
+
+def _run(job: Job, log: Path, gpu: str | None) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(job.runs, f"{job.task}.{job.model}") if job.runs else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,11 +189,3 @@ def _lasting(rows: list[dict[str, Any]]) -> float:
     skip = counts[0] if 2 * counts[0] <= timed[-1][0] else 0
     kept = [(n, ms) for n, (step, ms) in zip(counts, timed, strict=True) if step > skip]
     return sum(n * ms for n, ms in kept) / sum(n for n, _ in kept)
-
-
-def write(job: Job, file: Path) -> None:
-    file.write_text(json.dumps(dataclasses.asdict(job), indent=1))
-
-
-if __name__ == "__main__":
-    main()
