@@ -133,6 +133,7 @@ def patch_expanding(c: int) -> nn.Sequential:
 class Serpent(nn.Module, PyTorchModelHubMixin):
     """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
 
+    What it makes is added to the image, which the paper does not say, if patches are small enough (not in Serpent-B).
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
     """
 
