@@ -37,10 +37,10 @@ FILES = hostile_files()
 def weights(tmp_path_factory) -> Path:
     """A network that changes nothing, so that what is restored can be compared with what was there."""
     path = tmp_path_factory.mktemp("weights") / "identity.safetensors"
-    model = create_model("serpent_b")
+    model = create_model("serpent_l")  # which adds to its input
     for parameter in model.get_submodule("head").parameters():
         torch.nn.init.zeros_(parameter)
-    save_file(model.state_dict(), path, metadata={"network": "serpent_b", "task": "deblur"})
+    save_file(model.state_dict(), path, metadata={"network": "serpent_l", "task": "deblur"})
     return path
 
 
@@ -322,7 +322,7 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(name, kind, photo, tmp_pa
     said = "is damaged or cut short" if kind == "zip" else "holds more than tensors, which could run code"
     with pytest.raises(SerpentError, match=said):
         load_weights(path)
-    for options in ((), ("-n", "serpent_b.deblur")):
+    for options in ((), ("-n", "serpent_l.deblur")):
         result = serpent("restore", photo, "-o", tmp_path / "out.png", "--weights", path, *options)
         assert result.exit_code == 1
         assert len(result.stderr.splitlines()) == 1

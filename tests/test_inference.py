@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from networks import identity_network, small_network
 from serpent_ir import create_model
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image import Picture
@@ -17,18 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
 SIZES = [(1, 1), (1, 7), (7, 1), (33, 20)]
 
 
-def small_model(task: str = "", *, identity: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    model = create_model("serpent_b", dim=8, blocks=(1, 1), task=task)
-    if identity:
-        for parameter in model.get_submodule("head").parameters():
-            nn.init.zeros_(parameter)
-    return model
-
-
 @pytest.fixture(scope="module")
 def identity() -> nn.Module:
-    return small_model(identity=True)
+    return identity_network()
 
 
 def random_array(*shape: int, dtype: str = "uint8") -> np.ndarray:
@@ -77,7 +69,7 @@ def test_tensor_keeps_dtype_and_shape(identity, shape, dtype):
 
 
 def test_every_kind_is_restored_alike():
-    model = small_model()
+    model = small_network()
     array = random_array(20, 24, 3)
     restored = restore(array, model)
     assert (restored != array).any()
@@ -91,14 +83,14 @@ def test_every_kind_is_restored_alike():
 
 
 def test_grey_is_the_mean_of_the_restored_rgb():
-    model = small_model()
+    model = small_network()
     grey = random_array(16, 24, dtype="float32")
     rgb = restore(np.repeat(grey[..., None], 3, axis=2), model)
     np.testing.assert_allclose(restore(grey, model), rgb.mean(2), atol=1e-6)
 
 
 def test_sr8_returns_8_times_the_size():
-    model = small_model("sr8", identity=True)
+    model = identity_network("sr8")
     assert restore(random_array(3, 5, 3), model).shape == (24, 40, 3)
     assert restore(random_array(3, 5), model).shape == (24, 40)
     assert restore(torch.rand(2, 3, 1, 2), model).shape == (2, 3, 8, 16)
@@ -110,7 +102,7 @@ def test_sr8_returns_8_times_the_size():
 
 
 def test_deblur_keeps_the_size():
-    assert restore(random_array(9, 5, 3), small_model("deblur")).shape == (9, 5, 3)
+    assert restore(random_array(9, 5, 3), small_network("deblur")).shape == (9, 5, 3)
 
 
 @pytest.mark.parametrize(("task", "scale"), [("", 1), ("sr8", 8)])
@@ -118,7 +110,7 @@ def test_deblur_keeps_the_size():
 def test_picture_keeps_alpha_and_metadata(task, scale, dtype):
     pixels, alpha = random_array(6, 4, 3, dtype=dtype), random_array(6, 4, dtype=dtype)
     picture = Picture(pixels, alpha, mode="RGBA", format="PNG", dpi=(72, 72))
-    restored = restore_picture(picture, small_model(task, identity=True))
+    restored = restore_picture(picture, identity_network(task))
     assert restored.pixels.shape == (6 * scale, 4 * scale, 3)
     assert restored.alpha is not None
     assert restored.alpha.shape == (6 * scale, 4 * scale)
@@ -130,7 +122,7 @@ def test_picture_keeps_alpha_and_metadata(task, scale, dtype):
 
 
 def test_grey_picture_is_restored_as_grey_arrays_are():
-    grey, model = random_array(6, 4), small_model()
+    grey, model = random_array(6, 4), small_network()
     restored = restore_picture(Picture(np.repeat(grey[..., None], 3, axis=2), mode="L"), model)
     np.testing.assert_array_equal(restored.pixels, np.repeat(restore(grey, model)[..., None], 3, axis=2))
 
@@ -241,7 +233,7 @@ def test_pick_device_prefers_cuda_then_mps(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_with_the_cpu():
-    model = small_model()
+    model = small_network()
     image = random_array(40, 56, 3, dtype="float32")
     on_cpu = restore(image, model)
     np.testing.assert_allclose(restore(image, model.cuda()), on_cpu, atol=0.02)  # bfloat16 has 8 bits
@@ -250,7 +242,7 @@ def test_cuda_agrees_with_the_cpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_in_tiles_and_in_float32():
-    model = small_model(identity=True).cuda()
+    model = identity_network().cuda()
     image = random_array(300, 260, 3)
     np.testing.assert_array_equal(restore(image, model, tile=128, precision="float32"), image)
     tensor = torch.from_numpy(image).permute(2, 0, 1).cuda()
