@@ -242,8 +242,11 @@ def run_task(
 
     devices.share_out(probe, [name for name in wanted if not _settled(place / f"{name}.probe.json")])
     # Of networks that an earlier call was asked for, too: all curves are to be compared.
-    steps = [_read(file)["steps"] for file in place.glob("*.json") if "steps" in _read(file)]
-    probed = {file.name.split(".")[0]: _read(file) for file in place.glob("*.probe.json") if "probes" in _read(file)}
+    known = {file.name: _read(file) for file in place.glob("*.json")}
+    steps = [found["steps"] for found in known.values() if "steps" in found]
+    probed = {
+        file.split(".")[0]: found for file, found in known.items() if file.endswith(".probe.json") and "probes" in found
+    }
     # A look at the last step of the slowest, which is where they are.
     fewest = min(steps + [max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()], default=1)
     ready = sorted((name for name in wanted if name in probed), key=lambda name: -probed[name]["step_ms"])
