@@ -59,15 +59,13 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
 
 
 def _through_blocks(planes: Tensor, steps: Tensor, half: float) -> Tensor:
-    """Quantise the DCT of each 8x8 block of (B, C, H, W), sides multiples of 8, by steps (B, 64)."""
+    """Quantise the DCT of each 8x8 block of (B, C, H, W), sides multiples of 8, by steps (B, 64); levels in and out."""
     dct = _dct(planes.dtype, planes.device)
     blocks = planes.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-2, -3)  # (B, C, h, w, 8, 8)
     coefficients = blocks.reshape(len(planes), -1, 64) @ (dct / steps[:, None])
-    coefficients = torch.add(coefficients, coefficients.sign(), alpha=half).trunc_()
-    decoded = coefficients @ (steps[:, :, None] * dct.T)
-    return (
-        decoded.add_(half).floor_().clamp_(-128, 127).view(blocks.shape).transpose(-2, -3).flatten(-2).flatten(-3, -2)
-    )
+    coefficients = torch.add(coefficients, coefficients.sign(), alpha=half).trunc_()  # halves away from zero
+    decoded = (coefficients @ (steps[:, :, None] * dct.T)).add_(half).floor_().clamp_(-128, 127)
+    return decoded.view(blocks.shape).transpose(-2, -3).flatten(-2).flatten(-3, -2)
 
 
 def _halved(planes: Tensor) -> Tensor:
