@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from serpent_ir.capture import _failed, capture
+from serpent_ir.capture import _failed, _spoilt, capture
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured on one")
 
 
 class Allocator:
-    """What PyTorch keeps of captures: pools that one is open for, and how many hold a pool."""
+    """What PyTorch keeps of captures: pools that one is open for (of pinned memory, too), and how many hold a pool."""
 
     def __init__(self):
         self.open: list[object] = []
         self.held: list[object] = []
+        self.pinned: set[object] = set()  # nothing of PyTorch's Python takes one out
 
     def end(self, device, pool):
         if pool not in self.open:
@@ -36,6 +37,8 @@ def allocator(monkeypatch):
         def capture_begin(self, pool=None, capture_error_mode="global"):
             assert capture_error_mode == "thread_local"
             self.memory = pool or object()
+            if self.memory in kept.pinned:
+                raise RuntimeError("already recording to mempool_id")
             kept.open.append(self.memory)
             kept.held.append(self.memory)
             Graph.capturing = True
@@ -43,6 +46,7 @@ def allocator(monkeypatch):
         def capture_end(self):
             broken, Graph.broken, Graph.capturing = Graph.broken or not Graph.capturing, False, False
             if broken:
+                kept.pinned.add(self.memory)
                 raise RuntimeError("operation failed due to a previous error during capture")
             kept.end(0, self.memory)
             self.ended = True
@@ -65,6 +69,7 @@ def allocator(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_releasePool", kept.release, raising=False)
     yield kept
     _failed.clear()
+    _spoilt.clear()
 
 
 def broken():
@@ -96,7 +101,10 @@ def test_what_fails_raises_its_own_error_and_leaves_nothing_open(allocator, run,
             capture(run, pool)
         assert (allocator.open, allocator.held) == ([], [graph.pool()])
     other, _ = capture(lambda: 4, graph.pool())
-    assert allocator.held == [other.pool()] * 2
+    again, _ = capture(lambda: 5, other.pool())
+    assert allocator.held == [graph.pool(), other.pool(), again.pool()]
+    assert other.pool() is again.pool()
+    assert other.pool() is not graph.pool()
 
 
 @pytest.mark.gpu

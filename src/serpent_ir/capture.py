@@ -10,7 +10,9 @@ import torch
 Result = TypeVar("Result")
 
 _capturing = threading.Lock()  # PyTorch's generator of random numbers knows one capture at a time
-_failed: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator of pinned memory goes on asking those
+# PyTorch's allocator of pinned memory goes on asking the graphs that failed, and takes no more captures of their pools.
+_failed: list[torch.cuda.CUDAGraph] = []
+_spoilt: set[Any] = set()
 
 
 def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -21,7 +23,8 @@ def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUD
 
     Args:
         run: what to capture. What it returns lies in the graph's memory, and every replay writes over it.
-        pool: that of a graph that still exists (`graph.pool()`), to share its memory; None for a new one.
+        pool: that of a graph that still exists (`graph.pool()`), to share its memory; None for a new one, which also
+            is taken where a capture with this one has failed.
 
     Raises:
         Exception: what `run` raised, or a RuntimeError of the capture. The stream, PyTorch's allocator and its
@@ -29,7 +32,8 @@ def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUD
     """
     # Not torch.cuda.graph, which empties the cache, and leaves open what failed.
     graph = torch.cuda.CUDAGraph()
-    pool = pool or torch.cuda.graph_pool_handle()
+    if pool is None or pool in _spoilt:
+        pool = torch.cuda.graph_pool_handle()
     with _capturing:
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -52,6 +56,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         torch._C._cuda_releasePool(device, pool)
     graph.reset()
     _failed.append(graph)
+    _spoilt.add(pool)
     # The generator waits until some capture succeeds.
     number, other = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     other.capture_begin(capture_error_mode="thread_local")
