@@ -227,7 +227,7 @@ def run_task(
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
-        # Sharing a GPU gains little but what each does without it: five that began together ended after five times as long.
+        # Sharing a GPU gains little: five that began together ended together, after five times as long.
         takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
         run(training, f"{name}.json", takes, train=_told(job.train), probes=found["probes"])
 

@@ -312,7 +312,7 @@ def _quality(runs: Rows) -> list[str]:
                         f"{here['ssim']:.4f}",
                         "no weights" if lpips is None else f"{lpips:.4f}",
                     ]
-                    cells += [f"{run['seconds'] / 60:.1f} min"]
+                    cells += [f"{run['seconds'] / 60:.2f} min"]
                 else:
                     cells += [""] * 4
                 lines.append(_line(cells))
