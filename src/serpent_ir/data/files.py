@@ -85,6 +85,8 @@ def list_images(where: str | Path) -> list[Path] | list[PackedImage]:
 
 def _all_images(path: Path) -> list[Path] | list[PackedImage]:
     if path.suffix == SUFFIX and not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"{path}: no such packed set; make it: serpent data pack FOLDER -o {path}")
         return Pack(path).images()
     return find_images(path)
 

@@ -1,5 +1,6 @@
 """What a run shows and leaves: lines or a bar, log.jsonl, TensorBoard, pictures and a plot; of the first process."""
 
+import io
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.image import Picture, to_pixels, write_image
 from serpent_ir.training.checkpoints import replace_file
 
@@ -111,9 +112,13 @@ class Report:
         width = max(strip.shape[-1] for strip in strips)
         strips = [torch.nn.functional.pad(strip, (0, width - strip.shape[-1], 0, 0), value=1.0) for strip in strips]
         sheet = torch.cat(strips, -2).nan_to_num()
-        folder = self.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"step-{step:08d}.png", Picture(to_pixels(sheet, np.uint8)))
+        path = self.out / "pictures" / f"step-{step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_image(path, Picture(to_pixels(sheet, np.uint8)))
+        except (OSError, ImageError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+            raise SerpentError(f"{path}: {reason}; make room and go on with --resume") from None
         if self._writer:
             self._writer.add_image("degraded, restored, clean", sheet[0].clamp(0, 1), step)
 
@@ -139,7 +144,9 @@ class Report:
             if before["stage"] != after["stage"]:
                 upper.axvline(before["step"], color="grey", lw=0.5)
                 lower.axvline(before["step"], color="grey", lw=0.5)
-        figure.savefig(self.out / "run.png", dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120)
+        replace_file(self.out / "run.png", drawn.getvalue())
 
     def close(self) -> None:
         if self._writer:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,16 @@ from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.passes import pick_precision
-from serpent_ir.recipe import Recipe
+from serpent_ir.recipe import Recipe, RecipeError
 from serpent_ir.training import report, room, stopping
-from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
+from serpent_ir.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer,
+    optimizer_tensors,
+    replace_file,
+    with_sorted_metadata,
+)
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recompute import recompute_blocks
@@ -37,6 +46,15 @@ MOST_SKIPPED = 5  # steps in a row whose loss is not finite, after which trainin
 
 FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
 """Keys of a recipe that say where and how it runs; a run may go on with others. The rest decide the result."""
+
+
+@contextmanager
+def _of_key(key: str) -> Iterator[None]:
+    """Say the key that names no images."""
+    try:
+        yield
+    except UsageError as error:
+        raise RecipeError(f"{key}: {error}") from None
 
 
 class Trainer:
@@ -65,13 +83,14 @@ class Trainer:
         parts = self.workers.world * recipe.accumulate
         for number, stage in enumerate(recipe.stages):
             if stage.batch % parts:
-                raise UsageError(
+                raise RecipeError(
                     f"stages.{number}.batch is {stage.batch}; it must be a multiple of {parts}: "
                     f"{self.workers.world} process(es) x accumulate={recipe.accumulate}"
                 )
         self.out = Path(recipe.out)
         self.degradation = create_degradation(recipe.task)
-        val_files = list_images(recipe.val)
+        with _of_key("val"):
+            val_files = list_images(recipe.val)
         of = {"val": recipe.val, "val_images": len(val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         if tensorboard and self.workers.first:
@@ -81,7 +100,8 @@ class Trainer:
         network = starting_network(recipe, fresh=begun)
         self.val = ValidationImages(val_files, self.degradation, self.workers)
         train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
-        self.data = TrainingSet(recipe.train, train, self.device)
+        with _of_key("train"):
+            self.data = TrainingSet(recipe.train, train, self.device)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         for stage in recipe.stages:
@@ -247,7 +267,7 @@ class Trainer:
         metadata["steps"] = json.dumps(self.schedule.lengths)
         weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
         # As bytes, since safetensors would make a file that its owner alone can read.
-        replace_file(self.out / "weights.safetensors", save(weights, metadata))
+        replace_file(self.out / "weights.safetensors", with_sorted_metadata(save(weights, metadata)))
 
     def _generators(self) -> dict[str, Tensor]:
         """PyTorch's generators. Samples need none: they are functions of their numbers."""
