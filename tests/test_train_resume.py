@@ -21,6 +21,7 @@ from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
 from serpent_ir.training import report
 from serpent_ir.training.checkpoints import Checkpoints
+from serpent_ir.training.lock import own_folder
 from serpent_ir.training.stopping import Stop
 from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start
@@ -281,6 +282,18 @@ def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
     trainer.run()
     assert written == list(range(1, 11))
     assert_same_bits(final_state(folders / "run"), final_state(folders / "whole"))
+
+
+def test_two_trainings_at_once_do_not_share_a_folder(folders):
+    file = recipe_file(folders)
+    quiet_trainer(file).run(stop_after_minutes=0)
+    half = folders / "run" / "checkpoints" / "step-00000004.part"
+    with own_folder(folders / "run"):
+        half.mkdir()  # the other one is writing it
+        with pytest.raises(SerpentError, match=r"run: another training is at work there; stop it, or choose"):
+            quiet_trainer(file).run(resume=True)
+        assert half.exists()
+    assert quiet_trainer(file).run(resume=True).exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(folders):

@@ -5,7 +5,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,15 @@ class RecipeError(UsageError):
     @property
     def key(self) -> str:
         return re.split(r"\W", str(self), maxsplit=1)[0]
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """Say which key it is whose value a UsageError refuses."""
+    try:
+        yield
+    except UsageError as error:
+        raise RecipeError(f"{key}: {error}") from None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

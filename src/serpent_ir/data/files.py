@@ -45,12 +45,16 @@ SUFFIXES = frozenset(
 def find_images(folder: Path) -> list[Path]:
     """All image files under a folder, subfolders included, in the order of their paths.
 
+    Not those that macOS puts beside each on other disks, `._NAME`, which hold its notes and no pixels.
+
     Raises:
         UsageError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and p.is_file()
+    )
     if not files:
         raise UsageError(f"{folder}: no images in this folder")
     return files

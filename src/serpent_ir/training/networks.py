@@ -10,7 +10,7 @@ from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models
 from serpent_ir.models.checkpoints import fill, load_weights
-from serpent_ir.recipe import Recipe, RecipeError
+from serpent_ir.recipe import Recipe, RecipeError, of_key
 
 
 def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
@@ -23,10 +23,8 @@ def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
     options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        try:
+        with of_key("model_options"):
             network = create_model(recipe.model, **options)
-        except UsageError as error:
-            raise RecipeError(f"model_options: {error}") from None
     for name, needed in {"in_channels": create_degradation(recipe.task).channels, "out_channels": 3}.items():
         if (given := getattr(network.config, name, needed)) != needed:
             raise RecipeError(f"model_options.{name} is {given}; it must be {needed} for the task {recipe.task}")

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.passes import pick_precision
-from serpent_ir.recipe import Recipe, RecipeError
+from serpent_ir.recipe import Recipe, RecipeError, of_key
 from serpent_ir.training import report, room, stopping
 from serpent_ir.training.checkpoints import (
     Checkpoint,
@@ -29,6 +28,7 @@ from serpent_ir.training.checkpoints import (
     replace_file,
     with_sorted_metadata,
 )
+from serpent_ir.training.lock import own_folder
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recompute import recompute_blocks
@@ -46,15 +46,6 @@ MOST_SKIPPED = 5  # steps in a row whose loss is not finite, after which trainin
 
 FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
 """Keys of a recipe that say where and how it runs; a run may go on with others. The rest decide the result."""
-
-
-@contextmanager
-def _of_key(key: str) -> Iterator[None]:
-    """Say the key that names no images."""
-    try:
-        yield
-    except UsageError as error:
-        raise RecipeError(f"{key}: {error}") from None
 
 
 class Trainer:
@@ -89,7 +80,7 @@ class Trainer:
                 )
         self.out = Path(recipe.out)
         self.degradation = create_degradation(recipe.task)
-        with _of_key("val"):
+        with of_key("val"):
             val_files = list_images(recipe.val)
         of = {"val": recipe.val, "val_images": len(val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
@@ -100,7 +91,7 @@ class Trainer:
         network = starting_network(recipe, fresh=begun)
         self.val = ValidationImages(val_files, self.degradation, self.workers)
         train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
-        with _of_key("train"):
+        with of_key("train"):
             self.data = TrainingSet(recipe.train, train, self.device)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
@@ -141,11 +132,11 @@ class Trainer:
             UsageError: the folder holds a run, and `resume` is not set.
             StoppedError: a signal asked for it; the run was saved.
             OutOfRoomError: a step or a validation that does not fit in memory.
-            SerpentError: a run of another recipe, losses that are not finite, a full disk.
+            SerpentError: a run of another recipe, or one at work, losses that are not finite, a full disk.
         """
         stop = Stop(stop_after_minutes)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), own_folder(self.out) if self.workers.first else nullcontext():
             torch.manual_seed(self.recipe.seed)
             again = self._open(resume)
             recipe = self.recipe
@@ -275,18 +266,12 @@ class Trainer:
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def _open(self, resume: bool) -> Path | None:
-        """Make the run's folder, or go on from its newest checkpoint that is whole.
+        """Begin in the run's folder, or go on from its newest checkpoint that is whole.
 
         Return that checkpoint where its validation is to be made again.
         """
         first = self.workers.first
         if first:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise SerpentError(
-                    f"{self.out}: cannot be made a folder ({error.strerror}); choose another out="
-                ) from None
             self.checkpoints.clean()
             self._check_folder(resume)
         found = self.workers.from_first(self.checkpoints.newest(self.say) if first and resume else None)
@@ -315,7 +300,10 @@ class Trainer:
     def _go_on(self, found: Checkpoint) -> None:
         differ = self.recipe.differs_from(found.facts["recipe"])
         if others := [key for key in differ if key not in FREE_TO_CHANGE]:
-            raise SerpentError(f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=")
+            raise SerpentError(
+                f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=, where "
+                f"start={self.out / 'weights.safetensors'} goes on from its weights"
+            )
         if found.facts["images"] != self._images():
             raise SerpentError(
                 f"{self.out}: was trained on {found.facts['images']['count']} images, and the {len(self.data)} of "

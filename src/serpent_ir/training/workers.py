@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import pick_device
-from serpent_ir.recipe import RecipeError
+from serpent_ir.recipe import RecipeError, of_key
 
 T = TypeVar("T")
 
@@ -47,10 +47,8 @@ class Workers:
         shared = device in ("auto", "cuda", "cpu")
         if self.world > 1 and not shared:
             raise RecipeError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
-        try:
+        with of_key("device"):
             self.device = pick_device(device)
-        except UsageError as error:
-            raise RecipeError(f"device: {error}") from None
         launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
         launched = launched and shared and self.device.type in ("cuda", "cpu")
         self.joined = self.world > 1 or (launched and NCCL_GRAPHS)
