@@ -123,7 +123,7 @@ class Report:
             self._writer.add_image("degraded, restored, clean", sheet[0].clamp(0, 1), step)
 
     def plot(self) -> None:
-        """Draw loss, learning rate and PSNR of the whole run as `run.png`."""
+        """Draw loss and PSNR of the whole run, and the PSNR of what it restores, as `run.png`."""
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator, NullLocator
@@ -138,7 +138,10 @@ class Report:
         upper.set(ylabel="loss", yscale="log")
         upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
         upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
-        lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".")
+        lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".", label="restored")
+        if scores:
+            lower.axhline(scores[-1]["input_psnr"], color="grey", ls="--", lw=1, label="input")
+            lower.legend(loc="lower right")
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
         for before, after in itertools.pairwise(losses):
             if before["stage"] != after["stage"]:
