@@ -139,9 +139,9 @@ class Report:
         upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
         upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
         lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".", label="restored")
-        if scores:
-            lower.axhline(scores[-1]["input_psnr"], color="grey", ls="--", lw=1, label="input")
-            lower.legend(loc="lower right")
+        if given := scores and scores[-1].get("input_psnr"):  # null where it is infinite
+            lower.axhline(given, color="grey", ls="--", lw=1, label="input")
+            lower.legend()
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
         for before, after in itertools.pairwise(losses):
             if before["stage"] != after["stage"]:
