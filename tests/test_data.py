@@ -29,6 +29,7 @@ SIZES = [(48, 48), (97, 130), (130, 98), (99, 130), (120, 40), (97, 130)]  # hei
 def photos(tmp_path_factory):
     """A folder as FFHQ's: images are named by their numbers, a folder for every three of them."""
     folder = tmp_path_factory.mktemp("photos")
+    (folder / "._00000.png").write_bytes(b"what macOS notes of a file")
     for number, (height, width) in enumerate(SIZES):
         file = folder / f"{number // 3 * 3:05}" / f"{number:05}.png"
         file.parent.mkdir(exist_ok=True)
@@ -116,7 +117,7 @@ def test_every_damage_to_a_pack_is_one_line(packed, tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 4
         assert "1 of 6 images are damaged, 0000" in found(bytes(damaged))
-    with pytest.raises(ImageError, match=r"none\.serpent: cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"none\.serpent: no such packed set; make it: serpent data pack FOLDER"):
         list_images(tmp_path / "none.serpent")
 
 

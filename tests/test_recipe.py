@@ -33,7 +33,8 @@ def write(tmp_path):
 
 
 def test_a_recipe_and_its_overrides(write):
-    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", "train=[x]", "seed=3"])
+    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", "train=[x]", "seed=3", "model_options.dim=24"])
+    assert recipe.model_options == {"dim": 24}
     assert recipe.lr == 5e-4
     assert recipe.stages == [Stage(64, 2, 3), Stage(128, 1, 7)]
     assert recipe.train == ["x"]
@@ -76,7 +77,7 @@ def test_a_recipe_and_its_overrides(write):
         ({"accumulate": 4}, [], r"stages\.0\.batch is 2; it must be a multiple of accumulate, which is 4"),
         ({"task": "sr8", "stages": [{"crop": 20, "batch": 1, "epochs": 1}]}, [], r"crop is 20; .*multiple of 8 .* sr8"),
         ({}, ["stages.0.crop=192"], r"stages\.1\.crop is 128; it must be at least that of the stage before, 192"),
-        ({}, ["stages.0.epochs=2"], r"stages\.0 must have either steps or epochs above 0"),
+        ({}, ["stages.0.epochs=2"], r"stages\.0 must have either steps or epochs above 0, and has both"),
         (
             {},
             ["stages.0={crop: 8, batch: 1, epochs: .inf}"],
@@ -219,7 +220,7 @@ def test_the_recipes_of_the_paper(size):
 def test_every_other_recipe_loads():
     files = [file for file in CONFIGS.rglob("*.yaml") if "base:" in file.read_text() or file.parent == CONFIGS]
     partial = {"ffhq256.yaml", "ffhq512.yaml"}  # and ffhq.yaml, which is the base of those
-    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 12
+    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 13
     for file in files:
         if file.name not in partial:
             assert f"{load_recipe(file).model}." in f"{file.stem.split('.')[-1]}.{file.name}"

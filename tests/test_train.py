@@ -186,8 +186,15 @@ def test_recipes_of_weights_to_come_can_be_planned(folders, name):
 def test_what_training_refuses(folders):
     with pytest.raises(ImageError, match=r"40x48 is smaller than the crop of 48|48x40 is smaller than the crop of 48"):
         train(recipe_file(folders, stages=[{"crop": 48, "batch": 1, "steps": 1}]))
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match=r"run\.yaml: val: /nowhere: no such folder"):
         train(recipe_file(folders, val="/nowhere"))
+    recipe_file(folders, "below", train=["x.serpent[:9]"])
+    above = folders / "above.yaml"
+    above.write_text("base: below.yaml\nseed: 1\n")
+    with pytest.raises(UsageError, match=r"below\.yaml: train: x\.serpent: no such packed set; make it"):
+        train(above)
+    with pytest.raises(UsageError, match=r"above\.yaml: device: no device 'gpu' here; valid: auto"):
+        train(above, ["device=gpu"])
     with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
         train(recipe_file(folders, model_options={"width": 3}))
     for options, told in [
@@ -230,8 +237,11 @@ def test_a_run_may_start_from_other_weights(folders):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model": "serpent_b.sr8"}, r"unknown model 'serpent_b\.sr8'; valid: serpent_b"),
-        ({"model": "swinir_b", "model_options": {"dim": 7}}, "model_options: 7 channels cannot be shared out among 6"),
+        ({"model": "serpent_b.sr8"}, r"run\.yaml: model: unknown model 'serpent_b\.sr8'; valid: serpent_b"),
+        (
+            {"model": "swinir_b", "model_options": {"dim": 7}},
+            r"run\.yaml: model_options: 7 channels cannot be shared out among 6",
+        ),
         (
             {"model": "restormer_24", "model_options": {"dim": 25}},
             "model_options: restormer: dim is 25; it must be even",
@@ -239,8 +249,8 @@ def test_a_run_may_start_from_other_weights(folders):
         ({"model_options": {"in_channels": 1}}, "model_options.in_channels is 1; it must be 3 for the task deblur"),
         ({"task": "inpaint", "model_options": {"in_channels": 3}}, "model_options.in_channels is 3; it must be 4"),
         ({"model": "unet_32", "model_options": {"out_channels": 1}}, "model_options.out_channels is 1; it must be 3"),
-        ({"start": "serpent_l.sr8"}, r"start: serpent_l\.sr8 holds no weights of serpent_b"),
-        ({"start": "gone.safetensors"}, r"gone\.safetensors: no such weights file"),
+        ({"start": "serpent_l.sr8"}, r"run\.yaml: start: serpent_l\.sr8: not weights of serpent_b: "),
+        ({"start": "serpent_l"}, r"start: serpent_l: no such weights file, and none that ships: serpent_b\.deblur"),
     ],
 )
 def test_what_is_wrong_with_a_network_is_said_before_images_are_read(folders, changes, told):

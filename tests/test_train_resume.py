@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
+from serpent_ir.training import report
 from serpent_ir.training.checkpoints import Checkpoints
+from serpent_ir.training.lock import own_folder
 from serpent_ir.training.stopping import Stop
 from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start
@@ -145,7 +148,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folders):
     assert quiet_trainer(file).run(resume=True).exists()
 
 
-@pytest.mark.parametrize("full", ["log.jsonl", "weights.safetensors"])
+@pytest.mark.parametrize("full", ["log.jsonl", "weights.safetensors", "run.png"])
 def test_other_files_on_a_full_disk_stop_training_too(folders, monkeypatch, full):
     trainer = quiet_trainer(recipe_file(folders))
     opened = Path.open
@@ -156,8 +159,24 @@ def test_other_files_on_a_full_disk_stop_training_too(folders, monkeypatch, full
         return opened(path, mode, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(SerpentError, match=rf"{full}: cannot be written \(No space left on device\)"):
+    with pytest.raises(SerpentError, match=rf"{full}: cannot be written \(No space left on device\); make room"):
         trainer.run()
+
+
+def test_pictures_on_a_full_disk_stop_training_too(folders, monkeypatch):
+    def refuse(path, picture):
+        raise ImageError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(report, "write_image", refuse)
+    with pytest.raises(SerpentError, match=r"4\.png: cannot be written: No space left on device; make room and go on"):
+        quiet_trainer(recipe_file(folders)).run()
+
+
+def test_the_same_weights_are_files_of_the_same_bytes(folders):
+    files = [quiet_trainer(recipe_file(folders, out)).run() for out in ("run", "again")]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {"network": "serpent_b", "step": "10", "steps": "[6, 4]", "task": "deblur"}
 
 
 def test_scores_of_other_images_are_not_compared(folders):
@@ -263,6 +282,18 @@ def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
     trainer.run()
     assert written == list(range(1, 11))
     assert_same_bits(final_state(folders / "run"), final_state(folders / "whole"))
+
+
+def test_two_trainings_at_once_do_not_share_a_folder(folders):
+    file = recipe_file(folders)
+    quiet_trainer(file).run(stop_after_minutes=0)
+    half = folders / "run" / "checkpoints" / "step-00000004.part"
+    with own_folder(folders / "run"):
+        half.mkdir()  # the other one is writing it
+        with pytest.raises(SerpentError, match=r"run: another training is at work there; stop it, or choose"):
+            quiet_trainer(file).run(resume=True)
+        assert half.exists()
+    assert quiet_trainer(file).run(resume=True).exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(folders):

@@ -195,6 +195,7 @@ def test_a_killed_worker_ends_the_others_with_a_message(folders, killed):
     said = (folders / f"said{1 - killed}").read_text().splitlines()[-1]
     assert said.startswith(f"process {1 - killed} of 2: another one is gone (")
     assert said.endswith("see what it said, then go on with --resume")
+    assert "pair.cc" not in said, "where in Gloo it was found is of no use to a person"
 
 
 def test_what_one_process_finds_ends_all(folders):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +69,26 @@ class Recipe:
         return [key for key in now if then.get(key) != now[key]]
 
 
+class RecipeError(UsageError):
+    """A key of a recipe that fits the schema, and not what is here: images, weights, devices.
+
+    The message begins with the key; `serpent_ir.train.open_trainer` puts the key's file before it.
+    """
+
+    @property
+    def key(self) -> str:
+        return re.split(r"\W", str(self), maxsplit=1)[0]
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """Say which key it is whose value a UsageError refuses."""
+    try:
+        yield
+    except UsageError as error:
+        raise RecipeError(f"{key}: {error}") from None
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; an override is `key=value`, with dots into lists (`stages.0.steps=10`).
 
@@ -85,6 +107,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _typed(Recipe, raw, str(path), "", origins)
     _check(recipe, lambda key: origins.get(key, str(path)))
     return recipe
+
+
+def file_of(key: str, path: Path, overrides: Sequence[str] = ()) -> str:
+    """Which file a key of the recipe is from that `load_recipe` read: its own, where an override says it, or a base."""
+    overridden = any(re.split(r"[.=]", override, maxsplit=1)[0] == key for override in overrides)
+    return str(path) if overridden else _read(path, ())[1].get(key, str(path))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -126,6 +154,8 @@ def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path:
     if keys == ["base"]:
         raise UsageError(f"{override!r}: base is read from a file; override the keys themselves")
     node: Any = raw
+    if keys[0] == "model_options" and len(keys) == 2:
+        raw.setdefault("model_options", {})
     try:
         for name in keys[:-1]:
             node = node[int(name)] if isinstance(node, list) else node[name]
@@ -186,7 +216,8 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         if not 0 <= stage.epochs < math.inf:
             refuse(f"{at}.epochs", "0 or more, and finite")
         if (stage.steps > 0) == (stage.epochs > 0):
-            raise UsageError(f"{source('stages')}: {at} must have either steps or epochs above 0")
+            which = "both" if stage.steps else "neither"
+            raise UsageError(f"{source('stages')}: {at} must have either steps or epochs above 0, and has {which}")
         if i and stage.crop < recipe.stages[i - 1].crop:
             refuse(f"{at}.crop", f"at least that of the stage before, {recipe.stages[i - 1].crop}")
 

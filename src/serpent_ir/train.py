@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from serpent_ir.recipe import load_recipe
+from serpent_ir.errors import UsageError
+from serpent_ir.recipe import RecipeError, file_of, load_recipe
 from serpent_ir.training.networks import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
 from serpent_ir.training.room import loading, room_for
@@ -67,6 +68,9 @@ def open_trainer(config: Path, overrides: Sequence[str] = (), *, tensorboard: bo
     more than `train`, as other steps to validate at. Raises what `train` raises."""
     recipe = load_recipe(config, overrides)
     check_model_options(recipe, config)
-    workers = Workers(recipe.device)
-    with workers.together(), room_for(lambda: loading(recipe, workers)), own_stream(workers.device):
-        yield Trainer(recipe, workers=workers, tensorboard=tensorboard)
+    try:
+        workers = Workers(recipe.device)
+        with workers.together(), room_for(lambda: loading(recipe, workers)), own_stream(workers.device):
+            yield Trainer(recipe, workers=workers, tensorboard=tensorboard)
+    except RecipeError as error:
+        raise UsageError(f"{file_of(error.key, config, overrides)}: {error}") from None

@@ -45,12 +45,16 @@ SUFFIXES = frozenset(
 def find_images(folder: Path) -> list[Path]:
     """All image files under a folder, subfolders included, in the order of their paths.
 
+    Not those that macOS puts beside each on other disks, `._NAME`, which hold its notes and no pixels.
+
     Raises:
         UsageError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and p.is_file()
+    )
     if not files:
         raise UsageError(f"{folder}: no images in this folder")
     return files
@@ -85,6 +89,8 @@ def list_images(where: str | Path) -> list[Path] | list[PackedImage]:
 
 def _all_images(path: Path) -> list[Path] | list[PackedImage]:
     if path.suffix == SUFFIX and not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"{path}: no such packed set; make it: serpent data pack FOLDER -o {path}")
         return Pack(path).images()
     return find_images(path)
 

@@ -229,6 +229,20 @@ def replace_file(path: Path, content: bytes) -> None:
         raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None
 
 
+def with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file's bytes with its metadata in the order of their names.
+
+    The library writes them in an order that differs from call to call, and runs of the same weights should leave files
+    of the same hash.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)

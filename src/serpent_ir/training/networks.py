@@ -7,36 +7,43 @@ import torch
 from torch import nn
 
 from serpent_ir.degradations import create_degradation
-from serpent_ir.errors import UsageError
-from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models, load_weights
-from serpent_ir.recipe import Recipe
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models
+from serpent_ir.models.checkpoints import fill, load_weights
+from serpent_ir.recipe import Recipe, RecipeError, of_key
 
 
 def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
     """A network with the weights that the recipe starts from, or with fresh ones, drawn by its seed alone.
 
-    Raises UsageError for an unknown network, options that it cannot be built with, and weights of another one.
+    Raises RecipeError for an unknown network, options that it cannot be built with, and weights of another one.
     """
     if recipe.model not in list_models():
-        raise UsageError(f"unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
+        raise RecipeError(f"model: unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
     options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        try:
+        with of_key("model_options"):
             network = create_model(recipe.model, **options)
-        except UsageError as error:
-            raise UsageError(f"model_options: {error}") from None
     for name, needed in {"in_channels": create_degradation(recipe.task).channels, "out_channels": 3}.items():
         if (given := getattr(network.config, name, needed)) != needed:
-            raise UsageError(f"model_options.{name} is {given}; it must be {needed} for the task {recipe.task}")
+            raise RecipeError(f"model_options.{name} is {given}; it must be {needed} for the task {recipe.task}")
     if recipe.start and not fresh:
-        shipped = recipe.start in list_models(pretrained=True)
-        state, _ = load_weights(WEIGHTS_DIR / f"{recipe.start}.safetensors" if shipped else recipe.start)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError:
-            raise UsageError(f"start: {recipe.start} holds no weights of {recipe.model}") from None
+        _start_from(recipe, network)
     return network
+
+
+def _start_from(recipe: Recipe, network: nn.Module) -> None:
+    shipped = list_models(pretrained=True)
+    if recipe.start not in shipped and not Path(recipe.start).exists():
+        raise RecipeError(f"start: {recipe.start}: no such weights file, and none that ships: {', '.join(shipped)}")
+    try:
+        state, _ = load_weights(
+            WEIGHTS_DIR / f"{recipe.start}.safetensors" if recipe.start in shipped else recipe.start
+        )
+        fill(network, state, f"{recipe.start}: not weights of {recipe.model}")
+    except SerpentError as error:
+        raise RecipeError(f"start: {error}") from None
 
 
 def check_model_options(recipe: Recipe, file: Path) -> None:

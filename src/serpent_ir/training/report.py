@@ -1,5 +1,6 @@
 """What a run shows and leaves: lines or a bar, log.jsonl, TensorBoard, pictures and a plot; of the first process."""
 
+import io
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.image import Picture, to_pixels, write_image
 from serpent_ir.training.checkpoints import replace_file
 
@@ -111,14 +112,18 @@ class Report:
         width = max(strip.shape[-1] for strip in strips)
         strips = [torch.nn.functional.pad(strip, (0, width - strip.shape[-1], 0, 0), value=1.0) for strip in strips]
         sheet = torch.cat(strips, -2).nan_to_num()
-        folder = self.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"step-{step:08d}.png", Picture(to_pixels(sheet, np.uint8)))
+        path = self.out / "pictures" / f"step-{step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_image(path, Picture(to_pixels(sheet, np.uint8)))
+        except (OSError, ImageError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+            raise SerpentError(f"{path}: {reason}; make room and go on with --resume") from None
         if self._writer:
             self._writer.add_image("degraded, restored, clean", sheet[0].clamp(0, 1), step)
 
     def plot(self) -> None:
-        """Draw loss, learning rate and PSNR of the whole run as `run.png`."""
+        """Draw loss and PSNR of the whole run, and the PSNR of what it restores, as `run.png`."""
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator, NullLocator
@@ -133,13 +138,18 @@ class Report:
         upper.set(ylabel="loss", yscale="log")
         upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
         upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
-        lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".")
+        lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".", label="restored")
+        if given := scores and scores[-1].get("input_psnr"):  # null where it is infinite
+            lower.axhline(given, color="grey", ls="--", lw=1, label="input")
+            lower.legend()
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
         for before, after in itertools.pairwise(losses):
             if before["stage"] != after["stage"]:
                 upper.axvline(before["step"], color="grey", lw=0.5)
                 lower.axvline(before["step"], color="grey", lw=0.5)
-        figure.savefig(self.out / "run.png", dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120)
+        replace_file(self.out / "run.png", drawn.getvalue())
 
     def close(self) -> None:
         if self._writer:

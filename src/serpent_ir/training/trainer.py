@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.passes import pick_precision
-from serpent_ir.recipe import Recipe
+from serpent_ir.recipe import Recipe, RecipeError, of_key
 from serpent_ir.training import report, room, stopping
-from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors, replace_file
+from serpent_ir.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer,
+    optimizer_tensors,
+    replace_file,
+    with_sorted_metadata,
+)
+from serpent_ir.training.lock import own_folder
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recompute import recompute_blocks
@@ -65,13 +74,14 @@ class Trainer:
         parts = self.workers.world * recipe.accumulate
         for number, stage in enumerate(recipe.stages):
             if stage.batch % parts:
-                raise UsageError(
+                raise RecipeError(
                     f"stages.{number}.batch is {stage.batch}; it must be a multiple of {parts}: "
                     f"{self.workers.world} process(es) x accumulate={recipe.accumulate}"
                 )
         self.out = Path(recipe.out)
         self.degradation = create_degradation(recipe.task)
-        val_files = list_images(recipe.val)
+        with of_key("val"):
+            val_files = list_images(recipe.val)
         of = {"val": recipe.val, "val_images": len(val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         if tensorboard and self.workers.first:
@@ -81,7 +91,8 @@ class Trainer:
         network = starting_network(recipe, fresh=begun)
         self.val = ValidationImages(val_files, self.degradation, self.workers)
         train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
-        self.data = TrainingSet(recipe.train, train, self.device)
+        with of_key("train"):
+            self.data = TrainingSet(recipe.train, train, self.device)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         for stage in recipe.stages:
@@ -121,11 +132,11 @@ class Trainer:
             UsageError: the folder holds a run, and `resume` is not set.
             StoppedError: a signal asked for it; the run was saved.
             OutOfRoomError: a step or a validation that does not fit in memory.
-            SerpentError: a run of another recipe, losses that are not finite, a full disk.
+            SerpentError: a run of another recipe, or one at work, losses that are not finite, a full disk.
         """
         stop = Stop(stop_after_minutes)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), own_folder(self.out) if self.workers.first else nullcontext():
             torch.manual_seed(self.recipe.seed)
             again = self._open(resume)
             recipe = self.recipe
@@ -247,7 +258,7 @@ class Trainer:
         metadata["steps"] = json.dumps(self.schedule.lengths)
         weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
         # As bytes, since safetensors would make a file that its owner alone can read.
-        replace_file(self.out / "weights.safetensors", save(weights, metadata))
+        replace_file(self.out / "weights.safetensors", with_sorted_metadata(save(weights, metadata)))
 
     def _generators(self) -> dict[str, Tensor]:
         """PyTorch's generators. Samples need none: they are functions of their numbers."""
@@ -255,18 +266,12 @@ class Trainer:
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def _open(self, resume: bool) -> Path | None:
-        """Make the run's folder, or go on from its newest checkpoint that is whole.
+        """Begin in the run's folder, or go on from its newest checkpoint that is whole.
 
         Return that checkpoint where its validation is to be made again.
         """
         first = self.workers.first
         if first:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise SerpentError(
-                    f"{self.out}: cannot be made a folder ({error.strerror}); choose another out="
-                ) from None
             self.checkpoints.clean()
             self._check_folder(resume)
         found = self.workers.from_first(self.checkpoints.newest(self.say) if first and resume else None)
@@ -295,7 +300,10 @@ class Trainer:
     def _go_on(self, found: Checkpoint) -> None:
         differ = self.recipe.differs_from(found.facts["recipe"])
         if others := [key for key in differ if key not in FREE_TO_CHANGE]:
-            raise SerpentError(f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=")
+            raise SerpentError(
+                f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=, where "
+                f"start={self.out / 'weights.safetensors'} goes on from its weights"
+            )
         if found.facts["images"] != self._images():
             raise SerpentError(
                 f"{self.out}: was trained on {found.facts['images']['count']} images, and the {len(self.data)} of "

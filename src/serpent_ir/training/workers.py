@@ -5,6 +5,7 @@ Those are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on 
 
 import atexit
 import os
+import re
 import sys
 import time
 import warnings
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import pick_device
+from serpent_ir.recipe import RecipeError, of_key
 
 T = TypeVar("T")
 
@@ -44,8 +46,9 @@ class Workers:
         self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
         shared = device in ("auto", "cuda", "cpu")
         if self.world > 1 and not shared:
-            raise UsageError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
-        self.device = pick_device(device)  # raises where there is none
+            raise RecipeError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
+        with of_key("device"):
+            self.device = pick_device(device)
         launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
         launched = launched and shared and self.device.type in ("cuda", "cpu")
         self.joined = self.world > 1 or (launched and NCCL_GRAPHS)
@@ -157,7 +160,7 @@ class Workers:
         except RuntimeError as error:
             if not self.joined or not _lost(error):
                 raise
-            reason = str(error).splitlines()[0].partition(". ")[0]
+            reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0].partition(". ")[0])  # Gloo's source file
             raise SerpentError(
                 f"process {self.rank} of {self.world}: another one is gone ({reason}); see what it said, then go on "
                 "with --resume"
