@@ -77,7 +77,7 @@ def test_a_report_with_missing_points(tmp_path):
     assert "Out of memory in training: SwinIR-L from 512 on, Restormer from 512 on." in page
     assert "| no CUDA graph, by plain call alone: out of memory |" in page
     assert "| training time of Restormer over Serpent-L | 512 |" not in page  # Serpent-L is not in this profile
-    assert "| deblur 256 | Serpent-B | 28.44 | 0.8054 | 0.3041 | 27.12 | 0.8000 | no weights | 2.5 min |" in page
+    assert "| deblur 256 | Serpent-B | 28.44 | 0.8054 | 0.3041 | 27.12 | 0.8000 | no weights | 2.50 min |" in page
     for name in names:
         assert f"({name}.png)" in page
 
