@@ -28,18 +28,16 @@ from serpent_ir.writing import whole_file
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
 """The endings that `write_image` takes, in either case."""
 
-RAW_SUFFIXES = frozenset(
-    ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
-    ".srw .x3f".split()
-)
+RAW_SUFFIXES = frozenset([".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"])
 """Files of a camera's sensor. Many are TIFFs whose first page is a small preview, which must not pass for the photo."""
 
 
 def read_image(path: str | Path) -> Picture:
     """Read an image file with all that `Picture` keeps; of an animation or a multi-page file the first frame.
 
-    Reads what Pillow reads, with OpenCV some more, and HEIC where pillow-heif is installed. 16 bits are kept in PNG, in TIFF and in what Pillow calls
-    "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB (the last two by Pillow's formulas).
+    Reads what Pillow reads, with OpenCV some more, and HEIC where pillow-heif is installed. 16 bits are kept in PNG, in
+    TIFF and in what Pillow calls "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB (the last
+    two by Pillow's formulas).
 
     Raises ImageError: no such file, a folder, not readable, no image, a camera's raw file, damaged or cut short, over
     `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
