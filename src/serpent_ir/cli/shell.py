@@ -42,7 +42,7 @@ Name = Annotated[
     typer.Option(
         "-n",
         "--name",
-        help="Weights, as `serpent models` lists them.  [default: serpent_l.photo; evaluate: of the task]",
+        help="Weights, as `serpent models` lists them.  [default: serpent_l.photo]",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Other weights instead: safetensors or .pth.")]
