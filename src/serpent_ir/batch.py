@@ -47,8 +47,8 @@ def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
     Raises UsageError, before any work, for a missing path, a folder without images, or outputs that would overwrite an
     input or each other.
     """
-    suffix = output.suffix.lower()
-    if (suffix in Image.registered_extensions() or suffix in SUFFIXES) and not output.is_dir():
+    names_an_image = output.suffix.lower() in {*Image.registered_extensions(), *SUFFIXES, *RAW_SUFFIXES, ".jxl"}
+    if names_an_image and not output.is_dir():
         if len(inputs) != 1 or inputs[0].is_dir() or _is_list(inputs[0]):
             raise UsageError(f"{output}: is the name of an image; several images need a folder")
         if not inputs[0].exists():
