@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 W = TypeVar("W")
 Parts = Callable[[int, int], None]
-_SILENCE = 5.0  # seconds without a word that a person should have to bear
+_SILENCE = 10.0  # seconds without a word that a person should have to bear
 
 
 def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
