@@ -227,7 +227,8 @@ def run_task(
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
-        takes = EXTRA + 60 * job.minutes * min(devices.at_once, len(ready))
+        # Sharing a GPU gains little but what each does without it: five that began together ended after five times as long.
+        takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
         run(training, f"{name}.json", takes, train=_told(job.train), probes=found["probes"])
 
     def run(one: Job, file: str, takes: float, **more: Any) -> None:
@@ -329,7 +330,7 @@ def render(runs: list[dict[str, Any]]) -> str:
 
 def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
     done = [run for run in runs if "error" not in run]
-    lines = [f"## {task}, {minutes:g} minutes a network", ""]
+    lines = [f"## {task}, {minutes:g} minute{'s' * (minutes != 1)} a network", ""]
     measured = any("lpips" in figures for run in done for figures in run["evaluation"].values())
     lpips = "LPIPS" if measured else "LPIPS (no weights given: --lpips-weights)"
     if done:

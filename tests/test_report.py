@@ -62,6 +62,7 @@ def test_a_report_with_missing_points(tmp_path):
         with Image.open(tmp_path / "report" / f"{name}.png") as image:
             assert image.width > 700
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    assert "after 2.5 minutes of training each" in (tmp_path / "report" / "psnr_ms_256.svg").read_text()
     drawn = (tmp_path / "report" / "networks_512.svg").read_text()
     assert drawn.count("out of memory") >= 4  # time and memory of two networks
     assert "*: by plain calls, no CUDA graph" in drawn

@@ -119,7 +119,8 @@ def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     for size in sizes:
         here = f"Milliseconds: {told}.\nPSNR:"
         if ours := _measured_quality(rows, runs, size):
-            drawing = partial(figures.quality_over_time, ours, size, f"{here} measured here, on {VAL['deblur'][size]}")
+            measured = f"{here} measured here, on {VAL['deblur'][size]}, after {_budget(runs, ours)}"
+            drawing = partial(figures.quality_over_time, ours, size, measured)
             files += figures.save(drawing, folder, f"psnr_ms_{size}")
         if printed := _printed_quality(rows, size):
             drawing = partial(figures.quality_over_time, printed, size, f"{here} as the paper prints it")
@@ -155,6 +156,14 @@ def _measured_quality(rows: Rows, runs: Rows, size: int) -> list[tuple[str, floa
         if run["task"] == "deblur" and data in run.get("evaluation", {})
     }
     return _with_times(rows, psnr, size)
+
+
+def _budget(runs: Rows, points: list[tuple[str, float, float]]) -> str:
+    drawn = {model for model, _, _ in points}
+    minutes = {run["model"]: run["minutes"] for run in runs if run["task"] == "deblur" and run["model"] in drawn}
+    least, most = min(minutes.values()), max(minutes.values())
+    span = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    return f"{span} minute{'s' * (most != 1)} of training each"
 
 
 def _printed_quality(rows: Rows, size: int) -> list[tuple[str, float, float]]:
