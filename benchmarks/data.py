@@ -3,9 +3,9 @@
     python benchmarks/data.py --data DIR [DIR ...] --out data.json [--device cpu] [--memory device host stream]
 
 Batches alone: images a second of `TrainingSet.batch` for each task and crop, and for deblur each place of the images.
-Steps: what `serpent train` does (forward, backward, clipping and Adam, on a GPU from a CUDA graph) with one batch
-kept, with batches from the Prefetcher, and with each batch made before its step on the same stream, by turns in one
-run. `share` is 1 - kept / prefetched: the time that data takes of training; `waited` is what the Prefetcher counted.
+Steps: those of `serpent train`, by its own trainer (on a GPU from a CUDA graph), with one batch kept, with batches from
+the Prefetcher, and with each batch made before its step on the same stream, by turns in one run. `share` is
+1 - kept / prefetched: the time that data takes of training; `waited` is what the Prefetcher counted.
 """
 
 import argparse
@@ -19,13 +19,11 @@ from pathlib import Path
 
 import torch
 
-from serpent_ir import create_model
 from serpent_ir.data import Prefetcher, TrainingSet, write_pack
 from serpent_ir.data.store import Memory
-from serpent_ir.degradations import create_degradation
 from serpent_ir.passes import device_name
-from serpent_ir.train import GraphedStep, own_stream
-from timing import training_step
+from serpent_ir.recipe import Recipe, Stage
+from serpent_ir.train import Trainer, own_stream
 
 STAGES = {"cuda": [(64, 128), (128, 16), (256, 16)], "cpu": [(64, 8)]}  # crop, batch
 MEMORY: tuple[Memory, ...] = ("device", "host", "stream")
@@ -47,11 +45,9 @@ def requests(batch: int, crop: int) -> Iterator[tuple[range, int]]:
     return ((range(first, first + batch), crop) for first in itertools.count(0, batch))
 
 
-def measure_steps(images: TrainingSet, model: str, crop: int, batch: int, count: int, repeats: int) -> dict:
+def measure_steps(trainer: Trainer, crop: int, batch: int, count: int, repeats: int) -> dict:
     """Milliseconds of a step with a batch that is kept, with batches made ahead, and with batches made before it."""
-    device = images.device
-    plain = training_step(create_model(model).to(device).train())
-    step = GraphedStep(plain) if device.type == "cuda" else plain
+    images, step, device = trainer.data, trainer.train_step, trainer.device
     ahead = Prefetcher(images, requests(batch, crop), seed=0)
     samples = requests(batch, crop)
     kept = images.batch(range(batch), crop, seed=0)
@@ -93,10 +89,14 @@ def main() -> None:
         places: list[Memory] = args.memory if device.type == "cuda" else ["stream"]
         rounds: list[tuple[Memory, str]] = [(memory, TASKS[0]) for memory in places]
         rounds.extend((places[0], task) for task in TASKS[1:])
+        stages = STAGES[device.type]
+        recipe = {"model": args.model, "device": args.device, "train": [str(pack)], "val": str(pack), "out": folder}
+        recipe |= {"stages": [Stage(crop, batch, 1) for crop, batch in stages]}
         for memory, task in rounds:
-            images = TrainingSet([pack], create_degradation(task), device, memory=memory)
+            trainer = Trainer(Recipe(task=task, **recipe), say=lambda line: None)
+            images = trainer.data = TrainingSet([pack], trainer.data.degradation, device, memory=memory)
             count = len(images)
-            for crop, batch in STAGES[device.type]:
+            for crop, batch in stages:
                 about = {"task": task, "memory": images.store.memory, "crop": crop, "batch": batch}
                 samples = requests(batch, crop)
 
@@ -106,9 +106,10 @@ def main() -> None:
                 make()
                 seconds = statistics.median(seconds_of(make, args.count, device) for _ in range(args.repeats))
                 batches.append({**about, "ms": 1000 * seconds, "images_per_second": batch / seconds})
-                steps.append(about | measure_steps(images, args.model, crop, batch, args.count, args.repeats))
+                steps.append(about | measure_steps(trainer, crop, batch, args.count, args.repeats))
                 for row in (batches[-1], steps[-1]):
                     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            trainer.leave()
         size = pack.stat().st_size
     about = {"device": device_name(device), "torch": torch.__version__, "model": args.model, "images": count}
     packed = {"pack_seconds": packing, "pack_bytes": size}

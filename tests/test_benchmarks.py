@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from training_files import draw_folders
+from training_files import draw_folders, draw_image
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -95,3 +95,20 @@ def test_ratios_are_of_steps_as_they_run_and_of_those_without_a_graph() -> None:
         {"gpus": 2, "crop": 64, "batch_of_each": 8, "ratio": 1.3, "ratio_plain": 1.95},
         {"gpus": 2, "crop": 128, "batch_of_each": 4, "ratio": None, "ratio_plain": None},
     ]
+
+
+def test_the_share_of_data_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    draw_image(72, 80, seed=0).save(tmp_path / "images" / "0.png")
+    out = tmp_path / "data.json"
+    call = [sys.executable, FOLDER / "data.py", "--data", tmp_path / "images", "--device", "cpu", "--out", out]
+    call += ["--count", "1", "--repeats", "1"]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    record, published = (json.loads(file.read_text()) for file in (out, FOLDER / "results" / "data.h100.json"))
+    assert record.keys() == published.keys()
+    for part in ("batches", "steps"):
+        assert [row["task"] for row in record[part]] == ["deblur", "sr8", "photo"]
+        assert record[part][0].keys() == published[part][0].keys()
+    for row in record["steps"]:
+        assert row["share"] == pytest.approx(1 - row["kept_ms"] / row["prefetched_ms"])

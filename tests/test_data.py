@@ -17,7 +17,7 @@ from commands import serpent, tree
 from serpent_ir.data import Pack, Prefetcher, TrainingSet, list_images, read_rgb8, write_pack
 from serpent_ir.data.pack import HEADER, footer_of
 from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation, randomness
-from serpent_ir.degradations.randomness import image_keys
+from serpent_ir.degradations.randomness import image_keys, rand, rand_each
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
 
@@ -283,6 +283,15 @@ def test_images_have_random_numbers_of_their_own():
     window = ImageGenerators(keys, places + torch.tensor([40, 100]), places + 300)
     again = ImageGenerators(keys, places, places + 300)
     assert torch.equal(window.randn(4, 50, 60), again.randn(4, 300, 300)[:, :, 40:90, 100:160])
+
+
+def test_numbers_drawn_at_once_are_those_of_one_call_after_another():
+    keys, places = image_keys(3, torch.arange(5)), torch.zeros(5, 2, dtype=torch.long)
+    for make in (lambda: ImageGenerators(keys, places, places), lambda: torch.Generator().manual_seed(3)):
+        one, other = make(), make()
+        for count in (3, 1, 6):
+            expected = [rand(one, 5, 1)[:, 0] for _ in range(count)]
+            assert torch.equal(torch.stack(rand_each(other, 5, count)), torch.stack(expected))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serpent_ir.capture import capture
 from serpent_ir.data.store import to_device
 
 WARMUP = 2  # calls of a key that run as they are: they compile and load kernels, and fill caches
@@ -25,34 +25,9 @@ class _Graph:
     """One captured call, on the current stream. `pool` is that of another graph, or None for a new one."""
 
     def __init__(self, run: Run, numbers: np.ndarray, device: torch.device, pool: Any):
-        self.pool = pool or torch.cuda.graph_pool_handle()
         self.table = to_device(numbers, device)  # not within: freeing pinned memory records an event
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            # Not torch.cuda.graph, which waits for all streams and empties the cache. Other threads may go on.
-            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                self.batch = run(self.table)
-            finally:
-                self.graph.capture_end()
-        except RuntimeError:
-            self._clean_up()
-            raise
-
-    def _clean_up(self) -> None:
-        """End what a failed capture leaves open.
-
-        While PyTorch's allocator waits for the end of one, memory that two streams use, as batches, is never free
-        again. So does the generator of random numbers wait, until a capture succeeds.
-        """
-        device = self.table.get_device()
-        with suppress(RuntimeError):  # where it did end
-            torch._C._cuda_endAllocateToPool(device, self.pool)
-            torch._C._cuda_releasePool(device, self.pool)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        torch.zeros_like(self.table)
-        graph.capture_end()
+        self.graph, self.batch = capture(lambda: run(self.table), pool)
+        self.pool = self.graph.pool()
 
     def __call__(self, numbers: np.ndarray) -> Batch:
         self.table.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)

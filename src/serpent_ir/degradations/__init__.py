@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serpent_ir.degradations.blur import BLUR_RADIUS, MILD_RADIUS, blur_each, gaussian_blur
+from serpent_ir.degradations.blur import BLUR_RADIUS, blur_each, gaussian_blur
 from serpent_ir.degradations.holes import draw_holes
 from serpent_ir.degradations.jpeg import through_jpeg
-from serpent_ir.degradations.randomness import Generator, rand, randint, randn_like
+from serpent_ir.degradations.randomness import Generator, rand, rand_each, randint, randn_like
 from serpent_ir.degradations.randomness import ImageGenerators as ImageGenerators
 from serpent_ir.errors import UsageError
 
@@ -131,7 +131,12 @@ def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
 
 def uniform(batch: int, low: float, high: float, generator: Generator) -> Tensor:
     """(B,) float32 numbers of [low, high), on the generator's device."""
-    return low + (high - low) * rand(generator, batch)
+    return between(rand(generator, batch), low, high)
+
+
+def between(share: Tensor, low: float, high: float) -> Tensor:
+    """From [0, 1) to [low, high)."""
+    return low + (high - low) * share
 
 
 def whole_numbers(batch: int, low: int, high: int, generator: Generator) -> Tensor:
@@ -161,15 +166,23 @@ def _inpaint(clean: Tensor, generator: Generator) -> Tensor:
 def _photo(clean: Tensor, generator: Generator, light: float = 0.0) -> Tensor:
     """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
     batch = len(clean)
-    blur, noise, compressed = (uniform(batch, 0, 1, generator) >= PHOTO_ABSENCE for _ in range(3))
-    alone = uniform(batch, 0, 1, generator) < light if light else torch.zeros_like(blur)
-    y = blur_each(clean, uniform(batch, *PHOTO_BLURS, generator) * (blur & ~alone))
-    y = add_noise(y, uniform(batch, *PHOTO_NOISES, generator) * (noise & ~alone), generator)
+    blur, noise, compressed, *lightly, sigma, strength = rand_each(generator, batch, 6 if light else 5)
+    plain = lightly[0] >= light if light else torch.ones_like(blur, dtype=torch.bool)
+    sigma = between(sigma, *PHOTO_BLURS) * ((blur >= PHOTO_ABSENCE) & plain)
+    y = blur_each(clean, sigma) if _some(sigma) else clean
+    y = add_noise(y, between(strength, *PHOTO_NOISES) * ((noise >= PHOTO_ABSENCE) & plain), generator)
     quality = whole_numbers(batch, *PHOTO_QUALITIES, generator)
     if light:
-        quality = torch.where(alone, whole_numbers(batch, *PHOTO_LIGHT_QUALITIES, generator), quality)
-    decoded = through_jpeg(y, quality)
-    return torch.where((compressed | alone).to(y.device)[:, None, None, None], decoded, y)
+        quality = torch.where(plain, quality, whole_numbers(batch, *PHOTO_LIGHT_QUALITIES, generator))
+    compressed = (compressed >= PHOTO_ABSENCE) | ~plain
+    if not _some(compressed):
+        return y
+    return torch.where(compressed.to(y.device)[:, None, None, None], through_jpeg(y, quality), y)
+
+
+def _some(drawn: Tensor) -> bool:
+    """Whether a link of the chain may be there for some image: a GPU is not asked, for it would be waited for."""
+    return drawn.device.type != "cpu" or bool(drawn.any())
 
 
 def bicubic_downsample(x: Tensor) -> Tensor:
@@ -190,14 +203,15 @@ def bicubic_downsample(x: Tensor) -> Tensor:
 
 
 # Margins. sr8: a pixel of y, of which four a side are interpolated, sees 16 around its centre. JPEG: halved chroma, and
-# the next of it; blocks with their chroma are 16 wide. photo: whole blocks of that, and the blur's radius.
+# the next of it; blocks with their chroma are 16 wide. photo: whole blocks of that, around which the blur's radius is
+# less than one more.
 DEGRADATIONS = {
     "deblur": LinearDegradation("deblur", margin=BLUR_RADIUS, operator=gaussian_blur),
     "sr8": LinearDegradation("sr8", scale=SR_FACTOR, margin=32, grid=SR_FACTOR, operator=bicubic_downsample),
     "denoise": RandomDegradation("denoise", margin=0, damage=_denoise),
     "jpeg": RandomDegradation("jpeg", margin=2, grid=16, damage=_jpeg),
     "inpaint": RandomDegradation("inpaint", channels=4, margin=0, damage=_inpaint),
-    "photo": RandomDegradation("photo", margin=MILD_RADIUS + 17, grid=16, damage=_photo),
+    "photo": RandomDegradation("photo", margin=2 + 16, grid=16, damage=_photo),
 }
 """Every degradation by name: the paper's two, three with a range of strengths, and `photo`, a random mild chain."""
 

@@ -11,7 +11,7 @@ BLUR_SIGMA = 3.0
 BLUR_RADIUS = 30
 """Pixels on each side of the centre of the paper's 61x61 kernel."""
 MILD_RADIUS = 12
-"""The same for `blur_each`, which takes standard deviations up to a third of it."""
+"""The same for `blur_each`, which takes standard deviations up to a third of it; up to 16 for `photo`'s margin."""
 
 # Columns of one block of the banded matrix in `_blur_rows_by_blocks`: near the kernel's width, so that half of the
 # multiplications with it are useful ones, and a good size for BLAS.

@@ -6,6 +6,7 @@ without its entropy coding, which loses nothing.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ _CHROMA = [
 # ITU-R BT.601, full range: rows Y, Cb, Cr.
 _TO_YCBCR = [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]]
 _TO_RGB = [[1.0, 0.0, 1.402], [1.0, -0.344136286, -0.714136286], [1.0, 1.772, 0.0]]
+# Halves are rounded up, and what may be one but for its last bits, in which devices differ.
+_HALF = {torch.float64: 0.5 + 2.0**-25, torch.float32: 0.5 + 2.0**-11}
 
 
 def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
@@ -40,87 +43,85 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
     """
     height, width = x.shape[-2:]
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    levels = x.detach().to(wide).clamp(0, 1).mul(255).round()
-    luma, chroma = _tables(quality.to(x.device), wide)
+    half = _HALF[wide]
+    levels = x.detach().clamp(0, 1).to(wide).mul_(255).round_()
+    luma, chroma = _steps(x.device, wide)[:, quality.to(x.device)]
     with torch.autocast(x.device.type, enabled=False):
-        planes = _mix(levels, _TO_YCBCR)
-        planes[:, 1:] += 128
-        planes = _round(planes).clamp(0, 255)
+        # All planes are less 128 here, chroma as luma: the DCT is of that.
+        planes = _mix(levels.unbind(1), _TO_YCBCR, (half - 128, half, half)).floor_()
+        planes[:, 1:].clamp_(max=127)
         planes = _extended(planes, 16)  # whole blocks of halved chroma
-        y = _through_blocks(planes[:, :1], luma)[..., :height, :width]
-        halved = _through_blocks(_halved(planes[:, 1:]), chroma)
-        halved = halved[..., : -(-height // 2), : -(-width // 2)]
-        planes = torch.cat([y, _doubled(halved)[..., :height, :width] - 128], 1)
-        return _round(_mix(planes, _TO_RGB)).clamp(0, 255).div(255).to(x.dtype)
+        y = _through_blocks(planes[:, :1], luma, half)[..., :height, :width]
+        halved = _through_blocks(_halved(planes[:, 1:]), chroma, half)
+        doubled = _doubled(halved[..., : -(-height // 2), : -(-width // 2)])[..., :height, :width]
+        decoded = _mix((*y.unbind(1), *doubled.unbind(1)), _TO_RGB, (half + 128,) * 3)
+        return decoded.floor_().clamp_(0, 255).div_(255).to(x.dtype)
 
 
-def _tables(quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantisation steps (B, 1, 1, 1, 8, 8) of luma and chroma at each quality, in libjpeg's integer arithmetic."""
-    quality = quality.long()
-    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
-    steps = [((base * percent + 50) // 100).clamp(1, 255) for base in _annex_k(quality.device)]
-    return steps[0].to(dtype).view(-1, 1, 1, 1, 8, 8), steps[1].to(dtype).view(-1, 1, 1, 1, 8, 8)
-
-
-def _through_blocks(planes: Tensor, steps: Tensor) -> Tensor:
-    """Quantise the DCT of each 8x8 block of (B, C, H, W), sides multiples of 8; levels in, rounded levels out."""
+def _through_blocks(planes: Tensor, steps: Tensor, half: float) -> Tensor:
+    """Quantise the DCT of each 8x8 block of (B, C, H, W), sides multiples of 8, by steps (B, 64); levels in and out."""
     dct = _dct(planes.dtype, planes.device)
-    blocks = (planes - 128).unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-2, -3)  # (B, C, h, w, 8, 8)
-    coefficients = _round(dct @ blocks @ dct.T / steps) * steps
-    decoded = _round(dct.T @ coefficients @ dct + 128).clamp(0, 255)
-    return decoded.transpose(-2, -3).flatten(-2).flatten(-3, -2)
+    blocks = planes.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-2, -3)  # (B, C, h, w, 8, 8)
+    coefficients = blocks.reshape(len(planes), -1, 64) @ (dct / steps[:, None])
+    coefficients = torch.add(coefficients, coefficients.sign(), alpha=half).trunc_()  # halves away from zero
+    decoded = (coefficients @ (steps[:, :, None] * dct.T)).add_(half).floor_().clamp_(-128, 127)
+    return decoded.view(blocks.shape).transpose(-2, -3).flatten(-2).flatten(-3, -2)
 
 
 def _halved(planes: Tensor) -> Tensor:
     """Means of 2x2 pixels; ties go down and up by turns along a row, as in libjpeg."""
-    bias = 0.25 + 0.25 * (torch.arange(planes.shape[-1] // 2, device=planes.device) % 2)
-    return (F.avg_pool2d(planes, 2) + bias).floor()
+    return _add_by_turns(F.avg_pool2d(planes, 2), 0.25, 0.5).floor_()
 
 
 def _doubled(planes: Tensor) -> Tensor:
     """Twice the size by a triangle filter, as libjpeg's default: 3/4 of the nearer pixel and 1/4 of the next."""
-    for dim in (-2, -1):
-        side = planes.shape[dim]
-        here = torch.arange(2 * side, device=planes.device)
-        near = planes.index_select(dim, here // 2)
-        beside = planes.index_select(dim, ((here // 2) + (here % 2) * 2 - 1).clamp(0, side - 1))
-        planes = 0.75 * near + 0.25 * beside
     # Sixteenths, rounded half up in even columns and half down in odd ones.
-    bias = 8 / 16 - 1 / 16 * (torch.arange(planes.shape[-1], device=planes.device) % 2)
-    return (planes + bias).floor()
+    doubled = F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=False)
+    return _add_by_turns(doubled, 8 / 16, 7 / 16).floor_()
+
+
+def _add_by_turns(planes: Tensor, even: float, odd: float) -> Tensor:
+    """Add to even and odd columns of (..., W), an even number of them, in place."""
+    planes[..., ::2].add_(even)
+    planes[..., 1::2].add_(odd)
+    return planes
 
 
 def _extended(planes: Tensor, multiple: int) -> Tensor:
     """Repeat the edge on the right and bottom up to multiples."""
     height, width = planes.shape[-2:]
+    if height % multiple == width % multiple == 0:
+        return planes
     return F.pad(planes, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def _mix(planes: Tensor, matrix: list[list[float]]) -> Tensor:
-    """(B, 3, H, W) times a 3x3 matrix, in one order of sums on every device."""
-    red, green, blue = planes.unbind(1)
-    return torch.stack([a * red + b * green + c * blue for a, b, c in matrix], 1)
-
-
-def _round(x: Tensor) -> Tensor:
-    """To the nearest integer, halves away from zero, blind to the last bits that devices differ in."""
-    grid = 2.0**24 if x.dtype == torch.float64 else 2.0**10
-    x = (x * grid).round() / grid
-    return torch.where(x < 0, (x - 0.5).ceil(), (x + 0.5).floor())
+def _mix(planes: Sequence[Tensor], matrix: list[list[float]], constants: Sequence[float]) -> Tensor:
+    """Three planes (B, H, W) times a 3x3 matrix, and a constant for each of the results: (B, 3, H, W)."""
+    mixed = planes[0].new_empty(len(planes[0]), 3, *planes[0].shape[1:])
+    for plane, row, constant in zip(mixed.unbind(1), matrix, constants, strict=True):
+        torch.add(torch.tensor(constant, dtype=plane.dtype), planes[0], alpha=row[0], out=plane)
+        for other, weight in zip(planes[1:], row[1:], strict=True):
+            if weight:
+                plane.add_(other, alpha=weight)
+    return mixed
 
 
 # Cached on the device: a copy to a GPU would wait for what it has queued.
 @functools.cache
 @torch.inference_mode(False)
-def _annex_k(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(_LUMA, device=device), torch.tensor(_CHROMA, device=device)
+def _steps(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Quantisation steps (2, 101, 64) of luma and chroma by quality, in libjpeg's integer arithmetic."""
+    quality = torch.arange(101).clamp(min=1)[:, None]
+    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    steps = (torch.tensor([_LUMA, _CHROMA])[:, None] * percent + 50) // 100
+    return steps.clamp(1, 255).to(device, dtype)
 
 
 @functools.cache
 @torch.inference_mode(False)
 def _dct(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II of 8 points as a matrix, (8, 8)."""
+    """The orthonormal DCT-II of 8x8 pixels as a matrix, (64 pixels, 64 coefficients)."""
     rows = [[math.cos((2 * n + 1) * k * math.pi / 16) / 2 for n in range(8)] for k in range(8)]
     matrix = torch.tensor(rows, dtype=torch.float64)
     matrix[0] *= math.sqrt(0.5)
-    return matrix.to(device, dtype)
+    return torch.kron(matrix, matrix).T.to(device, dtype)

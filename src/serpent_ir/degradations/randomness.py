@@ -39,6 +39,13 @@ class ImageGenerators:
         """(B, *shape) float32 numbers of [0, 1)."""
         return self._bits24(math.prod(shape)).float().mul_(2.0**-24).view(-1, *shape)
 
+    def rand_each(self, calls: int) -> Tensor:
+        """(B, calls) numbers of [0, 1): what so many calls of `rand` for one give, in as few launches as one."""
+        first = self._calls + 1
+        self._calls += calls
+        starts = torch.arange(first, first + calls, device=self.device) * _wrapped(_CALL * _STEP)
+        return (_mix(self.keys[:, None] + starts) >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
+
     def below(self, bound: Tensor | int) -> Tensor:
         """(B,) integers of [0, bound), for a bound up to 2^24, or one for each image."""
         return self._bits24(1)[:, 0] * bound >> 24
@@ -91,6 +98,13 @@ def rand(generator: Generator, batch: int, *shape: int) -> Tensor:
     if isinstance(generator, ImageGenerators):
         return generator.rand(*shape)
     return torch.rand(batch, *shape, generator=generator, device=generator.device)
+
+
+def rand_each(generator: Generator, batch: int, calls: int) -> tuple[Tensor, ...]:
+    """What so many calls of `rand` for a number each give, (batch,) each."""
+    if isinstance(generator, ImageGenerators):
+        return generator.rand_each(calls).unbind(1)
+    return tuple(rand(generator, batch) for _ in range(calls))
 
 
 def randint(generator: Generator, batch: int, low: int, high: int) -> Tensor:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serpent_ir.capture import capture
+
 # Graphs, and shapes remembered, of a model; the one used longest ago goes first.
 GRAPHS = 4
 SHAPES = 64
 
 Run = Callable[[Tensor], Tensor]
-
-_capturing = threading.Lock()  # of all models: PyTorch's generator of random numbers knows one capture at a time
 
 
 @functools.cache
@@ -35,28 +35,13 @@ class _Graph:
 
     def __init__(self, run: Run, x: Tensor, pool: Any):
         # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
-        with _capturing, torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
             torch.cuda.current_blas_handle()  # made now: this thread may not have one yet, and a capture cannot make it
             torch.cuda.synchronize()
-            try:
-                self.graph, self.output = _capture(run, self.input, pool)
-            except RuntimeError:
-                # What fails leaves the generator waiting for the end of the capture; one that succeeds puts it right.
-                _capture(torch.zeros_like, self.input, None)
-                raise
-
-
-def _capture(run: Run, x: Tensor, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(_stream(x.device)):
-        # Other threads may allocate and launch meanwhile. Not torch.cuda.graph, which also empties the cache.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            output = run(x)
-        finally:
-            graph.capture_end()
-    return graph, output
+            with torch.cuda.stream(_stream(x.device)):
+                self.graph, self.output = capture(lambda: run(self.input), pool)
+        self.pool = self.graph.pool()
 
 
 class Graphs:
@@ -68,7 +53,6 @@ class Graphs:
         self.uncapturable: set[Hashable] = set()
         self.weights: list[int] = []
         self.done: torch.cuda.Event | None = None
-        self.pool: Any = None
 
     def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[int]) -> Tensor:
         """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` the addresses it reads."""
@@ -93,7 +77,6 @@ class Graphs:
             self.done.synchronize()  # a graph's memory goes once it has run
         self.graphs.clear()
         self.uncapturable.clear()
-        self.pool = None
 
     def _find(self, run: Run, x: Tensor, key: Hashable) -> _Graph | None:
         """The graph of a shape that was seen before; captures it where there is none yet."""
@@ -102,10 +85,10 @@ class Graphs:
             captured = [k for k, graph in self.graphs.items() if graph is not None]
             if len(captured) >= GRAPHS:
                 self._drop(captured[0])
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
+            # Of a graph that is there: PyTorch refuses the handle of one that was let go.
+            pool = next((graph.pool for graph in self.graphs.values() if graph is not None), None)
             try:
-                self.graphs[key] = _Graph(run, x, self.pool)
+                self.graphs[key] = _Graph(run, x, pool)
             except RuntimeError as error:  # too little memory, say, or an operation that cannot be captured
                 self.uncapturable.add(key)
                 reason = str(error).splitlines()[0]

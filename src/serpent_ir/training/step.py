@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from serpent_ir.capture import capture
 from serpent_ir.training.losses import Loss
 from serpent_ir.training.workers import Workers
 
@@ -188,8 +189,6 @@ class GraphedStep(Generic[Result]):
             return
         self.release()
         self.plain = True
-        if problem:
-            _end_capture()
         if isinstance(self.step, Step):
             self.step.begin_anew()
         if self.workers is None or self.workers.first:
@@ -198,15 +197,6 @@ class GraphedStep(Generic[Result]):
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         self.inputs = [x.clone() for x in tensors]
-        self.graph = torch.cuda.CUDAGraph()
         gc.collect()  # a forgotten autograd graph would still hold nodes of its own
-        # NCCL's watchdog is a thread that asks for events now and then.
-        mode = "thread_local" if self.workers else "global"
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode=mode):
-            self.output = self.step(*self.inputs)
-
-
-def _end_capture() -> None:
-    """Put right what a failed capture left on the stream."""
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-        torch.zeros(1, device="cuda")
+        torch.cuda.empty_cache()  # whose memory the graph cannot have
+        self.graph, self.output = capture(lambda: self.step(*self.inputs))
