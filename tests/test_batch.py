@@ -76,6 +76,24 @@ def test_patterns_are_mirrored_from_where_they_begin(photos):
         targets("photos/*.gif")
 
 
+def test_raw_files_of_cameras_are_told_and_never_taken_for_their_previews(photos, weights):
+    preview = Path("photos/a.png").read_bytes()
+    for name in ("DSC_1.NEF", "trip/DSC_2.dng"):
+        Path("photos", name).write_bytes(preview)
+    told = r"left out, 2 in all, DSC_1.NEF the first; develop them first, best as TIFFs of 16 bits$"
+    for given in ("photos", "photos/**/*"):
+        with pytest.warns(UserWarning, match=told):
+            assert len(targets(given)) == 6
+    alone = serpent("restore", "photos/DSC_1.NEF", "-o", "out", "--weights", weights)
+    assert (alone.exit_code, alone.stderr) == (
+        1,
+        "serpent: error: photos/DSC_1.NEF: is a camera's raw file; develop it first, best as a TIFF of 16 bits\n",
+    )
+    for suffix in ("heic", "jxl", "DNG"):  # no folder of that name
+        with pytest.raises(UsageError, match=rf"out\.{suffix}: cannot write \.{suffix}; use \.png"):
+            plan([Path("photos/a.png")], Path(f"out.{suffix}"))
+
+
 @pytest.mark.parametrize("separator", ["\n", "\r\n", "\0"])
 def test_lists_keep_relative_paths(photos, separator):
     absolute = str(photos.absolute() / "f.bmp")

@@ -286,3 +286,15 @@ def test_commands_are_python_functions_that_raise(photos, weights, tmp_path):
     (photos / "b.jpg").write_bytes(b"")
     with pytest.raises(SerpentError, match="1 of 3 images failed"):
         cli.degrade([photos], tmp_path / "out", "deblur")
+
+
+def test_a_long_wait_is_told_of_by_tiles(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("serpent_ir.cli.files._SILENCE", 0.0)
+    for name in ("a.png", "b.png"):
+        save_photo(tmp_path / "in" / name, 48, 90)
+    result = serpent("restore", tmp_path / "in", "-o", tmp_path / "out", "--weights", weights["deblur"], "--tile", 64)
+    assert result.exit_code == 0, result.stderr
+    parts = [line for line in result.stderr.splitlines() if line.endswith("tiles")]
+    assert parts == [f"[{done}/2] {tmp_path}/in/{name}.png: 1 of 2 tiles" for done, name in enumerate("ab")]
+    done = [line[:5] for line in result.stderr.splitlines() if "->" in line]
+    assert done == ["[1/2]", "[2/2]"]

@@ -97,6 +97,7 @@ def server(tmp_path_factory):
     yield url
     process.send_signal(signal.SIGTERM)
     process.wait(30)
+    assert "SerpentError" not in (folder / "log").read_text()  # what the page has told is no traceback here
     assert [path.name for path in folder.iterdir()] == ["log"]  # uploads and results went with the server
 
 
@@ -172,6 +173,12 @@ def test_an_example_is_taken_by_a_click(page):
     ],
 )
 def test_a_bad_upload_shows_a_message(page, tmp_path, name, content, told):
+    Image.fromarray(data.astronaut()[:40, :50]).save(tmp_path / "good.png")
+    upload(page, "photo", tmp_path / "good.png")
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.locator(".told").get_by_text("50x40 pixels in").wait_for(timeout=60_000)
+    page.locator(".photo button[aria-label='Clear']").first.click()
+    page.locator(".result .download-link").wait_for(state="detached", timeout=30_000)  # nor is it beside the message
     file = tmp_path / name
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -213,6 +220,8 @@ def test_nothing_else_of_the_server_can_be_read(server, tmp_path):
     with urllib.request.urlopen(f"{server}/config") as answer:
         config = json.load(answer)
     for function in config["dependencies"]:
+        if not function["inputs"]:  # what empties the outputs has nothing to read
+            continue
         for file in (str(secret), "/etc/passwd"):
             inputs = [{"path": file, "meta": {"_type": "gradio.FileData"}}, "deblur", "serpent_l", 0]
             body = {"data": inputs[: len(function["inputs"])], "fn_index": function["id"], "session_hash": "s"}

@@ -1,6 +1,7 @@
 """Files made here from drawn images and scikit-image's bundled ones: what is read, written, kept and refused."""
 
 import dataclasses
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_16_bits_are_rounded_to_8(tmp_path):
     with pytest.warns(UserWarning, match=r"\.webp cannot hold 16 bits; write \.png to keep everything"):
         write_image(tmp_path / "a.webp", Picture(pixels))
     assert same(read_image(tmp_path / "a.webp").pixels, np.floor(pixels / 257 + 0.5).astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".avif", ".png"])
+def test_a_profile_for_grey_is_not_put_beside_colour(suffix, tmp_path):
+    grey = dataclasses.replace(picture("L"), icc_profile=ICC[:16] + b"GRAY" + ICC[20:])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        write_image(tmp_path / f"a{suffix}", grey)
+    with Image.open(tmp_path / f"a{suffix}") as stored:
+        fits = stored.mode == "L"
+        assert ("icc_profile" in stored.info) == fits == (not said)
+    assert all("cannot hold an ICC profile for grey" in str(warning.message) for warning in said)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".bmp"])

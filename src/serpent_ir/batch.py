@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 
 from serpent_ir.data import SUFFIXES, find_images
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.image import WRITTEN_SUFFIXES
+from serpent_ir.image import RAW_SUFFIXES, WRITTEN_SUFFIXES
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -47,7 +47,8 @@ def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
     Raises UsageError, before any work, for a missing path, a folder without images, or outputs that would overwrite an
     input or each other.
     """
-    if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
+    names_an_image = output.suffix.lower() in {*Image.registered_extensions(), *SUFFIXES, *RAW_SUFFIXES, ".jxl"}
+    if names_an_image and not output.is_dir():
         if len(inputs) != 1 or inputs[0].is_dir() or _is_list(inputs[0]):
             raise UsageError(f"{output}: is the name of an image; several images need a folder")
         if not inputs[0].exists():
@@ -82,6 +83,7 @@ def _written(path: Path) -> Path:
 def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
     """The images that an input stands for, each with its path below the output folder."""
     if path.is_dir():
+        _tell_of_raw(path, path.rglob("*"))
         yield from ((file, file.relative_to(path)) for file in _not_written(find_images(path), path, output))
     elif path.exists():
         yield path, Path(path.name)
@@ -102,12 +104,20 @@ def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
         first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         base = Path(*parts[:first])
         matches = sorted(base.glob(str(Path(*parts[first:]))))
+        _tell_of_raw(path, matches)
         files = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
         if not files:
             raise UsageError(f"{path}: no images match")
         yield from ((file, file.relative_to(base)) for file in _not_written(files, base, output))
     else:
         raise UsageError(f"{path}: no such file or folder")
+
+
+def _tell_of_raw(path: Path, files: Iterable[Path]) -> None:
+    """Other files are passed over in silence; these are photos to the person who gave them."""
+    if raw := sorted(file.name for file in files if file.suffix.lower() in RAW_SUFFIXES):
+        told = f"{path}: raw files of cameras are left out, {len(raw)} in all, {raw[0]} the first"
+        warnings.warn(f"{told}; develop them first, best as TIFFs of 16 bits", stacklevel=2)
 
 
 def _not_written(files: list[Path], base: Path, output: Path) -> list[Path]:

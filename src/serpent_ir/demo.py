@@ -112,13 +112,13 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
 
     def answer(function: Callable[..., Result], path: str | None, *args: Any) -> Any:
         if not path:
-            raise gr.Error("Choose a photo first.")
+            raise gr.Error("Choose a photo first.", print_exception=False)
         place = Path(tempfile.mkdtemp(dir=folder))
         try:
             result = worker(function, Path(path), place, *args, device, limits, seconds=limits.seconds)
         except SerpentError as error:
             shutil.rmtree(place)
-            raise gr.Error(str(error), duration=None) from None
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
         return (result.before, result.after), str(result.file), result.told
 
     def choices() -> tuple[Any, Any]:
@@ -136,7 +136,11 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
         file = gr.File(label="Download, with all pixels and metadata", interactive=False, elem_classes="result")
         return [slider, file, told]
 
-    kinds = ["image", ".tif", ".tiff", ".avif"]
+    def clear_with(photo: Any, shown: list[Any]) -> None:
+        """The result goes with its photo: beside the next one, or the reason why that failed, it would pass for its."""
+        photo.change(lambda: (None, None, ""), None, shown, show_progress="hidden", api_visibility="private")
+
+    kinds = ["image", ".tif", ".tiff", ".avif", ".heic", ".heif"]
     with gr.Blocks(title="serpent", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             f"# serpent\nRestores photos on this machine; nothing leaves it. Up to {limits.megapixels:g} megapixels "
@@ -153,6 +157,7 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
                     )
             with gr.Column():
                 shown = outputs()
+        clear_with(photo, shown)
         start.click(
             lambda *args: answer(restore_upload, *args), [photo, task, network], shown, api_visibility="private"
         )
@@ -165,6 +170,7 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
                 start_2 = gr.Button("Degrade and restore", variant="primary")
             with gr.Column():
                 shown_2 = outputs()
+        clear_with(clean, shown_2)
         start_2.click(
             lambda *args: answer(degrade_and_restore, *args),
             [clean, task_2, network_2, seed],

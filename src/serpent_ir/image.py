@@ -28,15 +28,19 @@ from serpent_ir.writing import whole_file
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
 """The endings that `write_image` takes, in either case."""
 
+RAW_SUFFIXES = frozenset([".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"])
+"""Files of a camera's sensor. Many are TIFFs whose first page is a small preview, which must not pass for the photo."""
+
 
 def read_image(path: str | Path) -> Picture:
     """Read an image file with all that `Picture` keeps; of an animation or a multi-page file the first frame.
 
-    Reads what Pillow reads, and with OpenCV some more. 16 bits are kept in PNG, in TIFF and in what Pillow calls
-    "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB (the last two by Pillow's formulas).
+    Reads what Pillow reads, with OpenCV some more, and HEIC where pillow-heif is installed. 16 bits are kept in PNG, in
+    TIFF and in what Pillow calls "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB (the last
+    two by Pillow's formulas).
 
-    Raises ImageError: no such file, a folder, not readable, no image, damaged or cut short, over `MAX_PIXELS`, or
-    samples that are not integers of at most 16 bits.
+    Raises ImageError: no such file, a folder, not readable, no image, a camera's raw file, damaged or cut short, over
+    `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
     """
     path = Path(path)
     try:
@@ -49,6 +53,8 @@ def read_image(path: str | Path) -> Picture:
         raise ImageError(f"{path}: cannot be read: {reason(error)}") from error
     if not data:
         raise ImageError(f"{path}: is empty; get the file again")
+    if path.suffix.lower() in RAW_SUFFIXES:
+        raise ImageError(f"{path}: is a camera's raw file; develop it first, best as a TIFF of 16 bits")
     try:
         picture, notes = decode(data)
     except MemoryError as error:

@@ -1,7 +1,7 @@
 """Bytes of image files -> pictures. Used by `image.py`.
 
 The depth comes from the file's header, never from the pixels. Pillow decodes, but it holds colour in 8 bits: 16-bit PNG
-goes through OpenCV and 16-bit TIFF through tifffile.
+goes through OpenCV and 16-bit TIFF through tifffile, HEIC through pillow-heif where that is installed.
 """
 
 import io
@@ -27,6 +27,7 @@ the bound that is left keeps a small hostile file from filling the memory."""
 _PNG, TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What Pillow knows well: if it finds no image there the file is damaged, and OpenCV would return a part of it.
 _PILLOW_SIGNATURES = (_PNG, *TIFFS, b"\xff\xd8", b"RIFF", b"BM", b"GIF8")
+_HEIFS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands; AVIF, too, has the last two
 _DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and ours
 _bound_lock = threading.Lock()
 
@@ -44,6 +45,8 @@ def decode(data: bytes) -> tuple[Picture, list[str]]:
         check_size(*image.size)
         if (frames := getattr(open_header(data), "n_frames", 1)) > 1:
             notes.append(f"holds {frames} images; the first is taken")
+        if (bits := image.info.get("bit_depth", 8)) > 8:  # HEIC
+            notes.append(f"has {bits} bits; 8 of them are kept")
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
         kept, orientation = metadata_of(image, io.BytesIO(data), notes)
@@ -77,12 +80,30 @@ def open_header(data: bytes | BinaryIO) -> Image.Image | None:
     """Parse the header with Pillow; None if it knows no such format."""
     with _bound_lock:  # Pillow's bound is a global of its module; ours is checked by the caller
         bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
         try:
-            return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+            return Image.open(file)
         except UnidentifiedImageError:
-            return None
+            return _open_heif(file)
         finally:
             Image.MAX_IMAGE_PIXELS = bound
+
+
+def _open_heif(file: BinaryIO) -> Image.Image | None:
+    """A HEIC photo as Pillow would open it; None for anything else, and where pillow-heif is missing."""
+    file.seek(0)
+    if not _is_heif(file.read(12)):
+        return None
+    try:
+        from pillow_heif import HeifImageFile
+    except ModuleNotFoundError:
+        return None
+    file.seek(0)
+    return HeifImageFile(file)  # not registered with Pillow: that is for the whole process, and its owner's to decide
+
+
+def _is_heif(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIFS
 
 
 def check_size(width: int, height: int, depth: int = 1) -> None:
@@ -157,6 +178,8 @@ def _decode_png16(data: bytes, image: Image.Image) -> Picture:
 
 def _decode_other(data: bytes) -> Picture:
     """A file that Pillow does not know; OpenCV reads a few more formats."""
+    if _is_heif(data[:12]):
+        raise ImageError("is HEIC, which takes another package: pip install 'serpent-ir[heic]'; or export it as JPEG")
     if data.startswith(_PILLOW_SIGNATURES):
         raise ImageError("is damaged, cut short, or of a kind that Pillow does not read; get it again or convert it")
     array = _with_opencv(data)

@@ -50,7 +50,8 @@ def encode(picture: Picture, suffix: str) -> bytes:
     if suffix == ".png":
         data = _encode_png16(array) if array.dtype == np.uint16 else _encode_png(array)
         return _with_chunks(data, picture)
-    options = dict(SAVE_OPTIONS[suffix], icc_profile=picture.icc_profile, exif=picture.exif, dpi=picture.dpi)
+    profile = None if _profile_does_not_fit(picture, suffix) else picture.icc_profile
+    options = dict(SAVE_OPTIONS[suffix], icc_profile=profile, exif=picture.exif, dpi=picture.dpi)
     options |= {"xmp": picture.xmp}
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
@@ -64,10 +65,17 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
         lost.append("transparency")
     if suffix not in DEEP and picture.pixels.dtype == np.uint16:
         lost.append("16 bits")
+    if _profile_does_not_fit(picture, suffix):
+        lost.append("an ICC profile for grey")
     if suffix == ".bmp":
         lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
         lost += ["XMP data"] * bool(picture.xmp)
     return lost
+
+
+def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:
+    """WebP has no grey, and Pillow's AVIF none either: what they write is colour."""
+    return suffix in (".webp", ".avif") and (picture.icc_profile or b"")[16:20] == b"GRAY"
 
 
 def _part(alpha: NDArray[Any] | None, part: slice) -> NDArray[Any] | None:

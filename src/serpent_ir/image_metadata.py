@@ -65,14 +65,20 @@ def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
 def _upright_exif(exif: bytes) -> bytes:
     """The same bytes with the orientation set to 1: what is not touched cannot break, maker notes least of all.
 
-    Raises struct.error or what Pillow raises where they are damaged.
+    A thumbnail stays, but nothing leads to it: it shows the photo as it was, and not upright. Raises struct.error or
+    what Pillow raises where the data are damaged.
     """
     parsed = Image.Exif()
     parsed.load(exif)
     parsed.tobytes()
     for tag in SUB_IFDS:
         parsed.get_ifd(tag)
-    return _patched(exif, {_ORIENTATION: 1})
+    result = bytearray(_patched(exif, {_ORIENTATION: 1}))
+    start, order, directory = _first_directory(exif)
+    (count,) = struct.unpack_from(order + "H", exif, start + directory)
+    next_directory = start + directory + 2 + 12 * count
+    result[next_directory : next_directory + 4] = bytes(4)[: max(0, len(result) - next_directory)]  # there is none
+    return bytes(result)
 
 
 def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
@@ -86,10 +92,8 @@ def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
 
 def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
     """EXIF data with other values of whole numbers, in the first directory and that of EXIF, where they are there."""
-    start = 6 if exif.startswith(b"Exif\0\0") else 0
-    order = {b"II": "<", b"MM": ">"}[exif[start : start + 2]]
-    result = bytearray(exif)
-    directories = list(struct.unpack_from(order + "I", exif, start + 4))
+    start, order, first = _first_directory(exif)
+    result, directories = bytearray(exif), [first]
     for directory in directories:  # which grows by the directory of EXIF, once
         (count,) = struct.unpack_from(order + "H", exif, start + directory)
         for entry in range(start + directory + 2, start + directory + 2 + 12 * count, 12):
@@ -101,6 +105,13 @@ def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
             elif tag in values and values[tag] < 1 << 16:
                 struct.pack_into(order + "HIHH", result, entry + 2, 3, 1, values[tag], 0)  # one short
     return bytes(result)
+
+
+def _first_directory(exif: bytes) -> tuple[int, str, int]:
+    """Where offsets count from, the order of bytes as `struct` has it, and the offset of the first directory."""
+    start = 6 if exif.startswith(b"Exif\0\0") else 0
+    order = {b"II": "<", b"MM": ">"}[exif[start : start + 2]]
+    return start, order, *struct.unpack_from(order + "I", exif, start + 4)
 
 
 def png_texts(data: bytes) -> bytes:

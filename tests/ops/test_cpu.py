@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cpu_checks import LEVELS, error, needs_library, poisoned, restore, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_inputs import make_inputs
@@ -19,9 +19,8 @@ from torch import Tensor
 from serpent_ir import ops
 from serpent_ir.ops import cpu, ss2d
 
+__all__ = ["poisoned", "restore"]  # fixtures of every test here
 NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
-LEVELS = [] if cpu.unavailable() else cpu.levels()
-needs_library = pytest.mark.skipif(not LEVELS, reason=cpu.unavailable() or "built")
 PAPER = [(6, 2), (11, 4), (22, 8), (43, 16)]
 
 
@@ -36,10 +35,6 @@ def run(backend: str | None, inputs: list[Tensor], grad_y: Tensor) -> list[Tenso
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = ss2d(*leaves, backend=backend)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
-
-
-def error(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).norm())
 
 
 def without_cancellation(inputs: list[Tensor], grad_y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -69,25 +64,6 @@ def check(inputs: list[Tensor], grad_y: Tensor, exact_backend: str = "reference"
         unit = torch.finfo(torch.float32).eps * float(big.norm()) * (4 if few_numbers else 1)
         allowed = max(2 * error(by_torch, expected), unit, 1e-30)
         assert error(value, expected) <= allowed, name
-
-
-def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What the backend allocates holds NaN before it is written."""
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
-
-
-@pytest.fixture(autouse=True)
-def restore():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if LEVELS:
-        cpu.use_level()
 
 
 def test_ci_tests_the_library_where_a_compiler_is():
@@ -190,83 +166,6 @@ def test_bits_do_not_depend_on_threads_or_memory(monkeypatch):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert same_bits(run("cpu", *given_inputs), expected)
-
-
-@needs_library
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 7, 48), (2, 300, 64), (5, 3, 20)], ids=str)
-def test_norm_and_gate(shape, level):
-    cpu.use_level(level)
-    generator = torch.Generator().manual_seed(0)
-    y, z, weight, bias = (torch.randn(*s, generator=generator) for s in (shape, shape, shape[-1:], shape[-1:]))
-    y, z = 3 * y + 1, 4 * z
-    y.view(-1)[-1], z.view(-1)[0] = 1e4, -1e4  # a pixel far from the mean, a gate that is shut
-    normed = F.layer_norm(y.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
-    expected = normed * F.silu(z.double())
-    kept = y.clone()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        value = cpu.norm_gate(y, weight, bias, 1e-5, z.clone())
-        assert error(value, expected) <= 3e-7 * float(expected.norm())
-        assert torch.equal(y, kept)
-    y[0, 0, 3] = float("nan")
-    assert torch.equal(cpu.norm_gate(y, weight, bias, 1e-5, z).isnan().any(-1), y.isnan().any(-1))
-
-
-def compare_with_double(function, plain, inputs: list[Tensor], grad: Tensor) -> None:
-    """`function(grad, *inputs)` against the gradients of `plain` in double; the same bits with more threads."""
-    leaves = [x.double().requires_grad_() for x in inputs]
-    exact = torch.autograd.grad(plain(*leaves), leaves, grad.double())
-    torch.set_num_threads(1)
-    values = function(grad, *inputs)
-    for value, expected in zip(values, exact, strict=True):
-        assert error(value, expected) <= 1e-6 * float(expected.norm()) + 1e-6
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert same_bits(function(grad, *inputs), values)
-
-
-@needs_library
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 7, 48), (2, 300, 64)], ids=str)
-def test_gradients_of_norm_and_gate(shape, level):
-    cpu.use_level(level)
-    generator = torch.Generator().manual_seed(0)
-    y, z, grad, weight, bias = (torch.randn(*s, generator=generator) for s in [shape] * 3 + [shape[-1:]] * 2)
-    z = 4 * z
-
-    def plain(y, z, weight, bias):
-        return F.layer_norm(y, shape[-1:], weight, bias, 1e-5) * F.silu(z)
-
-    def function(grad, y, z, weight, bias):
-        *grads, out = cpu.gate_backward(grad, y, weight, bias, 1e-5, z)
-        again = cpu.gate(y, weight, bias, 1e-5, z).double()
-        assert error(out, again) <= 3e-7 * float(again.norm())
-        return grads
-
-    compare_with_double(function, plain, [y, z, weight, bias], grad)
-
-
-@needs_library
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 1, 5, 16), (3, 7, 2, 48), (1, 9, 40, 32)], ids=str)
-def test_convolution_and_its_gradients(shape, level):
-    cpu.use_level(level)
-    d, generator = shape[-1], torch.Generator().manual_seed(0)
-    sizes = [shape, shape, (d, 1, 3, 3), (d,)]
-    x, grad, weight, bias = (torch.randn(*s, generator=generator) for s in sizes)
-
-    def plain(x, weight, bias, padding=1):
-        convolved = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=d)
-        return F.silu(convolved).movedim(1, -1)
-
-    for padding in (0, 1) if shape[1] > 2 else (1,):
-        expected = plain(x.double(), weight.double(), bias.double(), padding)
-        assert error(cpu.conv_silu(x, weight, bias, padding), expected) <= 3e-7 * float(expected.norm())
-    compare_with_double(cpu.conv_silu_backward, plain, [x, weight, bias], grad)
-    x[0, 0, 0, 3] = float("nan")
-    spread = plain(x, weight, bias).isnan()
-    assert torch.equal(cpu.conv_silu(x, weight, bias, 1).isnan(), spread)
 
 
 @needs_library

@@ -9,7 +9,6 @@ import typer
 from serpent_ir.cli.shell import (
     Device,
     Json,
-    Name,
     Seed,
     Task,
     Weights,
@@ -25,7 +24,10 @@ from serpent_ir.cli.shell import (
 def evaluate(
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder of clean images.")],
     task: Task,
-    name: Name = None,
+    name: Annotated[
+        str | None,
+        typer.Option("-n", "--name", help="Weights, as `serpent models` lists them.  [default: serpent_l of the task]"),
+    ] = None,
     weights: Weights = None,
     seed: Seed = 0,
     device: Device = "auto",

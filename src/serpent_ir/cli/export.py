@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from serpent_ir.cli.shell import Name, Weights, model_name, print_table, shell_command
+from serpent_ir.cli.shell import Name, Weights, model_name, print_table, say, shell_command
 
 
 @shell_command("Write a network for other runtimes. The file is run and compared with the network before it is kept.")
@@ -21,6 +21,7 @@ def export(
     from serpent_ir.export import export
 
     name = model_name(name, weights)
+    say(f"tracing {name}, then checking the file; this may take some minutes")
     metadata, checks = export(name, output, format=format, dynamic=dynamic, size=size, weights=weights)
     rows = [
         (f"{c.width}x{c.height}", f"{c.relative_error:.1e}", f"{c.file_ms:.0f}", f"{c.network_ms:.0f}") for c in checks

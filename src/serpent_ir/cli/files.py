@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 W = TypeVar("W")
+Parts = Callable[[int, int], None]
+_SILENCE = 10.0  # seconds without a word that a person should have to bear
 
 
 def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
@@ -62,7 +65,7 @@ def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Pict
     rows = run_files(
         jobs,
         lambda job: read_image(job.source),
-        lambda job, picture: convert(job.index, picture),
+        lambda job, picture, tell: convert(job.index, picture),
         lambda job, picture: write_image(job.target, picture),
         done,
     )
@@ -72,7 +75,7 @@ def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Pict
 def run_files(
     jobs: "Sequence[Job]",
     read: "Callable[[Job], R]",
-    work: "Callable[[Job, R], W]",
+    work: "Callable[[Job, R, Parts], W]",
     write: "Callable[[Job, W], None]",
     done: str,
     describe: "Callable[[Job], str]" = lambda job: "",
@@ -80,6 +83,9 @@ def run_files(
     raises: bool = True,
 ) -> list[dict[str, Any]]:
     """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
+
+    `work` tells of the parts of an image by its last argument, a function of (parts done, parts in all): a bar moves by
+    them, and without one a long wait gets a line now and then.
 
     Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
     raised as SerpentError, except where other processes do other jobs.
@@ -94,6 +100,8 @@ def run_files(
             raise SerpentError(job.refused)
         return read(job)
 
+    places = {job.index: place for place, job in enumerate(jobs)}
+    reached, told = 0.0, time.monotonic()
     rows, alone = [], raises and len(jobs) == rank_and_world()[1] == 1
     with progress_of(done) as progress, terminated_like_interrupted():
 
@@ -105,9 +113,20 @@ def run_files(
                 line = f"{job.source} -> {job.target} ({outcome.seconds:.1f} s{describe(job)})"
             row = {"source": str(job.source), "target": str(job.target), "seconds": outcome.seconds}
             rows.append({**row, "error": outcome.error})
-            progress(len(rows), len(jobs), line)
+            progress(max(reached, len(rows)), len(jobs), line)
 
-        run(jobs, read_if_allowed, work, write, report)
+        def work_and_tell(job: "Job", given: R) -> W:
+            def tell(part: int, parts: int) -> None:
+                nonlocal reached, told
+                reached = max(reached, places[job.index] + 0.99 * part / parts)  # it is not written yet
+                line = None
+                if part < parts and time.monotonic() - told > _SILENCE:
+                    told, line = time.monotonic(), f"{job.source}: {part} of {parts} tiles"
+                progress(reached, len(jobs), line)
+
+            return work(job, given, tell)
+
+        run(jobs, read_if_allowed, work_and_tell, write, report)
     if alone and rows[0]["error"]:
         raise SerpentError(rows[0]["error"])
     return rows

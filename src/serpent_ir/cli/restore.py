@@ -16,6 +16,7 @@ from serpent_ir.errors import UsageError
 
 if TYPE_CHECKING:
     from serpent_ir.batch import Job, Manifest
+    from serpent_ir.cli.files import Parts
     from serpent_ir.inference import Restorer
     from serpent_ir.streaming import Restored, Source
 
@@ -144,12 +145,13 @@ def _restore(
     todo = [job for job in jobs if job.index not in kept]
     facts: dict[str, dict[str, Any]] = {}
 
-    def work(job: "Job", source: "Source") -> "Restored":
+    def work(job: "Job", source: "Source", tell: "Parts") -> "Restored":
         tiles = 1
 
-        def count(_: int, total: int) -> None:
+        def count(done: int, total: int) -> None:
             nonlocal tiles
             tiles = total
+            tell(done, total)
 
         restored = source.restore(restorer, job.target, count, mask_of(job))
         facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}

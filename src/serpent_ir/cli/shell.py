@@ -42,7 +42,7 @@ Name = Annotated[
     typer.Option(
         "-n",
         "--name",
-        help="Weights, as `serpent models` lists them.  [default: serpent_l.photo; evaluate: of the task]",
+        help="Weights, as `serpent models` lists them.  [default: serpent_l.photo]",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Other weights instead: safetensors or .pth.")]
@@ -157,12 +157,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def progress_of(verb: str) -> Iterator[Callable[..., None]]:
-    """A function of (done, total, line): moves a bar on a terminal; elsewhere prints the line, or each tenth for ""."""
+    """A function of (done, total, line): moves a bar on a terminal; elsewhere prints the line, or each tenth for "".
+
+    `done` may hold a part of one.
+    """
     if not sys.stderr.isatty():
 
-        def show(done: int, total: int, line: str | None = "") -> None:
+        def show(done: float, total: int, line: str | None = "") -> None:
             if line:
-                say(f"[{done}/{total}] {line}")
+                say(f"[{int(done)}/{total}] {line}")
             elif line is not None and done * 10 // total > (done - 1) * 10 // total:
                 say(f"{verb} {done}/{total}")
 

@@ -32,7 +32,9 @@ def video(
         def progress(done: int, total: int) -> None:
             each = (time.perf_counter() - start) / done
             tenth = total and done * 10 // total > (done - 1) * 10 // total
-            line = f"{each:.2f} s a frame, about {each * (total - done) / 60:.1f} min left" if tenth else None
+            left = each * (total - done)
+            remaining = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            line = f"{each:.2f} s a frame, about {remaining} left" if tenth else None
             show(done, total or None, line)
 
         count = restore_video(source, output, restorer, progress=progress)
