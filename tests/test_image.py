@@ -287,3 +287,18 @@ def test_pad_to_multiple(size):
     larger = pad_to_multiple(x, 8, least=16)
     assert larger.shape[-2:] == tuple(max(side, 16) for side in padded.shape[-2:])
     assert torch.equal(larger[..., : size[0], : size[1]], x)
+
+
+@pytest.mark.parametrize(("bits", "told"), [(8, []), (10, ["has 10 bits; 8 of them are kept"])])
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_depth_that_pillow_cuts_is_told(bits, told, tmp_path):
+    av = pytest.importorskip("av", reason="pip install 'serpent-ir[video]', which encodes 10 bits")
+    with av.open(tmp_path / "a.avif", "w", format="avif") as file:
+        stream = file.add_stream("libsvtav1", rate=1, options={"svtav1-params": "lp=1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le" if bits == 10 else "yuv420p"
+        drawn = av.VideoFrame.from_ndarray(draw(height=64, width=64), format="rgb24").reformat(format=stream.pix_fmt)
+        file.mux([*stream.encode(drawn), *stream.encode()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_image(tmp_path / "a.avif").pixels.shape == (64, 64, 3)
+    assert [str(each.message).partition(": ")[2] for each in caught] == told

@@ -45,7 +45,7 @@ def decode(data: bytes) -> tuple[Picture, list[str]]:
         check_size(*image.size)
         if (frames := getattr(open_header(data), "n_frames", 1)) > 1:
             notes.append(f"holds {frames} images; the first is taken")
-        if (bits := image.info.get("bit_depth", 8)) > 8:  # HEIC
+        if (bits := _bits(data, image)) > 8:
             notes.append(f"has {bits} bits; 8 of them are kept")
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
@@ -187,6 +187,14 @@ def _decode_other(data: bytes) -> Picture:
     if array.dtype not in (np.uint8, np.uint16):
         raise ImageError(f"has {array.dtype} samples; integers of at most 16 bits are supported, convert it first")
     return _picture(array, mode="L" if array.ndim == 2 else "RGB", format=None)
+
+
+def _bits(data: bytes, image: Image.Image) -> int:
+    """Of a sample in the file, for formats where Pillow gives 8 of however many."""
+    if image.format != "AVIF":
+        return image.info.get("bit_depth", 8)  # HEIC
+    flags = data[data.find(b"av1C") + 6]  # AV1's configuration: tier, high_bitdepth, twelve_bit, ...
+    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
 
 
 def _decode_tiff(data: bytes, image: Image.Image | None) -> Picture | None:

@@ -23,6 +23,9 @@ WRAPPERS = ("params_ema", "params", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "unet.")
 """What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
 
+NAMED = 20
+"""Keys that a message on others' weights names: more would fill the screen, and are of another network altogether."""
+
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has.
@@ -128,7 +131,7 @@ def numbered(shapes: Shapes, prefix: str) -> int:
 def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = "") -> None:
     """Load a state dict strictly. What the model calls derived (`is_derived`) may be there or not.
 
-    Raises SerpentError that begins with `label`, names the first keys that differ and ends with `hint`.
+    Raises SerpentError that begins with `label`, names the keys that differ (the first `NAMED`) and ends with `hint`.
     """
     is_derived: Any = getattr(model, "is_derived", lambda key: False)
     state = {key: value for key, value in state.items() if not is_derived(key)}
@@ -146,8 +149,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = 
         if key in state and value.is_floating_point() and _kind(state[key])
     ]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise SerpentError(f"{label}: {'; '.join(sorted(problems)[:4])}{more}{hint}")
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise SerpentError(f"{label}: {'; '.join(sorted(problems)[:NAMED])}{more}{hint}")
     model.load_state_dict(state)
 
 
