@@ -109,7 +109,7 @@ def main() -> None:
                 steps.append(about | measure_steps(trainer, crop, batch, args.count, args.repeats))
                 for row in (batches[-1], steps[-1]):
                     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            trainer.leave()
+            trainer.workers.leave()
         size = pack.stat().st_size
     about = {"device": device_name(device), "torch": torch.__version__, "model": args.model, "images": count}
     packed = {"pack_seconds": packing, "pack_bytes": size}

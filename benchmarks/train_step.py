@@ -6,12 +6,11 @@
 
 A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
 backward, clipping, fused Adam, averaged weights. It is measured on one GPU and, by torchrun, on all of this machine,
-each with as much to do; without a CUDA graph and, where `serpent train` captures its steps, from one (of several GPUs
-with --graphs alone: `serpent_ir.training.workers`).
+each with as much to do; without CUDA graphs and from them, as `serpent train` runs it.
 
 `ms` is the mean of 20 steps after a warm-up, `data_ms` a batch by itself (median over CUDA events). `batch` is that of
 all GPUs. A ratio is the images a second of several GPUs by those of one at as large a batch of each: `ratio` as
-`serpent train` runs them, `ratio_plain` both without a graph.
+`serpent train` runs them, `ratio_plain` both without graphs.
 """
 
 import argparse
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor
 
 from serpent_ir.recipe import Recipe, Stage
-from serpent_ir.train import GraphedStep
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_where_it_fits
@@ -62,12 +60,11 @@ def top_kernels(trainer: engine.Trainer, number: int, count: int = 14) -> list[t
 
 def measure(args: argparse.Namespace) -> None:
     """What each of the processes does; the first writes its rows as JSON."""
-    processes.NCCL_GRAPHS = args.graphs
     recipe: dict[str, Any] = TINY if args.tiny else {"model": args.model, "device": "cuda"}
     workers = processes.Workers(recipe["device"])
     stages = [Stage(crop, batch * workers.world, 1) for crop, batch in args.sizes]
     recipe |= {"task": "deblur", "train": args.data, "val": args.data[0], "out": tempfile.mkdtemp(), "stages": stages}
-    captured = workers.captured and workers.device.type == "cuda"
+    captured = workers.device.type == "cuda"
     rows, kernels = [], {}
     with workers.together(), own_stream(workers.device):
         for engine.CUDA_GRAPHS in (False, True) if captured else (False,):
@@ -76,8 +73,6 @@ def measure(args: argparse.Namespace) -> None:
                 rows.append(measure_row(trainer, number))
                 if args.profile and rows[-1]["ms"] and not engine.CUDA_GRAPHS:
                     kernels[f"{workers.world} x {stages[number].crop}"] = top_kernels(trainer, number)
-            if isinstance(trainer.call, GraphedStep):
-                trainer.call.release()
             del trainer  # its memory is not the next one's
             gc.collect()
         workers.leave()
@@ -90,7 +85,7 @@ def measure_row(trainer: engine.Trainer, number: int) -> dict[str, Any]:
     recipe, workers, stage = trainer.recipe, trainer.workers, trainer.recipe.stages[number]
     row = {"model": recipe.model, "gpus": workers.world, "crop": stage.crop, "batch": stage.batch}
     measured = measure_where_it_fits(trainer, number)
-    graph = isinstance(trainer.call, GraphedStep) and trainer.call.graph is not None
+    graph = bool(trainer.graphs) and all(part.graph is not None for part in trainer.graphs)
     row |= {"graph": graph, "recompute": recipe.recompute}
     if measured is None:
         return row | {"ms": None, "images_per_second": None, "error": "out of memory"}
@@ -129,7 +124,6 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=size, metavar="CROPxBATCH", help="of each GPU")
     parser.add_argument("--gpus", nargs="+", type=int, help="how many; by default 1 and all that are here")
     parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
-    parser.add_argument("--graphs", action="store_true", help="capture the steps of several, too")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
     parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, in one process and in two")
     parser.add_argument("--out", type=Path, required=True)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.training import workers
 from serpent_ir.training.workers import Workers
-from training_files import draw_folders, quiet_trainer, recipe_file
+from training_files import draw_folders, recipe_file
 from training_processes import (
+    begin_apart,
     count_replays,
     fail_to_capture,
     finish,
-    join_alone,
     start,
     start_workers,
     stop_after_14_steps,
@@ -83,25 +83,15 @@ def test_processes_that_trained_on_cpus_do_not_train_on_gpus(monkeypatch):
 
 
 def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):
-    """It goes the way of several: DistributedDataParallel, collectives, words over Gloo."""
+    """It goes the way of several: collectives, words over Gloo."""
     assert finish(start(recipe_file(folders, "alone"))) == 0
-    file, joined = recipe_file(folders, "launched"), {"changes": (join_alone,)}
-    (launched,) = start_workers(file, 1, folders, **joined, stop_after_minutes=0)
+    file = recipe_file(folders, "launched")
+    (launched,) = start_workers(file, 1, folders, stop_after_minutes=0)
     assert finish(launched) == 0
-    (launched,) = start_workers(file, 1, folders, **joined, resume=True)
+    (launched,) = start_workers(file, 1, folders, resume=True)
     assert finish(launched) == 0
     alone, launched = weights_of(folders / "alone"), weights_of(folders / "launched")
     assert [name for name in alone if not torch.equal(alone[name], launched[name])] == []
-
-
-def test_one_process_of_a_launcher_is_one_alone_while_steps_of_several_are_not_captured(folders, monkeypatch):
-    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setitem(sys.modules, "accelerate", None)  # which one process needs not
-    for out in ("one", "two"):
-        trainer = quiet_trainer(recipe_file(folders, out))
-        assert trainer.workers.captured
-        trainer.run(stop_after_minutes=0)
 
 
 def test_a_command_that_failed_on_several_gpus_ends_though_nccl_waits():
@@ -123,9 +113,9 @@ def test_a_command_that_failed_on_several_gpus_ends_though_nccl_waits():
     assert ended.stderr == "serpent: error: another one is gone\n"
 
 
-def test_a_capture_that_fails_in_one_process_leaves_all_without(folders):
-    stages = [{"crop": 16, "batch": 4, "steps": 13}, {"crop": 32, "batch": 4, "steps": 13}]
-    for name, changes in {"plain": (), "failing": (fail_to_capture,)}.items():
+def test_a_capture_that_fails_in_one_process_and_weights_that_differ_change_nothing(folders):
+    stages = [{"crop": 16, "batch": 4, "steps": 6}, {"crop": 32, "batch": 4, "steps": 6}]
+    for name, changes in {"plain": (), "failing": (fail_to_capture, begin_apart)}.items():
         file = recipe_file(folders, name, stages=stages)
         (folders / f"{name}_said").mkdir()
         both = start_workers(file, 2, folders / f"{name}_said", changes=changes)
@@ -134,8 +124,11 @@ def test_a_capture_that_fails_in_one_process_leaves_all_without(folders):
     assert [name for name in plain if not torch.equal(plain[name], failing[name])] == []
     first, second = ((folders / "failing_said" / f"said{i}").read_text() for i in (0, 1))
     # At the second crop it is tried again.
-    assert second.splitlines() == ["captures at 16", "captures at 32"]
-    assert "the step runs without a CUDA graph, slower: operation not permitted when stream is capturing\n" in first
+    numbers = 1 + sum(weights.numel() for weights in plain.values())
+    tried = [line for line in second.splitlines() if line.startswith("captures")]
+    assert tried == ["captures gradients of 16", f"captures go of {numbers}", "captures gradients of 32"]
+    warning = "the step runs without a CUDA graph, slower: operation not permitted when stream is capturing\n"
+    assert (first.count(warning), second.count(warning)) == (0, 1)  # Python tells a warning once
 
 
 def test_a_gpu_that_waits_for_a_dead_process_is_not_waited_for_for_ever(monkeypatch):
@@ -153,32 +146,41 @@ def test_a_gpu_that_waits_for_a_dead_process_is_not_waited_for_for_ever(monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL needs one")
-def test_a_step_with_nccl_is_captured_and_trains_as_one_without(folders):
-    """One process through NCCL and DistributedDataParallel; its sums are its own, so the bits should be the same."""
-    stages = [{"crop": 16, "batch": 4, "steps": 16}, {"crop": 32, "batch": 4, "steps": 14}]
+@pytest.mark.parametrize("count", [1, 2])
+def test_steps_of_processes_with_nccl_are_captured_and_train_as_one_alone(folders, count):
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"{torch.cuda.device_count()} CUDA devices: NCCL needs one for each process")
+    stages = [{"crop": 16, "batch": 4, "steps": 10}, {"crop": 32, "batch": 4, "steps": 8}]
     options = {"stages": stages, "val_every": 100, "device": "cuda", "model_options": {}, "lr": 1e-4}
-    said, counted = folders / "said0", {"changes": (count_replays,), "fresh": True}
+    options["precision"] = "float32"
     assert finish(start(recipe_file(folders, "alone", **options), fresh=True), seconds=400) == 0
-    (joined,) = start_workers(recipe_file(folders, "joined", **options), 1, folders, **counted)
-    assert finish(joined, seconds=200) == 0
-    # 11 steps at each crop run as they are.
-    assert f"{16 - 11 + 14 - 11} steps replayed" in said.read_text()
-    assert "without a CUDA graph" not in said.read_text()
-    said.unlink()
-    file = recipe_file(folders, "stopped", **options)
-    (stopped,) = start_workers(file, 1, folders, changes=(count_replays, stop_after_14_steps), fresh=True)
-    assert finish(stopped, seconds=200) == 0
-    assert "the time is over at step 14 of 30" in said.read_text()
-    assert f"{14 - 11} steps replayed" in said.read_text()
-    (resumed,) = start_workers(file, 1, folders, **counted, resume=True)
-    assert finish(resumed, seconds=200) == 0
-    assert said.read_text().count(f"{14 - 11} steps replayed") == 2
+
+    def run(name: str, *changes, **more) -> None:
+        file, changes = recipe_file(folders, name, **options), (count_replays, *changes)
+        for each in start_workers(file, count, folders, changes=changes, fresh=True, **more):
+            assert finish(each, seconds=200) == 0
+
+    run("joined")
+    run("stopped", stop_after_14_steps)
+    run("stopped", resume=True)
+    for i in range(count):
+        said = (folders / f"said{i}").read_text()
+        assert "without a CUDA graph" not in said
+        # Three calls of a part at each shape run as they are; the last run begins at step 14.
+        told = [line.partition("replayed: ")[2] for line in said.splitlines() if "replayed: " in line]
+        replayed = [json.loads(counts) for counts in told]
+        assert replayed == [
+            {"gradients": 7 + 5, "go": 15},
+            {"gradients": 7 + 1, "go": 11},
+            {"gradients": 1, "go": 1},
+        ]
+    assert "the time is over at step 14 of 18" in (folders / "said0").read_text()
     alone = torch.cat([x.flatten() for x in weights_of(folders / "alone").values()])
     for name in ("joined", "stopped"):
         difference = torch.cat([x.flatten() for x in weights_of(folders / name).values()]) - alone
         print(f"{name}: {int((difference != 0).sum())} of {len(alone)} weights differ, by {difference.abs().max():.3g}")
-        assert difference.norm() < 1e-5 * alone.norm(), name
+        # The sums of one process are its own. Two add theirs, and Adam's steps are lr wide whatever the gradient is.
+        assert difference.norm() < (1e-5 if count == 1 else 1e-3) * alone.norm(), name
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -1,11 +1,13 @@
 """Trainings in processes of their own, forked from one that has everything imported, so that twenty take seconds."""
 
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 
 from serpent_ir.errors import SerpentError
 from serpent_ir.train import GraphedStep, Trainer, plan, train
-from serpent_ir.training import checkpoints, workers
+from serpent_ir.training import checkpoints, trainer, workers
 from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
 
 _context = multiprocessing.get_context("forkserver")
@@ -117,11 +119,6 @@ def _die_at(moment: str, passes: int) -> None:
         setattr(Path, moment, dying(getattr(Path, moment)))
 
 
-def join_alone() -> None:
-    """One process of a launcher goes the way of several."""
-    workers.NCCL_GRAPHS = True
-
-
 def plan_where_the_second_has_no_room() -> None:
     """Plan instead of training; at crop 32 the second process, it alone, is out of memory amid its step."""
     build = Trainer.__init__
@@ -163,20 +160,19 @@ def train_twice() -> None:
 
 
 def count_replays() -> None:
-    """Capture steps, of joined processes too, and say at the end how many were replayed from a graph."""
-    join_alone()
-    call, leave, count = GraphedStep.__call__, Trainer.leave, [0]
+    """Say at the end how often which part of a step was replayed from a graph."""
+    call, leave, counts = GraphedStep.__call__, workers.Workers.leave, Counter()
 
     def counted(graphed, *tensors):
         result = call(graphed, *tensors)
-        count[0] += graphed.graph is not None
+        counts[graphed.step.__name__] += graphed.graph is not None
         return result
 
     def said(self):
-        print(f"{count[0]} steps replayed", file=sys.stderr)
+        print(f"replayed: {json.dumps(counts)}", file=sys.stderr)
         leave(self)
 
-    GraphedStep.__call__, Trainer.leave = counted, said
+    GraphedStep.__call__, workers.Workers.leave = counted, said
 
 
 def stop_after_14_steps() -> None:
@@ -190,30 +186,44 @@ def stop_after_14_steps() -> None:
     Stop.asked = ask
 
 
+def begin_apart() -> None:
+    """The second process begins with other weights than the first."""
+    build = trainer.starting_network
+
+    def built(recipe, *, fresh):
+        network = build(recipe, fresh=fresh)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += int(os.environ["RANK"])
+        return network
+
+    trainer.starting_network = built
+
+
 def fail_to_capture() -> None:
     """On a CPU: go about steps as on a GPU, where captures fail in the second process, half-way through backward."""
-    build = Trainer.__init__
 
-    def graphed(self, *args, **kwargs):
-        build(self, *args, **kwargs)
-        self.call = GraphedStep(self.update, self.workers)
+    def captured(self, part):
+        self.graphs.append(GraphedStep(part, self.workers))
+        return self.graphs[-1]
 
     def capture(graphed, tensors):
-        print(f"captures at {tensors[0].shape[-1]}", file=sys.stderr)
         if graphed.workers.first:
             return  # nothing runs while a step is captured
 
         def fail(gradient):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-        update = graphed.step
-        parameter = update.parameters[len(update.parameters) // 2]
-        hook = parameter.register_hook(fail)
+        update, part = graphed.step.__self__, graphed.step.__name__
+        print(f"captures {part} of {tensors[0].shape[-1]}", file=sys.stderr)
+        if part == "go":
+            fail(None)
+        hook = update.parameters[len(update.parameters) // 2].register_hook(fail)
         try:
-            update.network(tensors[0]).sum().backward()
+            graphed.step(*tensors)
         finally:
             hook.remove()
 
-    Trainer.__init__ = graphed
+    Trainer._captured = captured
     GraphedStep._capture = capture
     torch.cuda.synchronize = lambda: None

@@ -58,7 +58,7 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
     """
     with open_trainer(config, overrides) as trainer:
         made = make_plan(trainer, images)
-        trainer.leave()
+        trainer.workers.leave()
         return made
 
 

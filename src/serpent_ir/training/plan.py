@@ -101,7 +101,6 @@ def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | 
         with room():
             return measured or measure()
     trainer.optimizer.zero_grad()
-    trainer.update.begin_anew()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
@@ -109,10 +108,10 @@ def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | 
 
 def _try_alone(trainer: Trainer, stage: Stage) -> None:
     """The way forth and back of a step, without the other processes."""
-    if isinstance(trainer.call, GraphedStep):
-        trainer.call.release()  # the stage before has its memory
+    for graph in trainer.graphs:
+        graph.release()  # the stage before has its memory
     batch = trainer.data.batch(trainer.workers.share(range(stage.batch)), stage.crop, seed=trainer.recipe.seed)
-    trainer.update.backward(trainer.network, *batch)
+    trainer.update.backward(*batch)
 
 
 def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
@@ -121,8 +120,7 @@ def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
     batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"
     # On a GPU kernels are compiled and the graph is captured before the clock starts.
-    captured = trainer.call.warmup if isinstance(trainer.call, GraphedStep) else 3
-    warmup, timed = (captured + 3, TIMED) if cuda else (1, 1)
+    warmup, timed = (GraphedStep.WARMUP + 3, TIMED) if cuda else (1, 1)
     start = 0.0
     for number in range(warmup + timed):
         if cuda and number == 1:  # the first step frees the graph of the stage before

@@ -60,6 +60,9 @@ class Step:
     A step whose loss or gradient is not finite changes neither weights nor average nor the optimiser's state. On CUDA
     and CPUs that is decided where the numbers are, by the switch that fused Adam has for loss scaling, and for the
     average by a factor: the host need not wait.
+
+    Several processes that train together take its halves instead: `gradients` of their shares of the batch, whose mean
+    over all of them is what each hands to `go`.
     """
 
     def __init__(
@@ -68,26 +71,40 @@ class Step:
         average: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Loss,
-        workers: Workers,
+        device: torch.device,
         *,
         clip: float,
         dtype: torch.dtype,
         parts: int,
     ):
-        self.bare, self.network = network, workers.wrap(network)
-        self.optimizer, self.loss, self.workers = optimizer, loss, workers
+        self.network, self.optimizer, self.loss, self.device = network, optimizer, loss, device
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.clip, self.dtype, self.parts = clip, dtype, parts
-        self.tally = Tally(workers.device)
+        self.tally = Tally(device)
         # A tensor, as a number would be frozen into a graph.
-        self.follow = torch.zeros((), device=workers.device)
+        self.follow = torch.zeros((), device=device)
         # Data alone, or autograd would keep a graph of all steps.
         self.averages, self.weights = ([p.data for p in each.parameters()] for each in (average, network))
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
-        loss = self.backward(self.network, degraded, clean)
+        self._go(self.backward(degraded, clean))
+
+    def gradients(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        """The gradients of all weights one after the other, and the loss: (numbers,), float32."""
+        loss = self.backward(degraded, clean)
+        # A weight that no output depends on has no gradient.
+        made = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        return torch.cat([*(gradient.flatten() for gradient in made), loss[None]])
+
+    def go(self, numbers: Tensor) -> None:
+        """The step along what `gradients` made."""
+        *parts, loss = numbers.split([*(p.numel() for p in self.parameters), 1])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._go(loss[0])
+
+    def _go(self, loss: Tensor) -> None:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        loss = self.workers.mean(loss)
         bad = 1 - (loss.isfinite() & norm.isfinite()).float()
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,27 +116,18 @@ class Step:
         torch._foreach_mul_(change, self.follow * (1 - bad))  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(self.averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
-    def backward(self, network: nn.Module, degraded: Tensor, clean: Tensor) -> Tensor:
-        """Make gradients, of this process alone where `network` is the bare one, and return its loss."""
+    def backward(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        """Make gradients, and return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
-        for number, (given, target) in enumerate(pairs, 1):
-            # Gradients of several processes are averaged once a step, with the last part.
-            with nullcontext() if number == len(pairs) else self.workers.no_sync(network):
-                device = self.workers.device.type
-                with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                    restored = network(given)
-                loss = self.loss(restored, target) / len(pairs)
-                loss.backward()
+        for given, target in pairs:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                restored = self.network(given)
+            loss = self.loss(restored, target) / len(pairs)
+            loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def begin_anew(self) -> None:
-        """Forget a backward pass that was broken off, of which DistributedDataParallel still awaits gradients."""
-        self.network = self.bare
-        gc.collect()  # its hooks go with it
-        self.network = self.workers.wrap(self.bare)
 
 
 class GraphedStep(Generic[Result]):
@@ -129,17 +137,17 @@ class GraphedStep(Generic[Result]):
     with. All calls must come on one stream that is not the default one. `step` may return a tensor; the caller gets a
     copy. A step that cannot be captured is called as it is, with a warning; at other shapes it is tried again.
 
-    With `workers` that are joined the collectives of a step are part of its graph, so all processes replay it or none:
-    where the capture failed in one of them, all go on without.
+    Args:
+        step: what to call.
+        workers: the processes that train together; before a capture this one catches up with them. `step` must hold
+            none of their collectives.
     """
 
     WARMUP = 3
-    JOINED_WARMUP = 11  # as PyTorch's documentation asks for: DistributedDataParallel times its first ten steps
 
     def __init__(self, step: Callable[..., Result], workers: Workers | None = None):
         self.step = step
-        self.workers = workers if workers is not None and workers.joined else None
-        self.warmup = self.JOINED_WARMUP if self.workers else self.WARMUP
+        self.workers = workers
         self.shapes: list[torch.Size] = []
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -154,7 +162,7 @@ class GraphedStep(Generic[Result]):
             self.release()
             self.shapes, self.calls, self.plain = shapes, 0, False
         self.calls += 1
-        if self.calls > self.warmup and self.graph is None and not self.plain:
+        if self.calls > self.WARMUP and self.graph is None and not self.plain:
             self._try_capture(tensors)
         if self.graph is None:
             return self.step(*tensors)
@@ -175,7 +183,6 @@ class GraphedStep(Generic[Result]):
 
     def _try_capture(self, tensors: tuple[Tensor, ...]) -> None:
         """Make the graph, or find that there can be none."""
-        problem = ""
         self._synchronize()
         try:
             self._capture(tensors)
@@ -183,16 +190,9 @@ class GraphedStep(Generic[Result]):
             self.release()  # what was captured is half a step
             raise
         except RuntimeError as error:
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problems = self.workers.gather(problem) if self.workers else [problem]
-        if not any(problems):
-            return
-        self.release()
-        self.plain = True
-        if isinstance(self.step, Step):
-            self.step.begin_anew()
-        if self.workers is None or self.workers.first:
-            reason = next(filter(None, problems))
+            self.release()
+            self.plain = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"serpent_ir: the step runs without a CUDA graph, slower: {reason}", stacklevel=3)
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Trainer:
         with of_key("train"):
             self.data = TrainingSet(recipe.train, train, self.device)
         self.network = network.to(self.device).train()
+        self.workers.take_from_first(self.network)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         for stage in recipe.stages:
             self.data.check_crop(stage.crop)
@@ -110,13 +112,26 @@ class Trainer:
             self.average,
             self.optimizer,
             create_loss(recipe.loss, recipe.frequency),
-            self.workers,
+            self.device,
             clip=recipe.clip,
             dtype=pick_precision(recipe.precision, self.device),
             parts=recipe.accumulate,
         )
-        graphs = CUDA_GRAPHS and self.device.type == "cuda" and self.workers.captured
-        self.call = GraphedStep(self.update, self.workers) if graphs else self.update
+        self.graphs: list[GraphedStep] = []
+        if self.workers.joined:
+            # One sum of all gradients between two graphs, not DistributedDataParallel, whose many are amid the backward
+            # pass: NCCL in a graph is watched by nobody, and all processes would have to replay it or none.
+            gradients, go = self._captured(self.update.gradients), self._captured(self.update.go)
+            self.call = lambda *batch: go(self.workers.mean_(gradients(*batch)))
+        else:
+            self.call = self._captured(self.update)
+
+    def _captured(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """What calls this part of a step, from a CUDA graph where there can be one."""
+        if not CUDA_GRAPHS or self.device.type != "cuda":
+            return part
+        self.graphs.append(GraphedStep(part, self.workers))
+        return self.graphs[-1]
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         on_gpu = self.device.type == "cuda"
@@ -151,19 +166,13 @@ class Trainer:
                     self._loop(stop)
                 if self.step == self.schedule.steps and self.workers.first:
                     self._finish()
-                self.leave()
+                self.workers.leave()
             except StoppedError:
-                self.leave()
+                self.workers.leave()
                 raise
             finally:
                 self.report.close()
         return self.out / "weights.safetensors"
-
-    def leave(self) -> None:
-        """Part with the other processes; no step comes after."""
-        if isinstance(self.call, GraphedStep):
-            self.call.release()
-        self.workers.leave()
 
     def _loop(self, stop: Stop) -> None:
         batches = self.batches()

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,16 +28,11 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=15)
 """How long a process waits for the others, who may still be reading images, before it takes them for dead."""
 
-NCCL_GRAPHS = False
-"""Whether steps of joined processes are captured, too. To be turned on when tests/test_train_workers.py -k nccl, which
-does so itself, has passed on a GPU: in the time that was left there it came to no end."""
-
 
 class Workers:
     """This process among those of a run; `rank` 0 writes the files and speaks.
 
-    `joined` says whether gradients go through DistributedDataParallel: those of several processes, and with
-    `NCCL_GRAPHS` of one that a launcher started, too.
+    `joined` says whether a launcher started them, which may be one alone, too: then they agree on what they do.
     """
 
     def __init__(self, device: str = "auto"):
@@ -50,13 +45,9 @@ class Workers:
         with of_key("device"):
             self.device = pick_device(device)
         launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-        launched = launched and shared and self.device.type in ("cuda", "cpu")
-        self.joined = self.world > 1 or (launched and NCCL_GRAPHS)
-        self.captured = NCCL_GRAPHS or not self.joined  # whether a step may be a CUDA graph
+        self.joined = self.world > 1 or (launched and shared and self.device.type in ("cuda", "cpu"))
         if not self.joined:
             return
-        if self.device.type == "cuda" and self.captured:
-            _let_nccl_be_captured()
         self._joint = _join(self.device.type)
         self.rank = self._joint.accelerator.process_index
         self.device = self._joint.accelerator.device
@@ -76,31 +67,15 @@ class Workers:
         size = len(samples) // self.world
         return samples[self.rank * size : (self.rank + 1) * size]
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network whose gradients are averaged over all processes, and whose weights are those of the first."""
-        if not self.joined:
-            return network
-        # Said of the weights of depthwise convolutions, whose one input channel may have any stride.
-        warnings.filterwarnings("ignore", "Grad strides do not match", category=UserWarning)
-        # By hand, since Accelerate leaves it out for one process.
-        wrapped = nn.parallel.DistributedDataParallel(
-            network, device_ids=[self.device] if self.device.type == "cuda" else None
-        )
-        # It times its first ten steps, and then one in so many, by reading events, which cannot be captured.
-        wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)
-        return wrapped
+    def take_from_first(self, network: nn.Module) -> None:
+        """Give the network the weights that it has in the first process."""
+        for parameter in network.parameters() if self.joined else ():
+            torch.distributed.broadcast(parameter.data, src=0)
 
-    def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Gradients stay here."""
-        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over all processes, the same bits in each."""
-        if not self.joined:
-            return x
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total / self.world
+    def mean_(self, x: Tensor) -> Tensor:
+        """`x`, replaced by its mean over all processes, the same bits in each."""
+        torch.distributed.all_reduce(x)
+        return x.div_(self.world)
 
     def queued(self) -> None:
         """Note that a step of all processes was queued on the GPU."""
@@ -167,10 +142,7 @@ class Workers:
             ) from None
 
     def leave(self) -> None:
-        """Part with the others at the exit of this process, unless another training comes before.
-
-        NCCL waits there for graphs that it is part of: let go of them first.
-        """
+        """Part with the others at the exit of this process, unless another training comes before."""
         if self.joined:
             atexit.register(self._joint.accelerator.end_training)
 
@@ -219,8 +191,8 @@ def _join(kind: str) -> _Joint:
 def end_at_exit(status: int) -> None:
     """Have this process, whose training failed, end with `status` at its exit, if it is one of several on GPUs.
 
-    NCCL does not let go there while the GPU waits for another process or a graph is left. Nothing that was registered
-    with atexit before is called: this is for a process that only trains.
+    NCCL does not let go there while the GPU waits for another process. Nothing that was registered with atexit before
+    is called: this is for a process that only trains.
     """
 
     def end() -> None:
@@ -232,16 +204,6 @@ def end_at_exit(status: int) -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.cuda.is_initialized():
         atexit.register(end)
-
-
-def _let_nccl_be_captured() -> None:
-    """Set up NCCL for steps in a CUDA graph; before it is initialised (PyTorch, "CUDA semantics", DDP in graphs)."""
-    # Its watchdog does not see collectives of a graph; `Workers.catch_up` does what it is for. torchrun sets 1.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    # Registering a graph's buffers lets the processes talk during the capture, which may fail in one of them.
-    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    # Said once before a capture; it is a tenth of a second.
-    warnings.filterwarnings("ignore", "Waiting for pending NCCL work", category=UserWarning)
 
 
 def _lost(error: RuntimeError) -> bool:
