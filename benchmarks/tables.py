@@ -151,7 +151,7 @@ def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float]
     if lacking:
         sys.exit(
             f"tables.py: error: {folder} has no probe on {jobs[0].minutes_of} with these settings of "
-            f"{', '.join(lacking)}; call there without --minutes-of, or leave them out"
+            f"{', '.join(lacking)}; call there without --minutes-of, or leave them out by --networks"
         )
 
 
@@ -166,8 +166,8 @@ def rates(name: str, lrs: list[float] | None) -> list[float]:
 def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
     """What has to be the same of results that stand in one table, and of those that are gone on from.
 
-    PyTorch, too, where steps are timed now. Those of another device were timed with the one that was there, which has
-    not to be this machine's: as little as the device itself does it matter for a training of so many steps.
+    PyTorch, too, if steps may be timed now, as it changes how long one takes. Steps of another device were timed there,
+    with the PyTorch of that day; which one trains so many of them matters as little as which device does.
     """
     about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
     lpips = Path(job.lpips_weights).name if job.lpips_weights else None
