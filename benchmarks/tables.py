@@ -12,7 +12,9 @@ validations of the same runs, at the number that the slowest network reached; th
 down by then.
 
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
-with other --minutes new tables stand beside the old ones; other settings are refused. --out gets
+with other --minutes new tables stand beside the old ones, from the same short runs; other settings are refused. As the
+short runs fix steps and learning rate, what trains may be another device than the one whose minutes they are: with
+--minutes-of and its name this one goes on from the short runs that were made there, and makes none. --out gets
 results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`,
 because it is about these networks, these data and these tables, and wants the repository beside it.
 """
@@ -38,13 +40,14 @@ import torch
 import tables_job
 from serpent_ir.data import find_images, write_pack
 from serpent_ir.errors import OUT_OF_MEMORY, SerpentError
-from serpent_ir.figures import in_order, label_of
+from serpent_ir.figures import in_order
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
 from serpent_ir.passes import device_name, pick_device
 from serpent_ir.writing import whole_file
 from tables_job import Job
+from tables_report import render
 
 VAL = ("faces256/val", "faces512/val", "natural/val")
 # Crop, batch, folders of training images, and the set that is looked at during training.
@@ -63,7 +66,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.time_limit
     jobs = [job_of(task, args) for task in args.tasks]
-    refuse_what_cannot_be(jobs, args.lrs, folder)
+    refuse_what_cannot_be(jobs, args.networks, args.lrs, folder)
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.at_once, args.device, Path(temporary))
         for job in jobs:
@@ -86,6 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--networks", nargs="+", default=[name for name in NAMES if name in list_models()])
     parser.add_argument("--minutes", type=float, default=2.5, help="of training, for each network")
+    parser.add_argument(
+        "--minutes-of", metavar="DEVICE", help='whose minutes, as results name it ("NVIDIA H200"); default: this device'
+    )
     parser.add_argument("--probe-seconds", type=float, default=30, help="of training at each learning rate, to choose")
     parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to choose from, for all networks")
     parser.add_argument("--crop", type=int, help="side of the training images")
@@ -117,13 +123,14 @@ def job_of(task: str, args: argparse.Namespace) -> Job:
         what="probe", model="", task=task, crop=args.crop or crop, batch=args.batch or batch,
         train=args.train or [str(data / name) for name in sets], val={name: str(data / name) for name in VAL},
         curve=curve, curve_images=args.curve_images, curve_data="", minutes=args.minutes,
+        minutes_of=args.minutes_of or device_name(pick_device(args.device)),
         probe_seconds=args.probe_seconds, lrs=[], seed=args.seed, device=args.device,
         step_ms=0, first_look=0, lpips_weights=args.lpips_weights,
         runs=args.keep_runs, result="",
     )  # fmt: skip
 
 
-def refuse_what_cannot_be(jobs: list[Job], lrs: list[float] | None, folder: Path) -> None:
+def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float] | None, folder: Path) -> None:
     """End with one line for what would fail after minutes of training, or would mix results of other settings."""
     try:
         for images in {path for job in jobs for path in job.val.values()}:
@@ -138,7 +145,14 @@ def refuse_what_cannot_be(jobs: list[Job], lrs: list[float] | None, folder: Path
             before = _read(file).get("settings", {})
             if _settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
                 told = "; ".join(f"{key} {before.get(key, 'not noted')}, now {now[key]}" for key in other)
-                sys.exit(f"tables.py: error: {file}: of other settings ({told}); give another --out or remove it")
+                way = "give another --out or remove it" + (", or give --minutes-of" if "device" in other else "")
+                sys.exit(f"tables.py: error: {file}: of other settings ({told}); {way}")
+    lacking = [f"{job.task} {name}" for job in jobs if not _here(job) for name in unprobed(job, networks, lrs, folder)]
+    if lacking:
+        sys.exit(
+            f"tables.py: error: {folder} has no probe on {jobs[0].minutes_of} with these settings of "
+            f"{', '.join(lacking)}; call there without --minutes-of, or leave them out by --networks"
+        )
 
 
 def place_of(job: Job, folder: Path) -> Path:
@@ -150,12 +164,41 @@ def rates(name: str, lrs: list[float] | None) -> list[float]:
 
 
 def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
-    """What has to be the same of results that stand in one table, and of those that are gone on from."""
-    device = pick_device(job.device)
+    """What has to be the same of results that stand in one table, and of those that are gone on from.
+
+    PyTorch, too, if steps may be timed now, as it changes how long one takes. Steps of another device were timed there,
+    with the PyTorch of that day; which one trains so many of them matters as little as which device does.
+    """
     about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
     lpips = Path(job.lpips_weights).name if job.lpips_weights else None
     about |= {"train": _told(job.train), "lrs": lrs, "lpips_weights": lpips}
-    return about | {"device": device_name(device), "torch": torch.__version__}
+    return about | {"device": job.minutes_of} | ({"torch": torch.__version__} if _here(job) else {})
+
+
+def _here(job: Job) -> bool:
+    """Whether the minutes are those of this device."""
+    return job.minutes_of == device_name(pick_device(job.device))
+
+
+def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str, Any]]:
+    """By network what holds `probes` and `step_ms` of these settings: of this budget, else of another of the task."""
+    found: dict[str, dict[str, Any]] = {}
+    places = sorted(folder.glob(f"{job.task}.*min"), key=lambda place: (place != place_of(job, folder), place.name))
+    for file in [file for place in places for file in sorted(place.glob("*.json"))]:
+        name, content = file.name.split(".")[0], _read(file)
+        now = settings(job, rates(name, lrs))
+        del now["lpips_weights"]  # which a probe has no use for
+        before = content.get("settings", {})
+        if {"probes", "step_ms"} <= content.keys() and all(before.get(key) == now[key] for key in now):
+            found.setdefault(name, content)
+    return found
+
+
+def unprobed(job: Job, networks: list[str], lrs: list[float] | None, folder: Path) -> list[str]:
+    """Those of the networks that have neither a result nor anything to be trained from."""
+    known, place = timed(job, lrs, folder), place_of(job, folder)
+    ends = (".json", ".probe.json")  # that one of them failed for memory is a result
+    return [name for name in networks if name not in known and not any(_settled(place / f"{name}{e}") for e in ends)]
 
 
 def _told(sources: list[str]) -> list[str]:
@@ -219,7 +262,7 @@ def run_task(
     def probe(name: str) -> None:
         probing = dataclasses.replace(packed, model=name, lrs=rates(name, lrs))
         takes = EXTRA + job.probe_seconds * len(probing.lrs)
-        run(probing, f"{name}.probe.json", takes)
+        run(probing, f"{name}.probe.json", takes, settings(job, probing.lrs))
 
     def train(name: str) -> None:
         found = probed[name]
@@ -227,11 +270,14 @@ def run_task(
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
-        # Sharing a GPU gains little: five that began together ended together, after five times as long.
+        # Sharing a GPU gains little: five that began together ended together, after five times as long. Of another
+        # device's minutes this is a guess: how much faster or slower this one is is not known.
         takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
-        run(training, f"{name}.json", takes, train=_told(job.train), probes=found["probes"])
+        # PyTorch in the settings is the one that the steps were timed with; the row has that of the training.
+        about = found["settings"] | settings(job, rates(name, lrs))
+        run(training, f"{name}.json", takes, about, train=_told(job.train), probes=found["probes"])
 
-    def run(one: Job, file: str, takes: float, **more: Any) -> None:
+    def run(one: Job, file: str, takes: float, about: dict[str, Any], **more: Any) -> None:
         result = devices(one, place / f"{one.model}.log", until, takes)
         if result is None:
             say(f"{job.task} {one.model}: no time left to {one.what}")
@@ -239,17 +285,13 @@ def run_task(
         if one.what == "train" and devices.at_once > 1 and result.get("error") == OUT_OF_MEMORY:
             result = {"error": "out of memory beside others; call again with a lower --at-once"}
         result = result if "error" in result else {**result, **more}
-        _keep(result, place / file, dataclasses.replace(job, model=one.model), rates(one.model, lrs))
+        _keep(result, place / file, one, about)
 
-    devices.share_out(probe, [name for name in wanted if not _settled(place / f"{name}.probe.json")])
-    # Of networks that an earlier call was asked for, too: all curves are to be compared.
-    known = {file.name: _read(file) for file in place.glob("*.json")}
-    steps = [found["steps"] for found in known.values() if "steps" in found]
-    probed = {
-        file.split(".")[0]: found for file, found in known.items() if file.endswith(".probe.json") and "probes" in found
-    }
-    # A look at the last step of the slowest, which is where they are.
-    fewest = min(steps + [max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()], default=1)
+    devices.share_out(probe, unprobed(job, wanted, lrs, folder))
+    probed = timed(job, lrs, folder)
+    # A look at the last step of the slowest, which is where they are compared; of all that were ever probed, as another
+    # call may train them.
+    fewest = min((max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()), default=1)
     ready = sorted((name for name in wanted if name in probed), key=lambda name: -probed[name]["step_ms"])
     devices.share_out(train, ready, devices.at_once)
 
@@ -284,7 +326,7 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _keep(result: dict[str, Any], file: Path, job: Job, lrs: list[float]) -> None:
+def _keep(result: dict[str, Any], file: Path, job: Job, about: dict[str, Any]) -> None:
     name = job.model
     if "error" in result:
         result = {"model": name, "task": job.task, "minutes": job.minutes, **result}
@@ -295,8 +337,7 @@ def _keep(result: dict[str, Any], file: Path, job: Job, lrs: list[float]) -> Non
     else:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
-    result = {**result, "settings": settings(job, lrs)}
-    _write(file, json.dumps(result, indent=1) + "\n")
+    _write(file, json.dumps({**result, "settings": about}, indent=1) + "\n")
 
 
 def _write(file: Path, text: str) -> None:
@@ -316,84 +357,6 @@ def write_results(folder: Path) -> None:
     runs = [_read(file) for file in files]
     _write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
     _write(folder / "results.md", render(runs))
-
-
-def render(runs: list[dict[str, Any]]) -> str:
-    """results.md: for each task and budget a table at equal minutes, and one at equal images."""
-    lines = ["# The paper's Tables 1 and 2 at our scale", "", "Written by `benchmarks/tables.py`; do not edit.", ""]
-    for task in TASKS:
-        for minutes in sorted({run["minutes"] for run in runs if run["task"] == task}):
-            here = {run["model"]: run for run in runs if (run["task"], run["minutes"]) == (task, minutes)}
-            lines += _tables(task, minutes, [here[name] for name in in_order(set(here))])
-    return "\n".join(lines)
-
-
-def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
-    done = [run for run in runs if "error" not in run]
-    lines = [f"## {task}, {minutes:g} minute{'s' * (minutes != 1)} a network", ""]
-    measured = any("lpips" in figures for run in done for figures in run["evaluation"].values())
-    lpips = "LPIPS" if measured else "LPIPS (no weights given: --lpips-weights)"
-    if done:
-        one = done[0]
-        how = f"crops of {one['crop']}, batch {one['batch']}, seed {one['seed']}"
-        lines += [
-            f"{one['device']}, PyTorch {one['torch']}; {how}.",
-            f"Training images: {', '.join(one['train'])}.",
-            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each. Minutes: the steps times",
-            "what one takes a network that has the device to itself.",
-            "",
-        ]
-    for name in VAL if done else ():
-        degraded = next(run["evaluation"][name] for run in done)
-        lines += [
-            f"Equal minutes, {name} ({degraded['n']} images; degraded: {degraded['input_psnr']:.2f} dB, "
-            f"SSIM {degraded['input_ssim']:.4f}):",
-            "",
-            *_head("network", "PSNR", "SSIM", lpips, "minutes", "images", "lr", "of"),
-        ]
-        for run in done:
-            figures = run["evaluation"][name]
-            distance = f"{figures['lpips']:.4f}" if "lpips" in figures else "-"
-            tried = ", ".join(f"{p['lr']:g}" + ("" if p["psnr"] else " (failed)") for p in run["probes"])
-            lines.append(
-                f"| {label_of(run['model'])} | {figures['psnr']:.2f} | {figures['ssim']:.4f} "
-                f"| {distance} | {run['seconds'] / 60:.2f} "
-                f"| {run['images']:,} | {run['lr']:g} | {tried or '-'} |"
-            )
-        lines.append("")
-    if done:
-        slowest = min(done, key=lambda run: run["images"])
-        lines += [
-            f"Equal images: at {slowest['images']:,}, which is as far as {label_of(slowest['model'])} came, on "
-            f"{slowest['curve_images']} images of {slowest['curve_set']}; the other networks' learning rates were not",
-            "yet down.",
-            "",
-            *_head("network", "PSNR", "SSIM", "minutes"),
-        ]
-        for run in done:
-            at = at_images(run["curve"], slowest["images"])
-            cells = f"{at['psnr']:.2f} | {at['ssim']:.4f} | {at['seconds'] / 60:.2f}" if at else "- | - | -"
-            lines.append(f"| {label_of(run['model'])} | {cells} |")
-        lines.append("")
-    lines += [f"{label_of(run['model'])}: {run['error']}\n" for run in runs if "error" in run]
-    return lines
-
-
-def _head(*columns: str) -> list[str]:
-    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-
-
-def at_images(curve: list[dict[str, Any]], images: int) -> dict[str, float] | None:
-    """What a curve says at a number of images: between two validations on the line over the logarithm of images."""
-    before = [point for point in curve if point["images"] <= images]
-    after = [point for point in curve if point["images"] >= images]
-    if not before or not after:
-        return None
-    a, b = before[-1], after[0]
-    if a["images"] == b["images"]:
-        return a
-    share = math.log(images / a["images"]) / math.log(b["images"] / a["images"])
-    return {key: a[key] + share * (b[key] - a[key]) for key in ("psnr", "ssim", "seconds")}
 
 
 if __name__ == "__main__":

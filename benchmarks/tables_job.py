@@ -39,6 +39,7 @@ class Job:
     curve_images: int  # of it, evenly spread
     curve_data: str  # these, as a folder or packed set
     minutes: float
+    minutes_of: str  # name of the device whose they are
     probe_seconds: float
     lrs: list[float]  # of `probe`: to choose from; of `train`: the one
     seed: int
@@ -118,8 +119,8 @@ def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:
     for name, images in job.val.items():
         evaluation[name] = evaluate_network(network, list_images(images), job.task, seed=job.seed, lpips=lpips)
         del evaluation[name]["images"]
-    about = {key: getattr(job, key) for key in ("model", "task", "crop", "batch", "minutes", "probe_seconds", "seed")}
-    return about | {
+    keys = ("model", "task", "crop", "batch", "minutes", "minutes_of", "probe_seconds", "seed")
+    return {key: getattr(job, key) for key in keys} | {
         "device": device_name(device),
         "torch": torch.__version__,
         "params": sum(p.numel() for p in network.parameters()),

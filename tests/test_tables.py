@@ -30,10 +30,14 @@ def tables(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
-def test_two_networks_in_seconds(tmp_path, monkeypatch):
+def draw_all(folder: Path) -> None:
     for name in ("faces256", "faces512", "natural"):
-        draw(tmp_path / name / "train", 2)
-        draw(tmp_path / name / "val", 1)
+        draw(folder / name / "train", 2)
+        draw(folder / name / "val", 1)
+
+
+def test_two_networks_in_seconds(tmp_path, monkeypatch):
+    draw_all(tmp_path)
     budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3, "--at-once", 2)
     done = tables(tmp_path, *budget)
     assert done.returncode == 0, done.stderr
@@ -41,6 +45,7 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     assert runs.keys() == {"serpent_b", "unet_32"}
     for name, run in runs.items():
         assert (run["task"], run["minutes"], run["seed"], run["batch"]) == ("deblur", 0.01, 0, 1)
+        assert run["device"] == run["minutes_of"] == "cpu"
         assert run["images"] == run["steps"] == max(1, round(600 / run["step_ms"]))
         probes = {probe["lr"]: probe["psnr"] for probe in run["probes"]}
         assert probes.keys() == {1e-3, 5e-4}
@@ -55,7 +60,8 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     assert {run["curve"][0]["images"] for run in runs.values()} == {min(run["images"] for run in runs.values())}
     page = (tmp_path / "out" / "results.md").read_text()
     assert page.strip() in done.stdout
-    assert "## deblur, 0.01 minutes a network" in page
+    assert "## deblur, 0.01 minutes a network\n\nMinutes of cpu, PyTorch" in page
+    assert "Trained on" not in page
     assert "LPIPS (no weights given: --lpips-weights)" in page
     fewest = min(run["images"] for run in runs.values())
     assert f"Equal images: at {fewest:,}, which is as far as" in page
@@ -84,9 +90,80 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
 
 
+def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch):
+    """Probes of another budget and of a GPU that nobody has: what is trained from them is of its minutes."""
+    draw_all(tmp_path)
+    options = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3)
+    there = ("--minutes-of", "GPU X")
+    done = tables(tmp_path, *options, "--networks", "serpent_b")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from tables import arguments, job_of, main, timed  # pyright: ignore[reportMissingImports]
+
+    out = tmp_path / "out"
+    arguments_of = list(map(str, done.args[1:]))
+
+    def in_this_process(*more: object) -> None:
+        monkeypatch.setattr(sys, "argv", [*arguments_of, *map(str, more)])
+
+    def known(*more: object) -> set[str]:
+        in_this_process(*more)
+        args = arguments()
+        return set(timed(job_of("deblur", args), args.lrs, out))
+
+    # Whatever the minutes are, probes are what they are; a row is as good as a probe.
+    (out / "deblur.0.01min" / "serpent_b.probe.json").unlink()
+    assert known() == known("--minutes", 7) == known("--minutes", 7, "--lpips-weights", "a.pth") == {"serpent_b"}
+    for other in [("--seed", 1), there, ("--lrs", 0.1), ("--crop", 8), ("--curve-images", 4), ("--probe-seconds", 1)]:
+        assert known("--minutes", 7, *other) == set()
+
+    # A row as another device would have left it, with a PyTorch of its own; of a second network a probe, under another
+    # budget.
+    row = json.loads((out / "deblur.0.01min" / "serpent_b.json").read_text())
+    torch_here = row["torch"]
+    del row["minutes_of"]  # as it was before there was such a thing
+    row |= {"device": "GPU X", "torch": "1.0", "settings": {**row["settings"], "device": "GPU X", "torch": "1.0"}}
+    (out / "deblur.0.01min" / "serpent_b.json").write_text(json.dumps(row))
+    rates = [5e-4, 1e-3]
+    probe = {
+        "probes": [{"lr": lr, "step": 1, "psnr": 20 + 1e3 * lr, "ssim": 0.5} for lr in rates],
+        "step_ms": 200.0,
+        "settings": {**row["settings"], "lrs": rates},
+    }
+    (out / "deblur.3min").mkdir()
+    (out / "deblur.3min" / "unet_32.probe.json").write_text(json.dumps(probe))
+    before = {path: path.read_bytes() for path in out.rglob("*.json")}
+    for more, told in [
+        ((), f"(device GPU X, now cpu; torch 1.0, now {torch_here}); give another --out or remove it, or give --min"),
+        (
+            (*there, "--networks", "serpent_b", "unet_32", "serpent_l", "swinir_b"),
+            f"{out} has no probe on GPU X with these settings of deblur serpent_l, deblur swinir_b; call there",
+        ),
+        ((*there, "--seed", 1), "serpent_b.json: of other settings (seed 0, now 1); give"),
+    ]:
+        in_this_process(*more)
+        with pytest.raises(SystemExit, match=f"^tables.py: error: .*{re.escape(told)}"):
+            main()
+    assert {path: path.read_bytes() for path in out.rglob("*.json")} == before
+
+    done = tables(tmp_path, *options, *there)  # serpent_b and unet_32
+    assert done.returncode == 0, done.stderr
+    assert "serpent_b: done already" in done.stderr
+    assert "ms a step" not in done.stderr  # nothing was probed
+    assert sorted(path.name for path in (out / "deblur.0.01min").glob("*.json")) == ["serpent_b.json", "unet_32.json"]
+    new = json.loads((out / "deblur.0.01min" / "unet_32.json").read_text())
+    assert (new["device"], new["torch"], new["minutes_of"]) == ("cpu", torch_here, "GPU X")
+    assert (new["steps"], new["step_ms"], new["lr"], new["seconds"]) == (3, 200.0, 1e-3, 0.6)
+    assert new["settings"] == probe["settings"]  # so that GPU X can go on from it
+    page = (out / "results.md").read_text()
+    assert "\nMinutes of GPU X, PyTorch 1.0; crops of 16," in page
+    assert f"\nTrained on GPU X (PyTorch 1.0): Serpent-B; on cpu (PyTorch {torch_here}): U-Net (32).\n" in page
+    assert "Their steps are those that GPU X makes in the minutes." in page
+
+
 def test_a_curve_is_read_between_its_validations(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from tables import at_images, render  # pyright: ignore[reportMissingImports]
+    from tables_report import at_images, render  # pyright: ignore[reportMissingImports]
 
     curve = [
         {"images": 100, "seconds": 10.0, "psnr": 20.0, "ssim": 0.5},
