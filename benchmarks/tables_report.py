@@ -30,6 +30,7 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
             f"Training images: {', '.join(one['train'])}.",
             f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each. Minutes: the steps times",
             "what one takes a network that has the device to itself.",
+            *_timed_otherwise(done),
             *_trained_on(done),
             "",
         ]
@@ -72,6 +73,12 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
 def _whose(run: dict[str, Any]) -> str:
     """The device whose minutes they are; rows from before that could be another have only the one."""
     return run.get("minutes_of", run["device"])
+
+
+def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:
+    """Which networks' minutes are not the steps times one: until November 2026 a run was timed as a whole."""
+    whole = [label_of(run["model"]) for run in runs if run["seconds"] > 1.01 * 1e-3 * run["step_ms"] * run["steps"]]
+    return [f"{', '.join(whole)}: the minutes that the run itself took."] if whole else []
 
 
 def _trained_on(runs: list[dict[str, Any]]) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_share_of_data_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
     call += ["--count", "1", "--repeats", "1"]
     ended = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    record, published = (json.loads(file.read_text()) for file in (out, FOLDER / "results" / "data.h100.json"))
+    record, published = (json.loads(file.read_text()) for file in (out, FOLDER / "results" / "data.h200.json"))
     assert record.keys() == published.keys()
     for part in ("batches", "steps"):
         assert [row["task"] for row in record[part]] == ["deblur", "sr8", "photo"]

@@ -3,7 +3,8 @@
     python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...] [--train WHAT ...] [--notes FILE]
 
 RUN is the folder of `serpent train`. The float16 file is what gets evaluated, on every folder of --data; `photo` is
-also measured at a grid of strengths, on the last of them.
+also measured at a grid of strengths, on the last of them. Where the run started from weights that ship, or from those
+of another run, which may have been stopped before its end, the card tells of both.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}
 
 - **Licence**: CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use.
 - **Data**: {data}. What they are, and whose: see "Training images" below.
-- **Recipe**: Adam, {warmup} steps of warm-up, then a cosine to zero; L1; gradients clipped at {clip:g}; bfloat16
+- **Recipe**: Adam, {warmup} steps of warm-up, then a cosine to zero; gradients clipped at {clip:g}; bfloat16
   autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
 {runs}
 - **Cost**: {minutes:.1f} minutes, validation not counted.
@@ -42,7 +43,8 @@ RGB, [0, 1], clamped and rounded to 8 bits, no crop, per image and then averaged
 {grid}
 ## Training images
 
-Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab London Set.
+Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab
+London Set.{faces512}
 Natural images: 393 of BSDS500 (train and test), 143 of ImageNet. No validation image, nor another image of a face in
 one of them, was trained on. FFHQ, One Million Impressions: CC BY-NC-SA 4.0; London Set: CC BY 4.0; BSDS500 and
 ImageNet: non-commercial research and education.
@@ -51,6 +53,8 @@ ImageNet: non-commercial research and education.
 
 {limits}
 """
+
+FACES512 = "\nFaces (512x512): 165 of One Million Impressions, 85 of the London Set."
 
 TASK_TEXT = {
     "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
@@ -77,8 +81,30 @@ it adds may reflect that.""",
 def _told(run: dict[str, Any]) -> str:
     """A line of the card on one run."""
     stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
+    stages += f", of which it made the first {run['stopped']}" if "stopped" in run else ""
     cost = f"{run['minutes']:.1f} minutes on one {run['device']}"
-    return f"- **Run** (`{run['task']}`): {stages}; learning rate {run['lr']:g}; {cost}."
+    rate = f"{run['loss'].upper()}; learning rate {run['lr']:g}"
+    return f"- **Run** (`{run['task']}`, {' + '.join(run['train'])}): {stages}; {rate}; {cost}."
+
+
+def _training(run: Path, device: str, train: list[str] | None) -> dict[str, Any]:
+    """What a card says of a run, and of those that it went on from."""
+    recipe = json.loads((run / "recipe.json").read_text())
+    _, metadata = load_weights(run / "weights.safetensors")
+    for stage, steps in zip(recipe["stages"], json.loads(metadata.get("steps", "[]")), strict=False):
+        stage["steps"] = steps  # which a recipe may give in epochs
+    of_the_machine = ("out", "val", "val_every", "device")
+    training = {key: value for key, value in recipe.items() if key not in of_the_machine}
+    training["train"] = train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
+    log = (run / "log.jsonl").read_text().splitlines()
+    training |= {"minutes": json.loads(log[-1])["seconds"] / 60, "device": device}
+    if (step := int(metadata["step"])) != sum(stage["steps"] for stage in recipe["stages"]):
+        training["stopped"] = step
+    if (start := recipe.get("start")) and (card := WEIGHTS_DIR / f"{start}.json").exists():
+        training["before"] = json.loads(card.read_text())["training"]
+    elif start:
+        training["before"] = _training(Path(start).parent, device, train)
+    return training
 
 
 def main() -> None:
@@ -90,13 +116,11 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
-    log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     name = f"{recipe['model']}.{create_degradation(recipe['task']).name}"
     state, metadata = load_weights(args.run / "weights.safetensors")
-    for stage, steps in zip(recipe["stages"], json.loads(metadata.get("steps", "[]")), strict=False):
-        stage["steps"] = steps  # which a recipe may give in epochs
-    if int(metadata["step"]) != sum(stage["steps"] for stage in recipe["stages"]):
-        raise SystemExit(f"{args.run}: stopped at step {metadata['step']}; finish the run first")
+    training = _training(args.run, args.trained_on, args.train)
+    if "stopped" in training:
+        raise SystemExit(f"{args.run}: stopped at step {training['stopped']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
     file.write_bytes(save({key: tensor.half() for key, tensor in state.items()}, metadata))
     network = create_model(recipe["model"], checkpoint_path=file)
@@ -107,12 +131,6 @@ def main() -> None:
         result.pop("images")
         evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
         print(json.dumps(evaluations[-1]))
-    of_the_machine = ("out", "val", "val_every", "device")
-    training = {key: value for key, value in recipe.items() if key not in of_the_machine}
-    training["train"] = args.train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
-    training |= {"minutes": log[-1]["seconds"] / 60, "device": args.trained_on}
-    if recipe.get("start"):  # the run went on from weights whose card stands here
-        training["before"] = json.loads((WEIGHTS_DIR / f"{recipe['start']}.json").read_text())["training"]
     runs = [training]
     while "before" in runs[0]:
         runs.insert(0, runs[0]["before"])
@@ -125,7 +143,8 @@ def main() -> None:
         name=name,
         params=sum(p.numel() for p in network.parameters()) / 1e6,
         task_text=TASK_TEXT[recipe["task"]],
-        data=" and ".join(training["train"]),
+        data=" and ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
+        faces512=FACES512 if "faces512/train" in {folder for run in runs for folder in run["train"]} else "",
         runs="\n".join(_told(run) for run in runs),
         minutes=sum(run["minutes"] for run in runs),
         megabytes=file.stat().st_size / 1e6,
