@@ -1,5 +1,6 @@
 """The weights that ship: which, what the files hold, what their cards say, and that they restore."""
 
+import hashlib
 import json
 
 import pytest
@@ -48,6 +49,8 @@ def test_files_are_float16_and_say_what_they_are(name):
 @each
 def test_the_card_says_what_an_evaluation_measured(name):
     card = json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
+    content = (WEIGHTS_DIR / f"{name}.safetensors").read_bytes()
+    assert (card["name"], card["sha256"]) == (name, hashlib.sha256(content).hexdigest())
     rows = {row["data"]: row for row in card["evaluations"]}
     assert rows.keys() >= {"faces256/val", "natural/val"}
     text = (WEIGHTS_DIR / f"{name}.md").read_text()
