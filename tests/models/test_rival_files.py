@@ -268,6 +268,18 @@ def test_restore_runs_a_file_without_a_name(folder, tmp_path):
     )
 
 
+def test_restore_takes_a_rival_by_name_as_it_does_without(folder, tmp_path):
+    torch.manual_seed(0)
+    model = create_model("swinir_60", upsampler="pixelshuffledirect", scale=2)
+    torch.save({"params": model.state_dict()}, tmp_path / "x2.pth")
+    for name in ((), ("-n", "swinir_60")):
+        out = tmp_path / f"{len(name)}.png"
+        run = serpent("restore", folder / "photo.png", "-o", out, "--weights", tmp_path / "x2.pth", *name)
+        assert run.exit_code == 0, run.stderr
+        assert pixels_of(out).shape == (2 * 21, 2 * 30, 3)
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+
+
 def test_restore_with_a_network_of_one_channel_takes_each_by_itself(folder, tmp_path):
     model = serpent_ir.load_model(folder / "grey.pth")
     passes: list[int] = []
