@@ -63,6 +63,15 @@ def test_the_card_says_what_an_evaluation_measured(name):
     assert rows["faces256/val"]["psnr"] >= SHIPPED[name]
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith(".sr8")])
+def test_sr8_was_measured_against_bicubic_on_larger_faces_too(name):
+    card = json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
+    rows = {row["data"]: row for row in card["evaluations"]}
+    assert rows.keys() >= {"faces512/val"}
+    assert rows["faces512/val"]["n"] == 67
+    assert rows["faces512/val"]["psnr"] > rows["faces512/val"]["input_psnr"]  # the input of sr8 is bicubic's
+
+
 @each
 def test_a_photo_is_restored(name):
     task = name.partition(".")[2]
