@@ -8,6 +8,7 @@ of another run, which may have been stopped before its end, the card tells of bo
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -134,7 +135,8 @@ def main() -> None:
     runs = [training]
     while "before" in runs[0]:
         runs.insert(0, runs[0]["before"])
-    card = {"name": name, "training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
+    card = {"name": name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    card |= {"training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
     rows = [row.format(**evaluation) for evaluation in evaluations]

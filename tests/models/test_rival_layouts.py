@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from serpent_ir.errors import UsageError
-from serpent_ir.models import PRESETS, create_model, preset_of, recognise
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models import PRESETS, create_model, load_model, preset_of, recognise
 from serpent_ir.models.checkpoints import shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
@@ -162,6 +162,24 @@ def test_every_public_layout_is_recognised_and_loads_strictly(release):
     assert shapes_of(model.state_dict()) == {
         key: shape for key, shape in names.items() if not key.endswith(("relative_position_index", "attn_mask"))
     }
+
+
+def test_a_file_of_full_size_loads_strictly(tmp_path):
+    torch.manual_seed(0)
+    state = {key: torch.rand(shape) for key, shape in restormer_names(24).items()}
+    torch.save({"params": state}, tmp_path / "all.pth")
+    model = load_model(tmp_path / "all.pth")
+    assert model.config == RestormerConfig(dim=24)
+    loaded = model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    torch.save({"params": {**state, "latent.0.attn.scale": torch.rand(8)}}, tmp_path / "more.pth")
+    with pytest.raises(SerpentError, match=r"restormer_24: latent\.0\.attn\.scale is not a part of it$"):
+        load_model(tmp_path / "more.pth")
+    del state["refinement.3.ffn.project_out.weight"]
+    torch.save({"params": state}, tmp_path / "less.pth")
+    with pytest.raises(SerpentError, match=r"refinement\.3\.ffn\.project_out\.weight is missing"):
+        load_model(tmp_path / "less.pth")
 
 
 @pytest.mark.parametrize("name", PRESETS)

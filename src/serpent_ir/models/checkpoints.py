@@ -24,7 +24,7 @@ PREFIXES = ("module.", "_orig_mod.", "unet.")
 """What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
 
 NAMED = 20
-"""Keys that a message on others' weights names: more would fill the screen, and are of another network altogether."""
+"""Keys that a message names where most differ: more would fill the screen, and tell no more than that."""
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -131,26 +131,25 @@ def numbered(shapes: Shapes, prefix: str) -> int:
 def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = "") -> None:
     """Load a state dict strictly. What the model calls derived (`is_derived`) may be there or not.
 
-    Raises SerpentError that begins with `label`, names the keys that differ (the first `NAMED`) and ends with `hint`.
+    Raises SerpentError that begins with `label`, names the keys that differ (the first `NAMED` where most do, as with
+    weights of another network) and ends with `hint`.
     """
     is_derived: Any = getattr(model, "is_derived", lambda key: False)
     state = {key: value for key, value in state.items() if not is_derived(key)}
     expected = model.state_dict()
-    problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
-    problems += [f"{key} is not a part of it" for key in state.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    problems += [
-        f"{key} holds {_kind(state[key])}, not numbers with a fraction"
-        for key, value in expected.items()
-        if key in state and value.is_floating_point() and _kind(state[key])
-    ]
+    problems = dict.fromkeys(expected.keys() - state.keys(), "is missing")
+    problems |= dict.fromkeys(state.keys() - expected.keys(), "is not a part of it")
+    for key in expected.keys() & state.keys():
+        if state[key].shape != expected[key].shape:
+            problems[key] = f"is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        elif expected[key].is_floating_point() and (kind := _kind(state[key])):
+            problems[key] = f"holds {kind}, not numbers with a fraction"
     if problems:
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise SerpentError(f"{label}: {'; '.join(sorted(problems)[:NAMED])}{more}{hint}")
+        agreeing = len(expected.keys() - problems.keys())
+        named = len(problems) if 2 * agreeing >= max(len(expected), len(state)) else NAMED
+        said = "; ".join(f"{key} {problem}" for key, problem in sorted(problems.items())[:named])
+        more = f" and {len(problems) - named} more" if len(problems) > named else ""
+        raise SerpentError(f"{label}: {said}{more}{hint}")
     model.load_state_dict(state)
 
 
