@@ -193,10 +193,17 @@ def test_what_training_refuses(folders):
     above.write_text("base: below.yaml\nseed: 1\n")
     with pytest.raises(UsageError, match=r"below\.yaml: train: x\.serpent: no such packed set; make it"):
         train(above)
-    with pytest.raises(UsageError, match=r"above\.yaml: device: no device 'gpu' here; valid: auto"):
+    with pytest.raises(UsageError, match=r"^command line: train: x\.serpent: no such packed set"):
+        train(above, ["train.0=x.serpent"])
+    with pytest.raises(UsageError, match=r"^command line: device: no device 'gpu' here; valid: auto"):
         train(above, ["device=gpu"])
-    with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
-        train(recipe_file(folders, model_options={"width": 3}))
+    recipe_file(folders, "below", model_options={"width": 3})
+    with pytest.raises(
+        UsageError, match=r"below\.yaml: model_options\.width: serpent_b has no option width; valid: pa"
+    ):
+        train(above)
+    with pytest.raises(UsageError, match=r"^command line: model_options\.dim: expected an integer above zero"):
+        train(above, ["model_options={}", "model_options.dim=abc"])
     for options, told in [
         ({"dim": "abc"}, "model_options.dim: expected an integer above zero, got str 'abc'"),
         ({"dim": True}, "model_options.dim: expected an integer above zero, got bool True"),
