@@ -33,11 +33,11 @@ def write(tmp_path):
 
 
 def test_a_recipe_and_its_overrides(write):
-    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", "train=[x]", "seed=3", "model_options.dim=24"])
+    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", 'train=["x[0:3]"]', "seed=3", "model_options.dim=24"])
     assert recipe.model_options == {"dim": 24}
     assert recipe.lr == 5e-4
     assert recipe.stages == [Stage(64, 2, 3), Stage(128, 1, 7)]
-    assert recipe.train == ["x"]
+    assert recipe.train == ["x[0:3]"]
     assert (recipe.seed, recipe.ema) == (3, 0.999)
 
 
@@ -102,6 +102,7 @@ def test_a_recipe_and_its_overrides(write):
         ({}, ["colour=1"], r"^command line: unknown key colour; valid: model"),
         ({}, ["stages.5.crop=1"], r"'stages.5.crop=1': .*r\.yaml has no place stages.5.crop"),
         ({}, ["a.b=1"], r"has no place a.b"),
+        ({}, ["train=[a[0:3]]"], r"""'train=\[a\[0:3\]\]': the value is not YAML; .*: 'train=\["FOLDER\[0:3\]"\]'$"""),
     ],
 )
 def test_a_bad_recipe_is_one_line_with_file_and_key(write, changes, overrides, message):

@@ -161,7 +161,9 @@ def _override(raw: dict[str, Any], override: str, path: Path) -> None:
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
-        raise UsageError(f"{override!r}: the value is not YAML") from None
+        raise UsageError(
+            f"{override!r}: the value is not YAML; quote what holds brackets: 'train=[\"FOLDER[0:3]\"]'"
+        ) from None
     if keys == ["base"]:
         raise UsageError(f"{override!r}: base is read from a file; override the keys themselves")
     node: Any = raw
