@@ -111,6 +111,27 @@ def test_a_bad_recipe_is_one_line_with_file_and_key(write, changes, overrides, m
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_said_twice(write):
+    file = write()
+    whole = file.read_text()
+    lines = len(whole.splitlines())
+    for more, told in {
+        "model: serpent_l\n": rf"r\.yaml: line {lines + 1}: model is said twice; remove one of the two",
+        "model_options:\n  dim: 8\n  'dim': 16\n": rf"r\.yaml: line {lines + 3}: dim is said twice",
+    }.items():
+        file.write_text(whole + more)
+        with pytest.raises(UsageError, match=told):
+            load_recipe(file)
+    file.write_text(whole)
+    with pytest.raises(UsageError, match=r"^'stages\.0={crop: 8, crop: 9}': line 1: crop is said twice"):
+        load_recipe(file, ["stages.0={crop: 8, crop: 9}"])
+    # What replaces a key that `<<` brings is no second one.
+    assert load_recipe(file, ["stages=[&a {crop: 8, batch: 1, steps: 2}, {<<: *a, crop: 16}]"]).stages == [
+        Stage(8, 1, 2),
+        Stage(16, 1, 2),
+    ]
+
+
 @pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe\x00", b"", b"- 1"])
 def test_files_that_are_no_recipes(tmp_path, content):
     file = tmp_path / "x.yaml"

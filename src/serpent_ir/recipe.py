@@ -128,13 +128,15 @@ def _source(key: str, path: Path, origins: dict[str, str], overrides: Sequence[s
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """The keys of a recipe file over those of its base, and which file each is from."""
-    import yaml  # an extra: only training reads recipes
+    import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _load(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         asked = f" (the base of {above[-1]})" if above else ""
         raise UsageError(f"{path}: cannot be read ({error.strerror}){asked}") from None
+    except UsageError:
+        raise
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # the last: a date of month 13
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -153,13 +155,33 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     return {**below, **raw}, {**below_origins, **origins}
 
 
+def _load(text: str, where: str) -> Any:
+    """What YAML says; a key that is said twice is a UsageError, where PyYAML would take the last."""
+    import yaml  # an extra: only training reads recipes
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise UsageError(f"{where}: line {line}: {_plain(key.value)} is said twice; remove one of the two")
+                seen.add((key.tag, key.value))
+            return node
+
+    return yaml.load(text, Loader)
+
+
 def _override(raw: dict[str, Any], override: str, path: Path) -> None:
     import yaml
 
     key, _, text = override.partition("=")
     keys = key.split(".")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text, repr(override))
+    except UsageError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError):
         raise UsageError(
             f"{override!r}: the value is not YAML; quote what holds brackets: 'train=[\"FOLDER[0:3]\"]'"
