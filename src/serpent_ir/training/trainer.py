@@ -97,8 +97,10 @@ class Trainer:
         self.network = network.to(self.device).train()
         self.workers.take_from_first(self.network)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        for stage in recipe.stages:
-            self.data.check_crop(stage.crop)
+        most, image = self.data.largest_crop()
+        for i, crop in enumerate(stage.crop for stage in recipe.stages):
+            if crop > most:
+                raise RecipeError(f"stages.{i}.crop is {crop}; it must be at most {most} for {image}; or remove it")
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         self.score: dict[str, float] = {}  # of the last validation
