@@ -161,6 +161,9 @@ class Trainer:
                 f"{recipe.model} {recipe.task}: {self.schedule.steps} steps in {len(recipe.stages)} stage(s) on "
                 f"{self.workers.told()}; {len(self.data)} training and {len(self.val)} validation images"
             )
+            if 2 * (crop := recipe.stages[-1].crop) < (side := self.data.largest_crop()[0]):
+                told = f"crops of {crop} px are cut from images of {side} px and more, which are not reduced"
+                self.say(f"{told}; to reduce them: serpent data pack --size")
             try:
                 with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
                     if again is not None:
