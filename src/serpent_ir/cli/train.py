@@ -40,6 +40,10 @@ def train(
 
     if images is not None and not dry_run:
         raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
+    given = {"--resume": resume, "--stop-after-minutes": stop_after_minutes is not None, "--tensorboard": tensorboard}
+    if dry_run and any(given.values()):
+        told = ", ".join(option for option in given if given[option])
+        raise UsageError(f"{told}: of no use to a --dry-run, which neither trains nor writes; leave one of them out")
     try:
         if dry_run:
             plan = serpent_ir.train.plan(config, overrides or (), images=images)
