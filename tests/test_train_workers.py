@@ -95,13 +95,13 @@ def test_processes_that_are_not_told_where_to_meet(folders):
 
 
 def test_processes_of_torchrun_train_as_those_of_these_tests(folders):
-    file = recipe_file(folders, "forked")
+    file = recipe_file(folders, "forked", stages=[{"crop": 16, "batch": 2, "steps": 2}])
     assert [finish(worker) for worker in start_workers(file, 2, folders)] == [0, 0]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "serpent_ir.cli", "train", str(file), f"out={folders}/run"]
     run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("10 steps in 2 stage(s) on 2 x cpu") == 1, "one speaks"
+    assert run.stderr.count("2 steps in 1 stage(s) on 2 x cpu") == 1, "one speaks"
     forked, launched = weights_of(folders / "forked"), weights_of(folders / "run")
     assert [name for name in forked if not torch.equal(forked[name], launched[name])] == []
 
