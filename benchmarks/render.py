@@ -164,11 +164,14 @@ def plans(records: Iterable[dict[str, Any]]) -> list[str]:
     for record in records:
         lines += ["", "# The paper's training of Serpent-H, planned", "", f"{record['device']}. {record['note']}", ""]
         lines += [
-            "| recipe | crop x batch: steps, ms a step, GB | hours | the paper's | x |",
+            "| recipe | crop x batch: steps, images, ms a step, GB | hours | the paper's | x |",
             "| --- | --- | --- | --- | --- |",
         ]
         for plan in record["plans"]:
-            told = (f"{s['crop']} x {s['batch']}: {s['steps']:,}, {s['ms']:g}, {s['gb']:g}" for s in plan["stages"])
+            told = (
+                f"{s['crop']} x {s['batch']}: {s['steps']:,}, {s['steps'] * s['batch']:,}, {s['ms']:g}, {s['gb']:g}"
+                for s in plan["stages"]
+            )
             hours, paper = plan["hours"], plan["paper_hours"]
             cells = [plan["recipe"], "; ".join(told), _number(hours), _number(paper), _ratio(paper, hours)]
             lines.append(f"| {' | '.join(cells)} |")

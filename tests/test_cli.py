@@ -251,9 +251,12 @@ def test_train_passes_config_and_overrides(monkeypatch, tmp_path):
 def test_train_plans(tmp_path):
     save_photo(tmp_path / "data" / "a.png", 24, 16)
     save_recipe(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run")
-    shown = serpent("train", tmp_path / "recipe.yaml", "--dry-run", "--images", 60_000)
+    stage = "stages.0={crop: 8, batch: 7, epochs: 1}"
+    shown = serpent("train", tmp_path / "recipe.yaml", stage, "--dry-run", "--images", 60_000)
     assert shown.exit_code == 0, shown.stderr
     assert "serpent_b deblur, 60,000 training images, cpu" in shown.stdout
+    assert re.search(r"stage +crop +batch +steps +images +ms a step +images/s +GB +hours", shown.stdout)
+    assert re.search(r"1 +8 +7 +8,571 +59,997 ", shown.stdout)  # whole steps
     assert re.search(r"estimated: \d+\.\d\d hours", shown.stdout)
     assert not (tmp_path / "run").exists()
     assert "--images: it stands for" in serpent("train", tmp_path / "recipe.yaml", "--images", 5).stderr

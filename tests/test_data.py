@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import time
 from collections import Counter
 
 import numpy as np
@@ -337,7 +338,7 @@ def test_batches_on_a_gpu(photos, packed, task, memory):
     requests = [(range(first, first + 16), 24) for first in range(0, 160, 16)]
     on_cpu = TrainingSet([photos, packed], degradation, CPU)
     whole = TrainingSet([photos, packed], dataclasses.replace(degradation, margin=None), cuda, memory=memory)
-    prefetcher = Prefetcher(images, requests, seed=5)
+    prefetcher, start = Prefetcher(images, requests, seed=5), time.perf_counter()
     for (samples, crop), (degraded, clean) in zip(requests, prefetcher, strict=True):
         assert degraded.device.type == clean.device.type == "cuda"
         expected, expected_clean = on_cpu.batch(samples, crop, seed=5)
@@ -345,4 +346,5 @@ def test_batches_on_a_gpu(photos, packed, task, memory):
         differs = (degraded.cpu() - expected).abs() > 4e-6  # in `photo` noise decides which level JPEG rounds to
         assert differs.float().mean() <= (0.05 if task == "photo" else 0)
         assert torch.equal(degraded, whole.batch(samples, crop, seed=5)[0])
-    assert prefetcher.waited >= 0
+    # Each batch was asked for when the GPU had done all else.
+    assert 0 < prefetcher.waited < time.perf_counter() - start

@@ -33,11 +33,11 @@ def write(tmp_path):
 
 
 def test_a_recipe_and_its_overrides(write):
-    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", "train=[x]", "seed=3", "model_options.dim=24"])
+    recipe = load_recipe(write(), ["lr=5e-4", "stages.1.steps=7", 'train=["x[0:3]"]', "seed=3", "model_options.dim=24"])
     assert recipe.model_options == {"dim": 24}
     assert recipe.lr == 5e-4
     assert recipe.stages == [Stage(64, 2, 3), Stage(128, 1, 7)]
-    assert recipe.train == ["x"]
+    assert recipe.train == ["x[0:3]"]
     assert (recipe.seed, recipe.ema) == (3, 0.999)
 
 
@@ -77,7 +77,7 @@ def test_a_recipe_and_its_overrides(write):
         ({"accumulate": 4}, [], r"stages\.0\.batch is 2; it must be a multiple of accumulate, which is 4"),
         ({"task": "sr8", "stages": [{"crop": 20, "batch": 1, "epochs": 1}]}, [], r"crop is 20; .*multiple of 8 .* sr8"),
         ({}, ["stages.0.crop=192"], r"stages\.1\.crop is 128; it must be at least that of the stage before, 192"),
-        ({}, ["stages.0.epochs=2"], r"stages\.0 must have either steps or epochs above 0, and has both"),
+        ({}, ["stages.0.epochs=2"], r"^command line: stages\.0 must have either steps or epochs above 0, and has both"),
         (
             {},
             ["stages.0={crop: 8, batch: 1, epochs: .inf}"],
@@ -85,22 +85,51 @@ def test_a_recipe_and_its_overrides(write):
         ),
         ({}, ["stages.0.steps=-1"], r"stages\.0\.steps is -1; it must be 0 or more"),
         ({"model_options": {"dim": {}}}, [], r"model_options\.dim: expected a name with a number, a word or a list"),
-        ({}, ["model_options={1: 2}"], r"r\.yaml: model_options\.1: expected"),
+        ({}, ["model_options={1: 2}"], r"^command line: model_options\.1: expected"),
         ({"base": 3}, [], r"base: expected the name of a file, got int 3"),
         ({"base": "r.yaml"}, [], r"base: r\.yaml leads back to itself"),
         ({"base": "none.yaml"}, [], r"none\.yaml: cannot be read \(No such file.*\) \(the base of .*r\.yaml\)"),
         ({}, ["base=x.yaml"], r"base is read from a file"),
-        ({}, ["lr=fast"], r"r\.yaml: lr: expected float, got str 'fast'"),
+        ({}, ["lr=fast"], r"^command line: lr: expected float, got str 'fast'"),
+        ({"lr": "fast"}, ["lrs=1", "seed=1"], r"^command line: unknown key lrs; valid: model"),
+        ({"lr": "fast"}, ["seed=1"], r"r\.yaml: lr: expected float"),
+        ({}, ["stages.1.crop=0"], r"^command line: stages\.1\.crop is 0; it must be at least 1"),
+        ({}, ["stages.1={crop: 8}"], r"^command line: stages\.1: missing key batch"),
+        ({"stages": [{"crop": 8}]}, ["stages.0.steps=1"], r"r\.yaml: stages\.0: missing key batch"),
+        ({}, ["stages.1.size=3"], r"^command line: stages\.1: unknown key size"),
+        ({"stages": [{"crop": 0, "batch": 1}]}, ["stages.0.steps=3"], r"r\.yaml: stages\.0\.crop is 0"),
         ({}, ["seed"], r"'seed': an override is key=value"),
-        ({}, ["colour=1"], r"unknown key colour; valid: model"),
+        ({}, ["colour=1"], r"^command line: unknown key colour; valid: model"),
         ({}, ["stages.5.crop=1"], r"'stages.5.crop=1': .*r\.yaml has no place stages.5.crop"),
         ({}, ["a.b=1"], r"has no place a.b"),
+        ({}, ["train=[a[0:3]]"], r"""'train=\[a\[0:3\]\]': the value is not YAML; .*: 'train=\["FOLDER\[0:3\]"\]'$"""),
     ],
 )
 def test_a_bad_recipe_is_one_line_with_file_and_key(write, changes, overrides, message):
     with pytest.raises(UsageError, match=message) as caught:
         load_recipe(write(**changes), overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_said_twice(write):
+    file = write()
+    whole = file.read_text()
+    lines = len(whole.splitlines())
+    for more, told in {
+        "model: serpent_l\n": rf"r\.yaml: line {lines + 1}: model is said twice; remove one of the two",
+        "model_options:\n  dim: 8\n  'dim': 16\n": rf"r\.yaml: line {lines + 3}: dim is said twice",
+    }.items():
+        file.write_text(whole + more)
+        with pytest.raises(UsageError, match=told):
+            load_recipe(file)
+    file.write_text(whole)
+    with pytest.raises(UsageError, match=r"^'stages\.0={crop: 8, crop: 9}': line 1: crop is said twice"):
+        load_recipe(file, ["stages.0={crop: 8, crop: 9}"])
+    # What replaces a key that `<<` brings is no second one.
+    assert load_recipe(file, ["stages=[&a {crop: 8, batch: 1, steps: 2}, {<<: *a, crop: 16}]"]).stages == [
+        Stage(8, 1, 2),
+        Stage(16, 1, 2),
+    ]
 
 
 @pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe\x00", b"", b"- 1"])
@@ -183,7 +212,8 @@ def test_whatever_a_recipe_holds_it_loads_or_is_one_line(tmp_path_factory, chang
             recipe = load_recipe(file, overrides)
         except UsageError as error:
             assert len(str(error).splitlines()) == 1
-            named = (str(file), *map(repr, overrides))
+            named = (str(file), "command line: ", *map(repr, overrides))
+            assert overrides or str(error).startswith(str(file)) or "the base of" in str(error)
             assert str(error).startswith(named) or "the base of" in str(error)
         else:
             assert all(stage.crop > 0 and stage.batch > 0 for stage in recipe.stages)

@@ -184,8 +184,11 @@ def test_recipes_of_weights_to_come_can_be_planned(folders, name):
 
 
 def test_what_training_refuses(folders):
-    with pytest.raises(ImageError, match=r"40x48 is smaller than the crop of 48|48x40 is smaller than the crop of 48"):
-        train(recipe_file(folders, stages=[{"crop": 48, "batch": 1, "steps": 1}]))
+    told = r"stages\.1\.crop is 48; it must be at most 40 for \S+/train/3\.png: 40x48; or remove it"
+    with pytest.raises(UsageError, match=rf"run\.yaml: {told}"):
+        train(recipe_file(folders, stages=[{"crop": crop, "batch": 1, "steps": 1} for crop in (40, 48)]))
+    with pytest.raises(UsageError, match=rf"^command line: {told}"):
+        train(recipe_file(folders), ["stages.1.crop=48"])
     with pytest.raises(UsageError, match=r"run\.yaml: val: /nowhere: no such folder"):
         train(recipe_file(folders, val="/nowhere"))
     recipe_file(folders, "below", train=["x.serpent[:9]"])
@@ -193,10 +196,17 @@ def test_what_training_refuses(folders):
     above.write_text("base: below.yaml\nseed: 1\n")
     with pytest.raises(UsageError, match=r"below\.yaml: train: x\.serpent: no such packed set; make it"):
         train(above)
-    with pytest.raises(UsageError, match=r"above\.yaml: device: no device 'gpu' here; valid: auto"):
+    with pytest.raises(UsageError, match=r"^command line: train: x\.serpent: no such packed set"):
+        train(above, ["train.0=x.serpent"])
+    with pytest.raises(UsageError, match=r"^command line: device: no device 'gpu' here; valid: auto"):
         train(above, ["device=gpu"])
-    with pytest.raises(UsageError, match=r"serpent_b has no option width; valid: patch_size"):
-        train(recipe_file(folders, model_options={"width": 3}))
+    recipe_file(folders, "below", model_options={"width": 3})
+    with pytest.raises(
+        UsageError, match=r"below\.yaml: model_options\.width: serpent_b has no option width; valid: pa"
+    ):
+        train(above)
+    with pytest.raises(UsageError, match=r"^command line: model_options\.dim: expected an integer above zero"):
+        train(above, ["model_options={}", "model_options.dim=abc"])
     for options, told in [
         ({"dim": "abc"}, "model_options.dim: expected an integer above zero, got str 'abc'"),
         ({"dim": True}, "model_options.dim: expected an integer above zero, got bool True"),

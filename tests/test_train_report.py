@@ -1,10 +1,11 @@
-"""What a run shows, where it was interrupted: every row, picture and event once."""
+"""What a run shows; where it was interrupted, every row, picture and event once."""
 
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.report import Report
@@ -20,6 +21,18 @@ def shown(run: Path) -> dict[str, list[int]]:
     """The steps at which TensorBoard shows loss and PSNR."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     return {key: [event.step for event in events.Scalars(key)] for key in ("loss", "psnr")}
+
+
+def test_crops_from_much_larger_images_are_told_of(folders):
+    for crop, told in {19: True, 20: False}.items():
+        recipe = load_recipe(recipe_file(folders, f"crop{crop}", stages=[{"crop": crop, "batch": 1, "steps": 1}]))
+        said = []
+        Trainer(recipe, said.append).run(stop_after_minutes=0)
+        line = (
+            f"crops of {crop} px are cut from images of 40 px and more, which are not reduced; to reduce them: serpent"
+        )
+        assert any(text.startswith(line) for text in said) == told
+        assert any("not reduced" in text for text in said) == told
 
 
 @pytest.mark.parametrize("lost", ["row", "pictures", "score"])

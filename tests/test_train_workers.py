@@ -1,6 +1,7 @@
 """Several processes on the CPU, over Gloo: the same weights as one, and none that hangs when another is gone."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import ENVIRONMENT, process
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.training import workers
 from serpent_ir.training.workers import Workers
@@ -80,6 +82,28 @@ def test_processes_that_trained_on_cpus_do_not_train_on_gpus(monkeypatch):
         monkeypatch.setattr(workers, "_joint", workers._Joint(kind, None, None))
         with pytest.raises(UsageError, match=f"this process, one of several, {told} in a new one"):
             Workers("cpu")
+
+
+def test_processes_that_are_not_told_where_to_meet(folders):
+    run = process("train", recipe_file(folders), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert run.returncode == 2
+    (line,) = [line for line in run.stderr.splitlines() if not line.startswith("serpent: warning: ")]
+    assert re.fullmatch(
+        r"serpent: error: WORLD_SIZE is 2: no way to meet .*MASTER_ADDR.*; use torchrun, or unset WORLD_SIZE", line
+    )
+    assert not (folders / "run").exists()
+
+
+def test_processes_of_torchrun_train_as_those_of_these_tests(folders):
+    file = recipe_file(folders, "forked", stages=[{"crop": 16, "batch": 2, "steps": 2}])
+    assert [finish(worker) for worker in start_workers(file, 2, folders)] == [0, 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "serpent_ir.cli", "train", str(file), f"out={folders}/run"]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("2 steps in 1 stage(s) on 2 x cpu") == 1, "one speaks"
+    forked, launched = weights_of(folders / "forked"), weights_of(folders / "run")
+    assert [name for name in forked if not torch.equal(forked[name], launched[name])] == []
 
 
 def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):

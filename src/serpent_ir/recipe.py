@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,12 +73,13 @@ class Recipe:
 class RecipeError(UsageError):
     """A key of a recipe that fits the schema, and not what is here: images, weights, devices.
 
-    The message begins with the key; `serpent_ir.train.open_trainer` puts the key's file before it.
+    The message begins with the key; `serpent_ir.train.open_trainer` puts before it where that is said.
     """
 
     @property
     def key(self) -> str:
-        return re.split(r"\W", str(self), maxsplit=1)[0]
+        """With dots, as in an override."""
+        return re.findall(r"\w+(?:\.\w+)*", str(self))[0]
 
 
 @contextmanager
@@ -96,39 +98,50 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         UsageError: no such file, not YAML, an unknown, missing or ill-typed key, or values that do not go together; it
-            names the file, the key and what is allowed.
+            names the file, or the command line, the key and what is allowed.
     """
     for override in overrides:
         if "=" not in override:
             raise UsageError(f"{override!r}: an override is key=value")
     raw, origins = _read(path, ())
     for override in overrides:
-        _override(raw, origins, override, path)
-    recipe = _typed(Recipe, raw, str(path), "", origins)
-    _check(recipe, lambda key: origins.get(key, str(path)))
+        _override(raw, override, path)
+    source = partial(_source, path=path, origins=origins, overrides=overrides)
+    recipe = _typed(Recipe, raw, source, "")
+    _check(recipe, source)
     return recipe
 
 
 def file_of(key: str, path: Path, overrides: Sequence[str] = ()) -> str:
-    """Which file a key of the recipe is from that `load_recipe` read: its own, where an override says it, or a base."""
-    overridden = any(re.split(r"[.=]", override, maxsplit=1)[0] == key for override in overrides)
-    return str(path) if overridden else _read(path, ())[1].get(key, str(path))
+    """Which file a key of the recipe is from that `load_recipe` read, itself or a base, or that it is an override."""
+    return _source(key, path, _read(path, ())[1], overrides)
+
+
+def _source(key: str, path: Path, origins: dict[str, str], overrides: Sequence[str]) -> str:
+    """Where a key is said: on the command line, if an override says it, what it is a part of, or a part of it."""
+    for override in overrides:
+        place = override.partition("=")[0]
+        if f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}."):
+            return "command line"
+    return origins.get(key.partition(".")[0], str(path))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """The keys of a recipe file over those of its base, and which file each is from."""
-    import yaml  # an extra: only training reads recipes
+    import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _load(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         asked = f" (the base of {above[-1]})" if above else ""
         raise UsageError(f"{path}: cannot be read ({error.strerror}){asked}") from None
+    except UsageError:
+        raise
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # the last: a date of month 13
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected keys and values, got {_short(raw)}")
-    _refuse_unknown(raw, Recipe, str(path))
+    _refuse_unknown(Recipe, raw, lambda _: str(path), "")
     base = raw.pop("base", "")
     if type(base) is not str or not base.isprintable():
         raise UsageError(f"{path}: base: expected the name of a file, got {_short(base)}")
@@ -142,15 +155,37 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     return {**below, **raw}, {**below_origins, **origins}
 
 
-def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path: Path) -> None:
+def _load(text: str, where: str) -> Any:
+    """What YAML says; a key that is said twice is a UsageError, where PyYAML would take the last."""
+    import yaml  # an extra: only training reads recipes
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise UsageError(f"{where}: line {line}: {_plain(key.value)} is said twice; remove one of the two")
+                seen.add((key.tag, key.value))
+            return node
+
+    return yaml.load(text, Loader)
+
+
+def _override(raw: dict[str, Any], override: str, path: Path) -> None:
     import yaml
 
     key, _, text = override.partition("=")
     keys = key.split(".")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text, repr(override))
+    except UsageError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError):
-        raise UsageError(f"{override!r}: the value is not YAML") from None
+        raise UsageError(
+            f"{override!r}: the value is not YAML; quote what holds brackets: 'train=[\"FOLDER[0:3]\"]'"
+        ) from None
     if keys == ["base"]:
         raise UsageError(f"{override!r}: base is read from a file; override the keys themselves")
     node: Any = raw
@@ -162,17 +197,16 @@ def _override(raw: dict[str, Any], origins: dict[str, str], override: str, path:
         node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError):
         raise UsageError(f"{override!r}: {path} has no place {key}") from None
-    origins[keys[0]] = str(path)
 
 
 def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
-    """Raise UsageError for values out of range, or that do not go together; `source` names the file of a key."""
+    """Raise UsageError for values out of range, or that do not go together; `source` says where a key is from."""
 
     def refuse(key: str, rule: str) -> typing.NoReturn:
         value: Any = recipe
         for name in key.split("."):
             value = value[int(name)] if isinstance(value, list) else getattr(value, name)
-        raise UsageError(f"{source(key.partition('.')[0])}: {key} is {_plain(value)}; it must be {rule}")
+        raise UsageError(f"{source(key)}: {key} is {_plain(value)}; it must be {rule}")
 
     try:
         scale = create_degradation(recipe.task).scale
@@ -217,19 +251,18 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
             refuse(f"{at}.epochs", "0 or more, and finite")
         if (stage.steps > 0) == (stage.epochs > 0):
             which = "both" if stage.steps else "neither"
-            raise UsageError(f"{source('stages')}: {at} must have either steps or epochs above 0, and has {which}")
+            raise UsageError(f"{source(at)}: {at} must have either steps or epochs above 0, and has {which}")
         if i and stage.crop < recipe.stages[i - 1].crop:
             refuse(f"{at}.crop", f"at least that of the stage before, {recipe.stages[i - 1].crop}")
 
 
-def _typed(kind: Any, raw: Any, file: str, key: str, origins: dict[str, str]) -> Any:
+def _typed(kind: Any, raw: Any, source: Callable[[str], str], key: str) -> Any:
     """`raw` as a value of `kind` (dataclass, list, dict, some words, plain type), or a UsageError with its key."""
-    file = origins.get(key, file)
-    where = f"{file}: {key}" if key else file
+    where = _at(source, key)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(raw, dict):
             raise UsageError(f"{where}: expected keys and values, got {_short(raw)}")
-        _refuse_unknown(raw, kind, where)
+        _refuse_unknown(kind, raw, source, key)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         missing = [
             name
@@ -237,9 +270,9 @@ def _typed(kind: Any, raw: Any, file: str, key: str, origins: dict[str, str]) ->
             if name not in raw and field.default is field.default_factory is dataclasses.MISSING
         ]
         if missing:
-            raise UsageError(f"{where}: missing key {', '.join(missing)}")
+            raise UsageError(f"{_at(source, key, missing[0])}: missing key {', '.join(missing)}")
         prefix = f"{key}." if key else ""
-        return kind(**{n: _typed(fields[n].type, value, file, prefix + n, origins) for n, value in raw.items()})
+        return kind(**{name: _typed(fields[name].type, value, source, prefix + name) for name, value in raw.items()})
     if typing.get_origin(kind) is Literal:
         words = typing.get_args(kind)
         if raw not in words:
@@ -251,15 +284,14 @@ def _typed(kind: Any, raw: Any, file: str, key: str, origins: dict[str, str]) ->
         for name, value in raw.items():
             items = value if isinstance(value, list) else [value]
             if type(name) is not str or not all(type(item) in (bool, int, float, str) for item in items):
-                raise UsageError(
-                    f"{where}.{name}: expected a name with a number, a word or a list, got {_short(value)}"
-                )
+                at = _at(source, f"{key}.{name}")
+                raise UsageError(f"{at}: expected a name with a number, a word or a list, got {_short(value)}")
         return raw
     if isinstance(kind, types.GenericAlias):
         if not isinstance(raw, list):
             raise UsageError(f"{where}: expected a list, got {_short(raw)}")
         (item,) = typing.get_args(kind)
-        return [_typed(item, value, file, f"{key}.{i}", origins) for i, value in enumerate(raw)]
+        return [_typed(item, value, source, f"{key}.{i}") for i, value in enumerate(raw)]
     if kind is float and type(raw) in (int, str):  # YAML 1.1 reads 1e-3, without a dot, as a string
         try:
             return float(raw)
@@ -270,11 +302,18 @@ def _typed(kind: Any, raw: Any, file: str, key: str, origins: dict[str, str]) ->
     return raw
 
 
-def _refuse_unknown(raw: dict[Any, Any], kind: type, where: str) -> None:
+def _refuse_unknown(kind: type, raw: dict[Any, Any], source: Callable[[str], str], key: str) -> None:
     valid = [field.name for field in dataclasses.fields(kind)] + (["base"] if kind is Recipe else [])
-    unknown = [_plain(name) for name in raw if name not in valid]
+    unknown = [name for name in raw if name not in valid]
     if unknown:
-        raise UsageError(f"{where}: unknown key {', '.join(unknown)}; valid: {', '.join(valid)}")
+        told = ", ".join(map(_plain, unknown))
+        raise UsageError(f"{_at(source, key, unknown[0])}: unknown key {told}; valid: {', '.join(valid)}")
+
+
+def _at(source: Callable[[str], str], key: str, part: object = "") -> str:
+    """What an error of a key begins with: where that is said, or a part of it that is wrong, and the key."""
+    place = ".".join(str(name) for name in (key, part) if name != "")
+    return f"{source(place)}: {key}" if key else source(place)
 
 
 def _with_defaults(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def open_trainer(config: Path, overrides: Sequence[str] = (), *, tensorboard: bo
     """The trainer of a recipe, on a stream of its own, where what goes wrong is said in one line: for scripts that want
     more than `train`, as other steps to validate at. Raises what `train` raises."""
     recipe = load_recipe(config, overrides)
-    check_model_options(recipe, config)
     try:
+        check_model_options(recipe)
         workers = Workers(recipe.device)
         with workers.together(), room_for(lambda: loading(recipe, workers)), own_stream(workers.device):
             yield Trainer(recipe, workers=workers, tensorboard=tensorboard)

@@ -40,6 +40,10 @@ def train(
 
     if images is not None and not dry_run:
         raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
+    given = {"--resume": resume, "--stop-after-minutes": stop_after_minutes is not None, "--tensorboard": tensorboard}
+    if dry_run and any(given.values()):
+        told = ", ".join(option for option in given if given[option])
+        raise UsageError(f"{told}: of no use to a --dry-run, which neither trains nor writes; leave one of them out")
     try:
         if dry_run:
             plan = serpent_ir.train.plan(config, overrides or (), images=images)
@@ -67,7 +71,7 @@ def train(
 def _show(plan: "Plan") -> None:
     rows = []
     for number, stage in enumerate(plan.stages, 1):
-        figures = [f"{stage.crop}", f"{stage.batch}", f"{stage.steps:,}"]
+        figures = [f"{stage.crop}", f"{stage.batch}", f"{stage.steps:,}", f"{stage.images:,}"]
         measured = [
             f"{1000 * stage.seconds:.4g}",
             f"{stage.batch / stage.seconds:.4g}",
@@ -76,7 +80,7 @@ def _show(plan: "Plan") -> None:
         ]
         rows.append([f"{number}", *figures, *([stage.error] if stage.error else measured)])
     title = f"{plan.model} {plan.task}, {plan.images:,} training images, {plan.workers} ({plan.device})"
-    columns = ("stage", "crop", "batch", "steps", "ms a step", "images/s", "GB", "hours")
+    columns = ("stage", "crop", "batch", "steps", "images", "ms a step", "images/s", "GB", "hours")
     print_table(title, columns, rows)
     validation = plan.validations * plan.validation_seconds / 3600
     print(f"estimated: {plan.hours:.2f} hours, {validation:.2f} of them for {plan.validations} validations")

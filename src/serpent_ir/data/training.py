@@ -65,11 +65,17 @@ class TrainingSet:
 
     def check_crop(self, crop: int) -> None:
         """Raise ImageError if some image is smaller than a square crop."""
-        for small in np.flatnonzero(self.sizes.min(1) < crop)[:1]:
-            height, width = self.store.sizes[small]
-            raise ImageError(
-                f"{self.files[small]}: {width}x{height} is smaller than the crop of {crop}; remove it or crop less"
-            )
+        largest, image = self.largest_crop()
+        if crop > largest:
+            raise ImageError(f"{image} is smaller than the crop of {crop}; remove it or crop less")
+
+    def largest_crop(self) -> tuple[int, str]:
+        """Side of the largest square that can be cropped from every image, and which image it is that allows no more,
+        with its size."""
+        sides = self.sizes.min(1)
+        smallest = int(sides.argmin())
+        height, width = self.store.sizes[smallest]
+        return int(sides[smallest]), f"{self.files[smallest]}: {width}x{height}"
 
     def batch(self, samples: Sequence[int], crop: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """Network input (B, C, crop, crop) and clean image (B, 3, crop, crop) of these samples, float32, on the device.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from serpent_ir.degradations import create_degradation
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError
 from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models
 from serpent_ir.models.checkpoints import fill, load_weights
 from serpent_ir.recipe import Recipe, RecipeError, of_key
@@ -46,8 +46,8 @@ def _start_from(recipe: Recipe, network: nn.Module) -> None:
         raise RecipeError(f"start: {error}") from None
 
 
-def check_model_options(recipe: Recipe, file: Path) -> None:
-    """Raise UsageError, with file and key, for an option that the recipe's network lacks or of another type.
+def check_model_options(recipe: Recipe) -> None:
+    """Raise RecipeError for an option that the recipe's network lacks or of another type.
 
     Says nothing of a network that is not known.
     """
@@ -55,15 +55,15 @@ def check_model_options(recipe: Recipe, file: Path) -> None:
         return
     fields = vars(PRESETS[recipe.model][1])
     for name, value in recipe.model_options.items():
-        where = f"{file}: model_options.{name}"
+        where = f"model_options.{name}"
         if name == "task":
-            raise UsageError(f"{where}: the recipe's own key task says it; remove it here")
+            raise RecipeError(f"{where}: the recipe's own key task says it; remove it here")
         if name not in fields:
             valid = ", ".join(field for field in fields if field != "task")
-            raise UsageError(f"{where}: {recipe.model} has no option {name}; valid: {valid}")
+            raise RecipeError(f"{where}: {recipe.model} has no option {name}; valid: {valid}")
         expected = _mismatch(fields[name], value)
         if expected:
-            raise UsageError(f"{where}: expected {expected}, got {type(value).__name__} {value!r}")
+            raise RecipeError(f"{where}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
 def _mismatch(preset: Any, value: Any) -> str:

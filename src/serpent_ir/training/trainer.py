@@ -97,8 +97,10 @@ class Trainer:
         self.network = network.to(self.device).train()
         self.workers.take_from_first(self.network)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        for stage in recipe.stages:
-            self.data.check_crop(stage.crop)
+        most, image = self.data.largest_crop()
+        for i, crop in enumerate(stage.crop for stage in recipe.stages):
+            if crop > most:
+                raise RecipeError(f"stages.{i}.crop is {crop}; it must be at most {most} for {image}; or remove it")
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
         self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
         self.score: dict[str, float] = {}  # of the last validation
@@ -159,6 +161,9 @@ class Trainer:
                 f"{recipe.model} {recipe.task}: {self.schedule.steps} steps in {len(recipe.stages)} stage(s) on "
                 f"{self.workers.told()}; {len(self.data)} training and {len(self.val)} validation images"
             )
+            if 2 * (crop := recipe.stages[-1].crop) < (side := self.data.largest_crop()[0]):
+                told = f"crops of {crop} px are cut from images of {side} px and more, which are not reduced"
+                self.say(f"{told}; to reduce them: serpent data pack --size")
             try:
                 with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
                     if again is not None:

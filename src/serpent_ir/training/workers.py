@@ -176,12 +176,18 @@ def _join(kind: str) -> _Joint:
     except ModuleNotFoundError:
         raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
-    accelerator = Accelerator(
-        cpu=kind == "cpu",
-        mixed_precision="no",  # whatever the launcher says: precision is the recipe's
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            cpu=kind == "cpu",
+            mixed_precision="no",  # whatever the launcher says: precision is the recipe's
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:  # a variable that a launcher sets is missing or wrong
+        told = " ".join(str(error).split())
+        raise UsageError(
+            f"WORLD_SIZE is {expected}: no way to meet the others ({told}); use torchrun, or unset WORLD_SIZE"
+        ) from None
     if accelerator.num_processes != expected or not torch.distributed.is_initialized():
         raise UsageError("serpent train runs data parallel alone; use torchrun, or accelerate launch --multi_gpu")
     _joint = _Joint(kind, accelerator, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
