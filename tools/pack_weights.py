@@ -102,7 +102,9 @@ def _training(run: Path, device: str, train: list[str] | None) -> dict[str, Any]
     if (step := int(metadata["step"])) != sum(stage["steps"] for stage in recipe["stages"]):
         training["stopped"] = step
     if (start := recipe.get("start")) and (card := WEIGHTS_DIR / f"{start}.json").exists():
-        training["before"] = json.loads(card.read_text())["training"]
+        before = json.loads(card.read_text())["training"]
+        packed_again = {key: before[key] for key in before if key != "before"} == training
+        training["before"] = before["before"] if packed_again else before
     elif start:
         training["before"] = _training(Path(start).parent, device, train)
     return training
@@ -145,7 +147,7 @@ def main() -> None:
         name=name,
         params=sum(p.numel() for p in network.parameters()) / 1e6,
         task_text=TASK_TEXT[recipe["task"]],
-        data=" and ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
+        data=", ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
         faces512=FACES512 if "faces512/train" in {folder for run in runs for folder in run["train"]} else "",
         runs="\n".join(_told(run) for run in runs),
         minutes=sum(run["minutes"] for run in runs),
