@@ -4,17 +4,17 @@
 
 Images are decoded once, into packed sets. For each task, `deblur` then `sr8`, every network first has a GPU to itself,
 for short runs at two learning rates (the paper's and a neighbour), which choose the better one by PSNR on some
-validation images and say how many steps the minutes hold. Then each trains for so many steps at one crop size (SwinIR
-has no progressive stages in the paper, and images of one size can be counted), the learning rate coming down to zero at
-their end, and is evaluated on three sets. As the steps are fixed by then, --at-once trainings may share a GPU: minutes
-and seconds are always steps times the time that one took alone. Rows at equal numbers of images are read from the
-validations of the same runs, at the number that the slowest network reached; the learning rate of the others is not
-down by then.
+validation images and say how many steps the minutes hold. Where the two come close, both run once more, for three times
+as long, and that chooses. Then each network trains for so many steps at one crop size (SwinIR has no progressive stages
+in the paper, and images of one size can be counted), the learning rate coming down to zero at their end, and is
+evaluated on three sets. As the steps are fixed by then, --at-once trainings may share a GPU: minutes and seconds are
+always steps times the time that one took alone. Rows at equal numbers of images are read from the validations of the
+same runs, at the number that the slowest network reached; the learning rate of the others is not down by then.
 
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
 with other --minutes new tables stand beside the old ones, from the same short runs; other settings are refused. As the
-short runs fix steps and learning rate, what trains may be another device than the one whose minutes they are: with
---minutes-of and its name this one goes on from the short runs that were made there, and makes none. --out gets
+first short runs fix steps, what trains may be another device than the one whose minutes they are: with --minutes-of and
+its name this one goes on from the short runs that were made there, and makes only longer ones. --out gets
 results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`,
 because it is about these networks, these data and these tables, and wants the repository beside it.
 """
@@ -57,6 +57,8 @@ TASKS: dict[str, tuple[int, int, tuple[str, ...], str]] = {
 }
 # The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.
 RATES = {"serpent": [1e-3, 5e-4], "unet": [5e-4, 1e-3], "restormer": [3e-4, 5e-4], "swinir": [1e-3, 3e-4]}
+CLOSE = 0.2  # dB between two learning rates within which longer runs choose
+LONGER = 3  # times as long
 EXTRA = 30  # seconds that a job takes beside training: imports, captures, validation, evaluation
 
 
@@ -92,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes-of", metavar="DEVICE", help='whose minutes, as results name it ("NVIDIA H200"); default: this device'
     )
-    parser.add_argument("--probe-seconds", type=float, default=30, help="of training at each learning rate, to choose")
+    parser.add_argument("--probe-seconds", type=float, default=10, help="of training at each learning rate, to choose")
     parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to choose from, for all networks")
     parser.add_argument("--crop", type=int, help="side of the training images")
     parser.add_argument("--batch", type=int)
@@ -181,7 +183,7 @@ def _here(job: Job) -> bool:
 
 
 def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str, Any]]:
-    """By network what holds `probes` and `step_ms` of these settings: of this budget, else of another of the task."""
+    """By network `probes`, `step_ms`, their settings and what is there of `longer`: of this budget, else of another."""
     found: dict[str, dict[str, Any]] = {}
     places = sorted(folder.glob(f"{job.task}.*min"), key=lambda place: (place != place_of(job, folder), place.name))
     for file in [file for place in places for file in sorted(place.glob("*.json"))]:
@@ -189,9 +191,16 @@ def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str
         now = settings(job, rates(name, lrs))
         del now["lpips_weights"]  # which a probe has no use for
         before = content.get("settings", {})
-        if {"probes", "step_ms"} <= content.keys() and all(before.get(key) == now[key] for key in now):
-            found.setdefault(name, content)
-    return found
+        if all(before.get(key) == now[key] for key in now):
+            parts = {key: content[key] for key in ("probes", "step_ms", "longer", "settings") if key in content}
+            found[name] = parts | found.get(name, {})
+    return {name: parts for name, parts in found.items() if "probes" in parts}
+
+
+def undecided(probed: dict[str, Any]) -> bool:
+    """Whether longer runs have to choose the learning rate, and have not."""
+    scores = sorted((each["psnr"] for each in probed["probes"] if each["psnr"]), reverse=True)
+    return "longer" not in probed and len(scores) > 1 and scores[0] - scores[1] < CLOSE
 
 
 def unprobed(job: Job, networks: list[str], lrs: list[float] | None, folder: Path) -> list[str]:
@@ -264,9 +273,19 @@ def run_task(
         takes = EXTRA + job.probe_seconds * len(probing.lrs)
         run(probing, f"{name}.probe.json", takes, settings(job, probing.lrs))
 
+    def probe_longer(name: str) -> None:
+        found = probed[name]
+        probing = dataclasses.replace(
+            packed, what="probe longer", model=name, lrs=[each["lr"] for each in found["probes"]],
+            probe_seconds=LONGER * job.probe_seconds, step_ms=found["step_ms"],
+        )  # fmt: skip
+        takes = EXTRA + probing.probe_seconds * len(probing.lrs)
+        run(probing, f"{name}.longer.json", takes, found["settings"] | settings(job, rates(name, lrs)))
+
     def train(name: str) -> None:
         found = probed[name]
-        best = max(found["probes"], key=lambda each: each["psnr"] or -math.inf)
+        longer = {"longer": found["longer"]} if "longer" in found else {}
+        best = max(found.get("longer", found["probes"]), key=lambda each: each["psnr"] or -math.inf)
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
@@ -275,7 +294,7 @@ def run_task(
         takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
         # PyTorch in the settings is the one that the steps were timed with; the row has that of the training.
         about = found["settings"] | settings(job, rates(name, lrs))
-        run(training, f"{name}.json", takes, about, train=_told(job.train), probes=found["probes"])
+        run(training, f"{name}.json", takes, about, train=_told(job.train), probes=found["probes"], **longer)
 
     def run(one: Job, file: str, takes: float, about: dict[str, Any], **more: Any) -> None:
         result = devices(one, place / f"{one.model}.log", until, takes)
@@ -289,10 +308,13 @@ def run_task(
 
     devices.share_out(probe, unprobed(job, wanted, lrs, folder))
     probed = timed(job, lrs, folder)
+    devices.share_out(probe_longer, [name for name in wanted if name in probed and undecided(probed[name])])
+    probed = timed(job, lrs, folder)
     # A look at the last step of the slowest, which is where they are compared; of all that were ever probed, as another
     # call may train them.
     fewest = min((max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()), default=1)
-    ready = sorted((name for name in wanted if name in probed), key=lambda name: -probed[name]["step_ms"])
+    ready = [name for name in wanted if name in probed and not undecided(probed[name])]
+    ready.sort(key=lambda name: -probed[name]["step_ms"])
     devices.share_out(train, ready, devices.at_once)
 
 
@@ -332,8 +354,9 @@ def _keep(result: dict[str, Any], file: Path, job: Job, about: dict[str, Any]) -
         result = {"model": name, "task": job.task, "minutes": job.minutes, **result}
         say(f"{job.task} {name}: {result['error']}")
     elif "curve" not in result:
-        tried = ", ".join(f"{p['psnr']:.2f} dB at {p['lr']:g}" for p in result["probes"] if p["psnr"])
-        say(f"{job.task} {name}: {result['step_ms']:.1f} ms a step; {tried}")
+        probes = result.get("longer") or result["probes"]
+        tried = ", ".join(f"{p['psnr']:.2f} dB at {p['lr']:g}" for p in probes if p["psnr"])
+        say(f"{job.task} {name}: by {job.probe_seconds:g} s at {result['step_ms']:.1f} ms a step {tried}")
     else:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
@@ -351,9 +374,9 @@ def say(line: str) -> None:
 
 def write_results(folder: Path) -> None:
     """results.json and results.md of all that is in the folder."""
-    files = [file for file in sorted(folder.glob("*min/*.json")) if not file.name.endswith(".probe.json")]
-    # Where the probes failed, that says why there is no more.
-    files += [file for file in sorted(folder.glob("*min/*.probe.json")) if "error" in _read(file)]
+    short = {file for end in ("probe", "longer") for file in folder.glob(f"*min/*.{end}.json")}
+    # Where the short runs failed, that says why there is no more.
+    files = [file for file in sorted(folder.glob("*min/*.json")) if file not in short or "error" in _read(file)]
     runs = [_read(file) for file in files]
     _write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
     _write(folder / "results.md", render(runs))

@@ -28,7 +28,7 @@ from serpent_ir.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Job:
-    what: str  # "probe" or "train"
+    what: str  # "probe", "probe longer" or "train"
     model: str
     task: str
     crop: int
@@ -41,10 +41,10 @@ class Job:
     minutes: float
     minutes_of: str  # name of the device whose they are
     probe_seconds: float
-    lrs: list[float]  # of `probe`: to choose from; of `train`: the one
+    lrs: list[float]  # to choose from; of `train`: the one
     seed: int
     device: str
-    step_ms: float  # of `train`: what `probe` found
+    step_ms: float  # what `probe` found, of the others
     first_look: int  # of `train`: steps until the first validation
     lpips_weights: str | None
     runs: str | None  # folder where runs are kept; None: they go
@@ -77,7 +77,7 @@ def _run(job: Job, log: Path, gpu: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with room_for(lambda: OUT_OF_MEMORY):
-                result = probe(job, folder) if job.what == "probe" else train_and_evaluate(job, folder)
+                result = {"probe": probe, "probe longer": longer, "train": train_and_evaluate}[job.what](job, folder)
         except OutOfRoomError:
             result = {"error": OUT_OF_MEMORY}
         except SerpentError as error:
@@ -91,8 +91,20 @@ def probe(job: Job, folder: Path) -> dict[str, Any]:
     (stage,) = plan(_recipe(job, folder / "plan", lr=job.lrs[0], steps=1, first_look=1)).stages
     if stage.error:
         return {"error": OUT_OF_MEMORY}
-    steps, step_ms = _steps(job.probe_seconds, 1e3 * stage.seconds), 1e3 * stage.seconds
-    probes = []
+    step_ms = 1e3 * stage.seconds
+    probes, rows = _tried(job, folder, _steps(job.probe_seconds, step_ms))
+    return {"probes": probes, "step_ms": _lasting(rows) if rows else step_ms}
+
+
+def longer(job: Job, folder: Path) -> dict[str, Any]:
+    """What a run at each learning rate comes to whose steps are known to take so long."""
+    probes, _ = _tried(job, folder, _steps(job.probe_seconds, job.step_ms))
+    return {"longer": probes, "step_ms": job.step_ms}
+
+
+def _tried(job: Job, folder: Path, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What so many steps at each learning rate come to, and the log of the last that did not fail."""
+    probes, rows = [], []
     for lr in job.lrs:
         try:
             rows = _train(job, folder / f"probe-{lr:g}", lr=lr, steps=steps, first_look=steps)
@@ -102,8 +114,7 @@ def probe(job: Job, folder: Path) -> dict[str, Any]:
             probes.append({"lr": lr, "psnr": None, "error": str(error)})
         else:
             probes.append({"lr": lr, **_score(rows)[-1]})
-            step_ms = _lasting(rows)
-    return {"probes": probes, "step_ms": step_ms}
+    return probes, rows
 
 
 def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
         lines += [
             f"Minutes of {_whose(one)}, PyTorch {timed_with}; {how}.",
             f"Training images: {', '.join(one['train'])}.",
-            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each. Minutes: the steps times",
-            "what one takes a network that has the device to itself.",
+            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each{_longer(done)}.",
+            "Minutes: the steps times what one takes a network that has the device to itself.",
             *_timed_otherwise(done),
             *_trained_on(done),
             "",
@@ -73,6 +73,12 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
 def _whose(run: dict[str, Any]) -> str:
     """The device whose minutes they are; rows from before that could be another have only the one."""
     return run.get("minutes_of", run["device"])
+
+
+def _longer(runs: list[dict[str, Any]]) -> str:
+    """Which networks' learning rates were chosen by longer runs, as the short ones came close."""
+    networks = [label_of(run["model"]) for run in runs if "longer" in run]
+    return f" (three times as long for {', '.join(networks)}, as it was close)" if networks else ""
 
 
 def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:
