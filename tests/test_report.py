@@ -51,6 +51,9 @@ def test_a_report_with_missing_points(tmp_path):
     rows[-2] |= {"infer_graph_ms": None, "infer_graph_range_ms": None, "notes": [note]}  # SwinIR-B at 512
     (tmp_path / "profile.json").write_text(json.dumps(rows))
     runs = [a_run("serpent_b", 27.12), a_run("unet_128", 26.5)]
+    # Less time, and more of which a network lacks: neither stands beside the others'.
+    runs += [a_run(name, 25) | {"minutes": 1} for name in ("serpent_b", "unet_128")]
+    runs += [a_run("serpent_b", 28) | {"minutes": 5}]
     (tmp_path / "tables.json").write_text(json.dumps({"runs": runs}))
     sources = ("--from", tmp_path / "profile.json", "--from", tmp_path / "tables.json")
     result = serpent("report", tmp_path / "report", *sources)

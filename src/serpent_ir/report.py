@@ -25,7 +25,8 @@ VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces
 def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     """Draw all figures that the rows of a profile, and the runs of a comparison of networks, allow; and `report.md`.
 
-    Rows of one device, precision and batch are drawn: those of the first; a UserWarning says what is left out.
+    Rows of one device, precision and batch are drawn: those of the first; a UserWarning says what is left out. Of the
+    runs of a task those of one budget: the one with most networks, the longest of these.
 
     Raises:
         UsageError: no rows, or matplotlib is missing.
@@ -40,6 +41,7 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
             f"{len(others)} rows of another device, precision or batch than the first row's are left out", stacklevel=2
         )
     rows = [{**dict.fromkeys(MEASURED), **row} for row in rows if row not in others]
+    runs = _of_one_budget(runs)
     files = draw(folder, rows, runs)
     with replacing(folder / "report.md") as file:
         file.write(page(rows, runs, files).encode())
@@ -64,12 +66,21 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
         if isinstance(content, list) and all(map(is_row, content)):
             rows += content
         elif isinstance(content, dict) and isinstance(content.get("runs"), list) and all(map(_is_run, content["runs"])):
-            runs += sorted(content["runs"], key=lambda run: run["minutes"])  # the longest counts
+            runs += content["runs"]
         else:
             raise SerpentError(
                 f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
             )
     return rows, runs
+
+
+def _of_one_budget(runs: Rows) -> Rows:
+    models: dict[str, dict[float, set[str]]] = {}
+    for run in runs:
+        if run.get("evaluation"):
+            models.setdefault(run["task"], {}).setdefault(run["minutes"], set()).add(run["model"])
+    kept = {task: max(found, key=lambda minutes: (len(found[minutes]), minutes)) for task, found in models.items()}
+    return [run for run in runs if run["minutes"] == kept.get(run["task"])]
 
 
 def is_row(row: Any) -> bool:
@@ -119,7 +130,7 @@ def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     for size in sizes:
         here = f"Milliseconds: {told}.\nPSNR:"
         if ours := _measured_quality(rows, runs, size):
-            measured = f"{here} measured here, on {VAL['deblur'][size]}, after {_budget(runs, ours)}"
+            measured = f"{here} measured here, on {VAL['deblur'][size]}, after {_budget(runs)}"
             drawing = partial(figures.quality_over_time, ours, size, measured)
             files += figures.save(drawing, folder, f"psnr_ms_{size}")
         if printed := _printed_quality(rows, size):
@@ -158,12 +169,9 @@ def _measured_quality(rows: Rows, runs: Rows, size: int) -> list[tuple[str, floa
     return _with_times(rows, psnr, size)
 
 
-def _budget(runs: Rows, points: list[tuple[str, float, float]]) -> str:
-    drawn = {model for model, _, _ in points}
-    minutes = {run["model"]: run["minutes"] for run in runs if run["task"] == "deblur" and run["model"] in drawn}
-    least, most = min(minutes.values()), max(minutes.values())
-    span = f"{least:g}" if least == most else f"{least:g} to {most:g}"
-    return f"{span} minute{'s' * (most != 1)} of training each"
+def _budget(runs: Rows) -> str:
+    minutes = next(run["minutes"] for run in runs if run["task"] == "deblur")
+    return f"{minutes:g} minute{'s' * (minutes != 1)} of training each"
 
 
 def _printed_quality(rows: Rows, size: int) -> list[tuple[str, float, float]]:
