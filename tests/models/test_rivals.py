@@ -282,9 +282,11 @@ def check_against_float64(name: str, device: torch.device, autocast: bool) -> No
         torch.backends.cudnn.allow_tf32 = tf32
     expected = exact(image)
     (expected * weights).sum().backward()
-    tolerance = 0.2 if autocast else 1e-4  # bfloat16 was seen to be 8% off in the gradient of a norm's weight
-    parameters = zip(model.parameters(), exact.parameters(), strict=True)
-    pairs = [(restored, expected), *((one.grad, other.grad) for one, other in parameters)]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert (one.cpu().double() - other).norm() <= tolerance * other.norm()
+    tolerance = 0.2 if autocast else 1e-4
+    assert (restored.cpu().double() - expected).norm() <= tolerance * expected.norm()
+    # A norm's bias has a gradient whose summands cancel: what bfloat16 rounds of them is little beside other gradients,
+    # and on some processors a quarter of what remains.
+    least = sum(float(other.grad.norm()) ** 2 for other in exact.parameters() if other.grad is not None) ** 0.5 / 50
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert (one.grad.cpu().double() - other.grad).norm() <= tolerance * max(float(other.grad.norm()), least)
