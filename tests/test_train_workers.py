@@ -94,6 +94,12 @@ def test_processes_that_are_not_told_where_to_meet(folders):
     assert not (folders / "run").exists()
 
 
+def test_a_number_of_processes_that_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="^RANK and WORLD_SIZE in the environment must be numbers$"):
+        Workers("cpu")
+
+
 def test_processes_of_torchrun_train_as_those_of_these_tests(folders):
     file = recipe_file(folders, "forked", stages=[{"crop": 16, "batch": 2, "steps": 2}])
     assert [finish(worker) for worker in start_workers(file, 2, folders)] == [0, 0]

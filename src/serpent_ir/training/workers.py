@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from serpent_ir.batch import rank_and_world
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import pick_device
 from serpent_ir.recipe import RecipeError, of_key
@@ -36,7 +37,7 @@ class Workers:
     """
 
     def __init__(self, device: str = "auto"):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        _, self.world = rank_and_world()
         self.rank = 0
         self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
         shared = device in ("auto", "cuda", "cpu")
@@ -176,7 +177,7 @@ def _join(kind: str) -> _Joint:
     except ModuleNotFoundError:
         raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    _, expected = rank_and_world()
     try:
         accelerator = Accelerator(
             cpu=kind == "cpu",
