@@ -96,7 +96,7 @@ def test_processes_that_are_not_told_where_to_meet(folders):
 
 def test_a_number_of_processes_that_is_none(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(UsageError, match="^RANK and WORLD_SIZE in the environment must be numbers$"):
+    with pytest.raises(UsageError, match="RANK and WORLD_SIZE in the environment must be numbers"):
         Workers("cpu")
 
 
