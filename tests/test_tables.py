@@ -23,11 +23,9 @@ def draw(folder: Path, count: int) -> None:
         Image.fromarray(small).resize((40, 32), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
 
 
-def tables(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--data", str(folder), "--out", str(folder / "out"), "--device", "cpu"]
-    command += ["--tasks", "deblur", "--networks", "serpent_b", "unet_32", "--crop", "16", "--batch", "1"]
-    command += map(str, arguments)
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+def arguments_of(folder: Path, *more: object) -> list[str]:
+    options = ["--data", folder, "--out", folder / "out", "--device", "cpu", "--tasks", "deblur", "--crop", 16]
+    return list(map(str, [*options, "--batch", 1, "--networks", "serpent_b", "unet_32", *more]))
 
 
 def draw_all(folder: Path) -> None:
@@ -36,10 +34,12 @@ def draw_all(folder: Path) -> None:
         draw(folder / name / "val", 1)
 
 
-def test_two_networks_in_seconds(tmp_path, monkeypatch):
+def test_two_networks_in_seconds(tmp_path, monkeypatch, capsys):
     draw_all(tmp_path)
     budget = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3, "--at-once", 2)
-    done = tables(tmp_path, *budget)
+    arguments = arguments_of(tmp_path, *budget)
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     runs = {run["model"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
     assert runs.keys() == {"serpent_b", "unet_32"}
@@ -76,44 +76,45 @@ def test_two_networks_in_seconds(tmp_path, monkeypatch):
     assert "| - | - | - |" not in page
     # Once more: all is there.
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
-    again = tables(tmp_path, *budget)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("done already") == 2
-    assert "packing" not in again.stderr
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from tables import main  # pyright: ignore[reportMissingImports]
 
+    monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+    main()
+    told = capsys.readouterr().err
+    assert told.count("done already") == 2
+    assert "packing" not in told
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
     # With another seed they would be mixed; and what would fail after training fails now.
     for options, told in [
         (("--seed", 1), "serpent_b.json: of other settings (seed 0, now 1); give another --out or remove it"),
         (("--lpips-weights", tmp_path / "none.pth"), "none.pth: no such weights file"),
         (("--data", tmp_path / "none"), "/val: no such folder"),
     ]:
-        monkeypatch.setattr(sys, "argv", list(map(str, again.args[1:] + list(options))))
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments, *map(str, options)])
         with pytest.raises(SystemExit, match=f"^tables.py: error: .*{re.escape(told)}$"):
             main()
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
 
 
-def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch):
+def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch, capsys):
     """Probes of another budget and of a GPU that nobody has: what is trained from them is of its minutes."""
     draw_all(tmp_path)
     options = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3)
     there = ("--minutes-of", "GPU X")
-    done = tables(tmp_path, *options, "--networks", "serpent_b")
-    assert done.returncode == 0, done.stderr
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from tables import arguments, job_of, main, timed  # pyright: ignore[reportMissingImports]
 
     out = tmp_path / "out"
-    arguments_of = list(map(str, done.args[1:]))
 
-    def in_this_process(*more: object) -> None:
-        monkeypatch.setattr(sys, "argv", [*arguments_of, *map(str, more)])
+    def call(*more: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments_of(tmp_path, *options, *more)])
+
+    call("--networks", "serpent_b")
+    main()
 
     def known(*more: object) -> set[str]:
-        in_this_process(*more)
+        call("--networks", "serpent_b", *more)
         args = arguments()
         return set(timed(job_of("deblur", args), args.lrs, out))
 
@@ -148,16 +149,18 @@ def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch):
         ),
         ((*there, "--seed", 1), "serpent_b.json: of other settings (seed 0, now 1); give"),
     ]:
-        in_this_process(*more)
+        call("--networks", "serpent_b", *more)
         with pytest.raises(SystemExit, match=f"^tables.py: error: .*{re.escape(told)}"):
             main()
     assert {path: path.read_bytes() for path in out.rglob("*.json")} == before
 
-    done = tables(tmp_path, *options, *there)  # serpent_b and unet_32
-    assert done.returncode == 0, done.stderr
-    assert "serpent_b: done already" in done.stderr
+    capsys.readouterr()
+    call(*there)  # serpent_b and unet_32
+    main()
+    said = capsys.readouterr().err
+    assert "serpent_b: done already" in said
     # Nothing was probed but, for longer, what the GPU's probes had left open.
-    assert re.findall("(.*) ms a step", done.stderr) == ["deblur unet_32: by 0.3 s at 200.0"]
+    assert re.findall("(.*) ms a step", said) == ["deblur unet_32: by 0.3 s at 200.0"]
     place = out / "deblur.0.01min"
     assert {path.name for path in place.glob("*.json")} == {"serpent_b.json", "unet_32.longer.json", "unet_32.json"}
     new = json.loads((out / "deblur.0.01min" / "unet_32.json").read_text())
