@@ -11,9 +11,6 @@ evaluated on three sets. As the steps are fixed by then, --at-once trainings may
 always steps times the time that one took alone. Rows at equal numbers of images are read from the validations of the
 same runs, at the number that the slowest network reached; the learning rate of the others is not down by then.
 
-What else is not fair: the U-Nets' instance norm takes its mean and deviation from crops in training and from whole
-images in evaluation, and how far they fall behind grows with the images (the paper trains on whole ones in the end).
-
 What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
 with other --minutes new tables stand beside the old ones, from the same short runs; other settings are refused. As the
 first short runs fix steps, what trains may be another device than the one whose minutes they are: with --minutes-of and
