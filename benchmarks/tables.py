@@ -273,6 +273,10 @@ def run_task(
         takes = EXTRA + job.probe_seconds * len(probing.lrs)
         run(probing, f"{name}.probe.json", takes, settings(job, probing.lrs))
 
+    def about(name: str) -> dict[str, Any]:
+        # PyTorch in the settings is the one that the steps were timed with; a row has that of its training.
+        return probed[name]["settings"] | settings(job, rates(name, lrs))
+
     def probe_longer(name: str) -> None:
         found = probed[name]
         probing = dataclasses.replace(
@@ -280,7 +284,7 @@ def run_task(
             probe_seconds=LONGER * job.probe_seconds, step_ms=found["step_ms"],
         )  # fmt: skip
         takes = EXTRA + probing.probe_seconds * len(probing.lrs)
-        run(probing, f"{name}.longer.json", takes, found["settings"] | settings(job, rates(name, lrs)))
+        run(probing, f"{name}.longer.json", takes, about(name))
 
     def train(name: str) -> None:
         found = probed[name]
@@ -292,11 +296,9 @@ def run_task(
         # Sharing a GPU gains little: five that began together ended together, after five times as long. Of another
         # device's minutes this is a guess: how much faster or slower this one is is not known.
         takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
-        # PyTorch in the settings is the one that the steps were timed with; the row has that of the training.
-        about = found["settings"] | settings(job, rates(name, lrs))
-        run(training, f"{name}.json", takes, about, train=_told(job.train), probes=found["probes"], **longer)
+        run(training, f"{name}.json", takes, about(name), train=_told(job.train), probes=found["probes"], **longer)
 
-    def run(one: Job, file: str, takes: float, about: dict[str, Any], **more: Any) -> None:
+    def run(one: Job, file: str, takes: float, made_with: dict[str, Any], **more: Any) -> None:
         result = devices(one, place / f"{one.model}.log", until, takes)
         if result is None:
             say(f"{job.task} {one.model}: no time left to {one.what}")
@@ -304,7 +306,7 @@ def run_task(
         if one.what == "train" and devices.at_once > 1 and result.get("error") == OUT_OF_MEMORY:
             result = {"error": "out of memory beside others; call again with a lower --at-once"}
         result = result if "error" in result else {**result, **more}
-        _keep(result, place / file, one, about)
+        _keep(result, place / file, one, made_with)
 
     devices.share_out(probe, unprobed(job, wanted, lrs, folder))
     probed = timed(job, lrs, folder)

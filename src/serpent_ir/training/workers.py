@@ -49,7 +49,7 @@ class Workers:
         self.joined = self.world > 1 or (launched and shared and self.device.type in ("cuda", "cpu"))
         if not self.joined:
             return
-        self._joint = _join(self.device.type)
+        self._joint = _join(self.device.type, self.world)
         self.rank = self._joint.accelerator.process_index
         self.device = self._joint.accelerator.device
         self._words = self._joint.words
@@ -162,8 +162,8 @@ _joint: _Joint | None = None
 what a launcher lets its processes meet by still knows the addresses of a group that was ended."""
 
 
-def _join(kind: str) -> _Joint:
-    """Meet the other processes, unless that was done before. Raises UsageError where it cannot be."""
+def _join(kind: str, world: int) -> _Joint:
+    """Meet the others, so many with this one, unless that was done before. Raises UsageError where it cannot be."""
     global _joint
     if _joint is not None:
         if _joint.kind != kind or not torch.distributed.is_initialized():
@@ -177,7 +177,6 @@ def _join(kind: str) -> _Joint:
     except ModuleNotFoundError:
         raise UsageError("several processes need Accelerate: pip install 'serpent-ir[train]'") from None
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS", category=UserWarning)  # Accelerate chooses a number
-    _, expected = rank_and_world()
     try:
         accelerator = Accelerator(
             cpu=kind == "cpu",
@@ -187,9 +186,9 @@ def _join(kind: str) -> _Joint:
     except ValueError as error:  # a variable that a launcher sets is missing or wrong
         told = " ".join(str(error).split())
         raise UsageError(
-            f"WORLD_SIZE is {expected}: no way to meet the others ({told}); use torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {world}: no way to meet the others ({told}); use torchrun, or unset WORLD_SIZE"
         ) from None
-    if accelerator.num_processes != expected or not torch.distributed.is_initialized():
+    if accelerator.num_processes != world or not torch.distributed.is_initialized():
         raise UsageError("serpent train runs data parallel alone; use torchrun, or accelerate launch --multi_gpu")
     _joint = _Joint(kind, accelerator, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     return _joint
