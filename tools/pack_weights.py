@@ -30,7 +30,7 @@ Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}
 - **Recipe**: Adam, {warmup} steps of warm-up, then a cosine to zero; gradients clipped at {clip:g}; bfloat16
   autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
 {runs}
-- **Cost**: {minutes:.1f} minutes, validation not counted.
+- **Cost**: {minutes:.1f} GPU-minutes, validation not counted.
 - **Size**: float16, {megabytes:.1f} MB; computed in float32 (bfloat16 autocast on a GPU).
 
 ## Quality
@@ -83,12 +83,12 @@ def _told(run: dict[str, Any]) -> str:
     """A line of the card on one run."""
     stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
     stages += f", of which it made the first {run['stopped']}" if "stopped" in run else ""
-    cost = f"{run['minutes']:.1f} minutes on one {run['device']}"
-    rate = f"{run['loss'].upper()}; learning rate {run['lr']:g}"
+    cost = f"{run['minutes']:.1f} minutes on {run.get('gpus', 'one')} {run['device']}"
+    rate = f"{run.get('loss', 'l1').upper()}; learning rate {run['lr']:g}"
     return f"- **Run** (`{run['task']}`, {' + '.join(run['train'])}): {stages}; {rate}; {cost}."
 
 
-def _training(run: Path, device: str, train: list[str] | None) -> dict[str, Any]:
+def _training(run: Path, device: str, gpus: int, train: list[str] | None) -> dict[str, Any]:
     """What a card says of a run, and of those that it went on from."""
     recipe = json.loads((run / "recipe.json").read_text())
     _, metadata = load_weights(run / "weights.safetensors")
@@ -99,6 +99,7 @@ def _training(run: Path, device: str, train: list[str] | None) -> dict[str, Any]
     training["train"] = train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
     log = (run / "log.jsonl").read_text().splitlines()
     training |= {"minutes": json.loads(log[-1])["seconds"] / 60, "device": device}
+    training |= {"gpus": gpus} if gpus > 1 else {}
     if (step := int(metadata["step"])) != sum(stage["steps"] for stage in recipe["stages"]):
         training["stopped"] = step
     if (start := recipe.get("start")) and (card := WEIGHTS_DIR / f"{start}.json").exists():
@@ -106,7 +107,7 @@ def _training(run: Path, device: str, train: list[str] | None) -> dict[str, Any]
         packed_again = {key: before[key] for key in before if key != "before"} == training
         training["before"] = before["before"] if packed_again else before
     elif start:
-        training["before"] = _training(Path(start).parent, device, train)
+        training["before"] = _training(Path(start).parent, device, gpus, train)
     return training
 
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--trained-on", required=True, help="name of the device, for the card")
+    parser.add_argument("--gpus", type=int, default=1, help="how many of them; the same for runs that it went on from")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders to evaluate on")
     parser.add_argument("--train", nargs="+", help="what the recipe's folders held, where their names do not say")
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
@@ -121,7 +123,7 @@ def main() -> None:
     recipe = json.loads((args.run / "recipe.json").read_text())
     name = f"{recipe['model']}.{create_degradation(recipe['task']).name}"
     state, metadata = load_weights(args.run / "weights.safetensors")
-    training = _training(args.run, args.trained_on, args.train)
+    training = _training(args.run, args.trained_on, args.gpus, args.train)
     if "stopped" in training:
         raise SystemExit(f"{args.run}: stopped at step {training['stopped']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
@@ -150,7 +152,7 @@ def main() -> None:
         data=", ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
         faces512=FACES512 if "faces512/train" in {folder for run in runs for folder in run["train"]} else "",
         runs="\n".join(_told(run) for run in runs),
-        minutes=sum(run["minutes"] for run in runs),
+        minutes=sum(run["minutes"] * run.get("gpus", 1) for run in runs),
         megabytes=file.stat().st_size / 1e6,
         device=evaluations[0]["device"],
         rows="\n".join(rows),
