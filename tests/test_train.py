@@ -342,6 +342,9 @@ def test_the_memory_of_a_host_is_shared_by_its_processes(folders, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="fill the memory"):
         quiet_trainer(recipe_file(folders))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE is 'two' in the environment"):
+        quiet_trainer(recipe_file(folders))
 
 
 def test_other_devices_need_no_stream(monkeypatch):

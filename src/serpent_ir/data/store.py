@@ -128,4 +128,7 @@ def _choose(total: int, device: torch.device) -> Memory:
 
 def _processes() -> int:
     """How many of this host train, each with images of its own."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
+    return int(told)
