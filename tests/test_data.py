@@ -118,6 +118,9 @@ def test_every_damage_to_a_pack_is_one_line(packed, tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 4
         assert "1 of 6 images are damaged, 0000" in found(bytes(damaged))
+        with pytest.raises(ImageError, match="is damaged; pack the images again"):
+            write_pack([file], tmp_path / "again.serpent")  # where it would have a right checksum
+        assert not (tmp_path / "again.serpent").exists()
     with pytest.raises(UsageError, match=r"none\.serpent: no such packed set; make it: serpent data pack FOLDER"):
         list_images(tmp_path / "none.serpent")
 

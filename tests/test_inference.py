@@ -10,7 +10,7 @@ from networks import identity_network, small_network
 from serpent_ir import create_model
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image import Picture
-from serpent_ir.inference import available_devices, pick_device, restore, restore_picture, run_network
+from serpent_ir.inference import Restorer, available_devices, pick_device, restore, restore_picture, run_network
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -80,6 +80,15 @@ def test_every_kind_is_restored_alike():
     np.testing.assert_array_equal(restore(array[::-1, :, ::-1][::-1, :, ::-1], model), restored)  # a strided view
     batch = torch.stack([tensor, tensor.flip(-1)])
     np.testing.assert_array_equal(restore(batch, model)[0], restore(tensor, model))
+
+
+def test_an_image_can_be_restored_while_another_is_half_done(identity):
+    restorer = Restorer(identity, device="cpu")
+    image = random_array(20, 30, 3)
+    strips = restorer.strips(lambda rows, columns: (image[slice(*rows), slice(*columns)], None), 20, 30)
+    first, _ = next(strips)
+    assert restorer(image).shape == image.shape
+    assert sum((len(strip) for strip, _ in strips), len(first)) == 20
 
 
 def test_grey_is_the_mean_of_the_restored_rgb():

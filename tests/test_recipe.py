@@ -81,7 +81,7 @@ def test_a_recipe_and_its_overrides(write):
         (
             {},
             ["stages.0={crop: 8, batch: 1, epochs: .inf}"],
-            r"stages\.0\.epochs is inf; it must be 0 or more, and fin",
+            r"stages\.0\.epochs is inf; it must be 0 or more, and less than 1e9",
         ),
         ({}, ["stages.0.steps=-1"], r"stages\.0\.steps is -1; it must be 0 or more"),
         ({"model_options": {"dim": {}}}, [], r"model_options\.dim: expected a name with a number, a word or a list"),

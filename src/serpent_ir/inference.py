@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
 
@@ -234,8 +235,13 @@ class Restorer:
 
     def _strips(self, work: Work) -> Iterator[Tensor]:
         work = replace(work, tile=self.tile, overlap=self.tile_overlap, precision=self.precision)
-        with self._lock:
-            yield from restored_strips(self.model, work)
+        with closing(restored_strips(self.model, work)) as strips:
+            while True:
+                with self._lock:  # not while the caller has a strip: another call of hers would wait for ever
+                    strip = next(strips, None)
+                if strip is None:
+                    return
+                yield strip
 
     def _pil(self, image: Image.Image, mask: Mask | None, progress: Progress | None) -> Image.Image:
         if image.mode not in _MODES:

@@ -29,6 +29,8 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     A NaN in an image makes its value NaN. Raises UsageError if the shapes differ.
     """
     _check_shapes(restored, clean)
+    if not len(clean):
+        return clean.new_zeros(0, dtype=torch.float64)
     errors = [
         (eight_bits(a) - eight_bits(b)).square().mean() for a, b in zip(restored.split(1), clean.split(1), strict=True)
     ]
@@ -53,6 +55,8 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
         raise UsageError(
             f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} px; this one is {width}x{height} px"
         )
+    if not len(clean):
+        return clean.new_zeros(0, dtype=torch.float64)
     return torch.stack([_ssim_of_one(a, b) for a, b in zip(restored.split(1), clean.split(1), strict=True)])
 
 

@@ -3,7 +3,7 @@
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -152,7 +152,7 @@ class OutOfMemoryError(SerpentError):
     """A pass that did not fit in the memory of its device."""
 
 
-def restored_strips(model: nn.Module, work: Work) -> Iterator[Tensor]:
+def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
     """The restored image from top to bottom, in strips (B, 3, rows, W) float32 in [0, 1].
 
     A whole image is one strip, on the model's device; strips made of tiles are on the CPU. The image is taken whole

@@ -247,8 +247,8 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
             refuse(f"{at}.batch", f"a multiple of accumulate, which is {recipe.accumulate}")
         if stage.steps < 0:
             refuse(f"{at}.steps", "0 or more")
-        if not 0 <= stage.epochs < math.inf:
-            refuse(f"{at}.epochs", "0 or more, and finite")
+        if not 0 <= stage.epochs < 1e9:
+            refuse(f"{at}.epochs", "0 or more, and less than 1e9")
         if (stage.steps > 0) == (stage.epochs > 0):
             which = "both" if stage.steps else "neither"
             raise UsageError(f"{source(at)}: {at} must have either steps or epochs above 0, and has {which}")

@@ -87,7 +87,7 @@ def is_row(row: Any) -> bool:
     """Whether something is a row of a profile; what was not measured may be None, or left out."""
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and 0 <= value < float("inf")
+        return _is_number(value) and value >= 0
 
     return (
         isinstance(row, dict)
@@ -109,15 +109,21 @@ def _is_run(run: Any) -> bool:
     """Whether a run of benchmarks/tables.py has what is read of it; one that failed has no evaluation."""
     if (
         not isinstance(run, dict)
-        or not isinstance(run.get("minutes"), int | float)
-        or not {"model", "task"} <= run.keys()
+        or not _is_number(run.get("minutes"))
+        or not all(isinstance(run.get(key), str) for key in ("model", "task"))
     ):
         return False
     evaluation = run.get("evaluation", {})
     return isinstance(evaluation, dict) and all(
-        isinstance(figures, dict) and {"psnr", "ssim"} <= figures.keys() and "seconds" in run
+        isinstance(figures, dict)
+        and all(map(_is_number, (figures.get("psnr"), figures.get("ssim"), run.get("seconds"))))
+        and (figures.get("lpips") is None or _is_number(figures["lpips"]))
         for figures in evaluation.values()
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and -1e300 < value < 1e300  # which excludes NaN
 
 
 def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from serpent_ir.models import strips
 from serpent_ir.models.serpent import VSSBlock
@@ -34,6 +35,26 @@ def test_strips_under_autocast(block, monkeypatch):
             y = block(x)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_exchanged_and_hooked_layers_are_called(block):
+    x = torch.randn(1, 5, 4, 8)
+    seen = []
+    handle = block.ss2d.conv.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        block(x)
+        assert seen == [1]
+        handle.remove()
+        as_made = block(x)
+        block.ss2d.out_proj.__class__ = Halved
+        torch.testing.assert_close(block(x) - x, (as_made - x) / 2)
+        torch.testing.assert_close(torch.func.vmap(block)(x[None])[0], block(x))
+    assert seen == [1]
 
 
 def test_empty_batch(block):

@@ -92,3 +92,24 @@ def test_what_is_not_as_built_takes_the_definition():
     block.ss2d.conv.weight.requires_grad_(False)
     block(x).sum().backward()
     assert block.ss2d.conv.weight.grad is None and block.ss2d.in_proj.weight.grad is not None
+
+
+def test_second_derivatives_are_refused_and_right_in_float64():
+    block = make_block(8)
+    x, v = case(block, 1, 3, 4)
+
+    def product(block: VSSBlock, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        (g,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad((g * v.to(x.dtype)).sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match=r"second derivatives .* need float64"):
+        product(block, x)
+    block.double()
+    exact, step = product(block, x.double()), 1e-5 * v.double()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad(block(x.requires_grad_()).square().sum(), x)[0]
+
+    differences = (gradient(x.double().detach() + step) - gradient(x.double().detach() - step)) / 2e-5
+    torch.testing.assert_close(exact, differences, rtol=1e-5, atol=1e-5)

@@ -52,6 +52,36 @@ def test_the_four_directions_are_flips_and_transposes_of_one_scan(backend):
     torch.testing.assert_close(ss2d(*inputs, backend=backend), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_second_derivatives_in_float32(backend):
+    """The kernels leave no graph of the gradients; where one is wanted the PyTorch path makes it."""
+
+    def second(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in make_inputs(2, 3, 4, 2, 3, 2)]
+        grads = torch.autograd.grad(ss2d(*leaves, backend=backend).square().sum(), leaves[:1], create_graph=True)
+        return list(torch.autograd.grad(grads[0].square().sum(), leaves))
+
+    for mine, exact in zip(second(torch.float32, backend), second(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+def test_autocast_changes_nothing_within_the_scan(backend):
+    inputs = make_inputs(1, 3, 4, 8, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ss2d(*inputs, backend=backend)
+    torch.testing.assert_close(y, ss2d(*inputs, backend=backend), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_empty_maps(backend):
+    for shape in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        leaves = [x.requires_grad_() for x in make_inputs(*shape, 4, 3, 2)]
+        y = ss2d(*leaves, backend=backend)
+        assert y.shape == (*shape, 4)
+        assert all(not g.any() for g in torch.autograd.grad(y.sum(), leaves))
+
+
 def test_reference_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: ss2d(*x, backend="reference"), make_leaves(2, 2, 3, 3, 2, 2))
 
@@ -116,6 +146,8 @@ def test_bad_arguments_are_named():
         ss2d(u, proj[..., :-1], *params)
     with pytest.raises(ValueError, match="same dtype"):
         ss2d(u.half(), proj, *params)
+    with pytest.raises(ValueError, match=r"u is torch\.int32; it must be"):
+        ss2d(u.int(), proj.int(), *params)
     with pytest.raises(ValueError, match="valid: reference, cpu, cuda, triton, torch"):
         ss2d(u, proj, *params, backend="cuda9")
     with pytest.raises(ValueError, match="ss2d wants u"):

@@ -84,19 +84,19 @@ class Pack:
 
         Raises SerpentError that names the first damaged image.
         """
-
-        def is_whole(index: int) -> bool:
-            return hashlib.sha256(self.pixels(index).data).hexdigest() == self.records[index].sha256
-
         damaged: list[str] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for index, whole in enumerate(pool.map(is_whole, range(len(self)))):
+            for index, whole in enumerate(pool.map(self.is_whole, range(len(self)))):
                 damaged += [] if whole else [self.records[index].name]
                 progress(index + 1, len(self))
         if damaged:
             raise SerpentError(
                 f"{self.path}: {len(damaged)} of {len(self)} images are damaged, {damaged[0]} the first; {_AGAIN}"
             )
+
+    def is_whole(self, index: int) -> bool:
+        """Whether the pixels of an image are those that were packed."""
+        return hashlib.sha256(self.pixels(index).data).hexdigest() == self.records[index].sha256
 
     def _read_manifest(self, file: BinaryIO) -> list[Record]:
         size = os.fstat(file.fileno()).st_size

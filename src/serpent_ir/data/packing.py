@@ -51,6 +51,8 @@ def write_pack(
 
     def decoded(item: tuple[Path | PackedImage, str]) -> tuple[np.ndarray, Record]:
         image, name = item
+        if isinstance(image, PackedImage) and not image.pack.is_whole(image.index):
+            raise ImageError(f"{image}: is damaged; pack the images again")  # here its checksum would be right
         pixels = np.ascontiguousarray(_reduced(read_pixels(image), size, image))
         height, width, _ = pixels.shape
         return pixels, Record(name, height, width, hashlib.sha256(pixels.data).hexdigest())

@@ -41,6 +41,8 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
         The decoded images in x's dtype and on its device: multiples of 1/255 in [0, 1]. Not differentiable. Computed in
         float64 where the device has it, so that a level never depends on the order of a sum.
     """
+    if not x.numel():
+        return x.detach().clone()
     height, width = x.shape[-2:]
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     half = _HALF[wide]
@@ -50,9 +52,11 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
         # All planes are less 128 here, chroma as luma: the DCT is of that.
         planes = _mix(levels.unbind(1), _TO_YCBCR, (half - 128, half, half)).floor_()
         planes[:, 1:].clamp_(max=127)
-        planes = _extended(planes, 16)  # whole blocks of halved chroma
-        y = _through_blocks(planes[:, :1], luma, half)[..., :height, :width]
-        halved = _through_blocks(_halved(planes[:, 1:]), chroma, half)
+        y = _through_blocks(_extended(planes[:, :1], 8), luma, half)[..., :height, :width]
+        # On the right libjpeg repeats pixels and then halves, so that of odd widths the last is one of them; at the
+        # bottom it halves and then repeats.
+        even = F.pad(planes[:, 1:], (0, -width % 16, 0, height % 2), mode="replicate")
+        halved = _through_blocks(_extended(_halved(even), 8), chroma, half)
         doubled = _doubled(halved[..., : -(-height // 2), : -(-width // 2)])[..., :height, :width]
         decoded = _mix((*y.unbind(1), *doubled.unbind(1)), _TO_RGB, (half + 128,) * 3)
         return decoded.floor_().clamp_(0, 255).div_(255).to(x.dtype)
@@ -75,6 +79,8 @@ def _halved(planes: Tensor) -> Tensor:
 
 def _doubled(planes: Tensor) -> Tensor:
     """Twice the size by a triangle filter, as libjpeg's default: 3/4 of the nearer pixel and 1/4 of the next."""
+    if planes.shape[-1] <= 2:  # too narrow for libjpeg's filter: it repeats
+        return F.interpolate(planes, scale_factor=2, mode="nearest")
     # Sixteenths, rounded half up in even columns and half down in odd ones.
     doubled = F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=False)
     return _add_by_turns(doubled, 8 / 16, 7 / 16).floor_()

@@ -7,7 +7,7 @@ of a network is repeated at every call, so its lists are kept and compared; they
 import functools
 import importlib.util
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from operator import contains, is_
 from typing import Any
@@ -28,13 +28,17 @@ def runs_on(x: Tensor) -> bool:
 
 def runs_eagerly(x: Tensor, devices: set[str]) -> bool:
     """Whether a kernel of ours for these kinds of devices may take this tensor, as far as all of them ask alike."""
+    return runs_or_counts(x, devices) and _get_current_dispatch_mode() is None
+
+
+def runs_or_counts(x: Tensor, devices: set[str]) -> bool:
+    """The same where a dispatch mode, such as one that counts, may look on."""
     return (
         not torch.compiler.is_compiling()  # first: what is traced should see no more than this
         and x.device.type in devices
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -137,6 +141,23 @@ def check(root: nn.Module) -> bool:
         parts = _parts[root] = _Parts(root)
         return parts.plain and parts.unchanged()
     return parts.plain
+
+
+def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward that no second one can go through: where a graph of it is wanted it raises RuntimeError.
+
+    `once_differentiable` would not: its node that raises is passed by where gradients of the input alone are asked for.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives (create_graph=True) of a Serpent need float64: model.double(), and the image too"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def pointers(root: nn.Module) -> list[int]:

@@ -260,7 +260,7 @@ class _Block(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @as_built.once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, uz, u, proj, y, weight, bias, in_proj, taps, conv_bias, x_proj, *rest = ctx.saved_tensors
         *scan, y_weight, y_bias, out_proj = rest

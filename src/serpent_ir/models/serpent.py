@@ -108,7 +108,7 @@ class VSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fused.serves(self, x):
             return fused.vss_block(self, x)
-        if strips.serves(x):
+        if strips.serves(self, x):
             return strips.vss_block(self, x)
         if taped.serves(self, x):
             return taped.vss_block(self, x)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from serpent_ir.models import as_built
 from serpent_ir.models.products import product, product_onto
 from serpent_ir.ops import ss2d
 from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
@@ -18,14 +19,13 @@ from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
+DEVICES = {"cpu"}
 STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a second level cache
 
 
-def serves(x: Tensor) -> bool:
-    """Whether `vss_block` takes this input."""
-    return (
-        x.device.type == "cpu" and x.numel() > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )
+def serves(block: "VSSBlock", x: Tensor) -> bool:
+    """Whether `vss_block` takes a block and its input. Counting sees its operators, and may look on."""
+    return not torch.is_grad_enabled() and as_built.runs_or_counts(x, DEVICES) and as_built.check(block)
 
 
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:

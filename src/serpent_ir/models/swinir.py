@@ -180,7 +180,7 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, bias: Tensor, heads_dim: int) -> Tensor:
         """Windows of qkv (B, h, w, 3 heads d), bias (heads, n, n) for each -> (B, h, w, c)."""
         batch, height, width, _ = qkv.shape
-        most = max(1, MOST_WINDOWS // (batch * (width // self.window))) * self.window
+        most = max(1, MOST_WINDOWS // max(1, batch * (width // self.window))) * self.window
         if height > most:
             return torch.cat([self._attend(part, bias, heads_dim) for part in qkv.split(most, 1)], 1)
         grid: dict[str, Any] = {"i": self.window, "j": self.window, "heads": self.heads}

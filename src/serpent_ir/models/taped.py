@@ -60,7 +60,7 @@ class _Block(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @as_built.once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, scale, normed, before_conv, z, u, proj, y, states, *parameters = ctx.saved_tensors
         weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters

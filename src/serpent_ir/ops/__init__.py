@@ -78,10 +78,14 @@ def ss2d(
             raise ValueError(f"ss2d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     if u.dtype != proj.dtype:
         raise ValueError(f"ss2d: u is {u.dtype} but proj is {proj.dtype}; give both the same dtype")
+    if not u.is_floating_point():
+        raise ValueError(f"ss2d: u is {u.dtype}; it must be float64, float32, bfloat16 or float16")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     if backend == "reference":
-        return reference.forward(u, proj, dt_weight, dt_bias, A_log, D)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        with torch.autocast(u.device.type, enabled=False):
+            return reference.forward(*(x.to(wide) for x in (u, proj, dt_weight, dt_bias, A_log, D))).to(u.dtype)
     return torch.ops.serpent_ir.ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
 
 
@@ -183,7 +187,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_y):
-    return (*torch.ops.serpent_ir.ss2d_backward(grad_y, *ctx.saved_tensors, ctx.backend), None)
+    given = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a graph of the gradients is wanted (create_graph), which the kernels do not leave
+        grads = _module("torch").backward(grad_y.contiguous(), *_dense(*given))
+        return (*(g.to(x.dtype) for g, x in zip(grads, given, strict=True)), None)
+    return (*torch.ops.serpent_ir.ss2d_backward(grad_y, *given, ctx.backend), None)
 
 
 torch.library.register_autograd("serpent_ir::ss2d", _autograd, setup_context=_setup_context)

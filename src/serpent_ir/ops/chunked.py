@@ -50,7 +50,8 @@ def _one_direction(
     """One direction's share of y in pixel order: u (batch, L, d), proj (batch, L, R + 2N), its own parameters."""
     dt_low, B, C = proj[:, order].split([dt_weight.shape[-1], A_log.shape[-1], A_log.shape[-1]], dim=-1)
     u_walk = u[:, order]
-    dt = F.softplus(dt_low @ dt_weight.T + dt_bias)
+    with torch.autocast(u.device.type, enabled=False):
+        dt = F.softplus(dt_low @ dt_weight.T + dt_bias)
     y = _scan(u_walk, dt, -A_log.exp(), B, C) + D * u_walk
     return torch.empty_like(y).index_copy(1, order, y)
 
@@ -66,6 +67,8 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
     wide = torch.promote_types(u.dtype, torch.float32)
     u_flat, proj_flat = u.flatten(1, 2).to(wide), proj.flatten(1, 2).to(wide)
     y = torch.zeros_like(u_flat)
+    if not u.numel():
+        return y.to(u.dtype).view_as(u)
     for k, d in _pieces(u, A_log):
         order = scan_order(u.shape[1], u.shape[2], k, u.device)
         y[..., d] += _one_direction(
@@ -80,7 +83,7 @@ def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     wide = torch.promote_types(u.dtype, torch.float32)
     u_flat, proj_flat, grad_flat = (x.flatten(1, 2).to(wide) for x in (u, proj, grad_y))
     grads = [torch.zeros_like(x) for x in (u_flat, proj_flat, *params)]
-    for k, d in _pieces(u, params[2]):
+    for k, d in _pieces(u, params[2]) if u.numel() else []:
         order = scan_order(u.shape[1], u.shape[2], k, u.device)
         where = [(..., d), (slice(None), slice(None), k), *[(k, d)] * 4]
         leaves = [x[i] for x, i in zip((u_flat, proj_flat, *params), where, strict=True)]

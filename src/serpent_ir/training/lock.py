@@ -19,6 +19,8 @@ def own_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SerpentError(f"{folder}: cannot be made a folder ({error.strerror}); choose another out=") from None
+    except ValueError:  # a character that no file system takes, nor a terminal
+        raise SerpentError(f"{str(folder)!a}: cannot be the name of a folder; choose another out=") from None
     if os.name != "posix":
         yield
         return

@@ -1,5 +1,6 @@
 """The network of a recipe: its options, which recipes know nothing of, and the weights that it starts from."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +77,5 @@ def _mismatch(preset: Any, value: Any) -> str:
     if isinstance(preset, int):
         return "" if type(value) is int and value > 0 else "an integer above zero"
     if isinstance(preset, float):
-        return "" if type(value) in (int, float) and value > 0 else "a number above zero"
+        return "" if type(value) in (int, float) and 0 < value < math.inf else "a finite number above zero"
     return "" if isinstance(value, str) else "a word"

@@ -69,7 +69,7 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
         stages.append(StagePlan(stage.crop, stage.batch, length, length * stage.batch, seconds, memory, error))
     total = sum(lengths)
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
-    validations = len(ends | set(range(recipe.val_every, total + 1, recipe.val_every)))
+    validations = total // recipe.val_every + sum(end % recipe.val_every > 0 for end in ends)
     return Plan(
         recipe.model,
         recipe.task,

@@ -195,7 +195,7 @@ class Trainer:
                 due = self.schedule.validates(self.step)
             if ends or asked or due or self.step % LOG_EVERY == 0:
                 self.workers.catch_up()
-            if self.step > first_step and (ends or due or self.step % LOG_EVERY == 0):
+            if self.step > first_step and (asked or due or self.step % LOG_EVERY == 0):
                 spent = time.perf_counter() - since
                 self.seconds += spent
                 self._log(spent / (self.step - first_step), (batches.waited - waited) / spent)
@@ -298,7 +298,7 @@ class Trainer:
         since = 0 if found is None else self.step + (not again)
         self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
         if first:
-            recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n"
+            recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2, ensure_ascii=False) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())
         self.report.cut(self.step, validated=not again)
         return found.path if found is not None and again else None
