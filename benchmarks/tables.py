@@ -109,6 +109,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--keep-runs", help="folder for runs and weights, which are thrown away otherwise")
     args = parser.parse_args()
+    if not (0 < args.minutes < math.inf and 0 < args.probe_seconds < math.inf):
+        parser.error("--minutes and --probe-seconds must be above zero, and finite")
+    if any(number is not None and number < 1 for number in (args.crop, args.batch)):
+        parser.error("--crop and --batch must be at least 1")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out}: is no folder")
     unknown = [name for name in args.networks if name not in list_models()]
     if unknown:
         parser.error(f"unknown network {', '.join(unknown)}; valid: {', '.join(list_models())}")
@@ -385,4 +391,10 @@ def write_results(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SerpentError as error:
+        sys.exit(f"tables.py: error: {error}")
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
+        sys.exit(130)

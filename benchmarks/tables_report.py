@@ -83,7 +83,7 @@ def _longer(runs: list[dict[str, Any]]) -> str:
 
 def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:
     """Which networks' minutes are not the steps times one: until November 2026 a run was timed as a whole."""
-    whole = [label_of(run["model"]) for run in runs if run["seconds"] > 1.01 * 1e-3 * run["step_ms"] * run["steps"]]
+    whole = [label_of(run["model"]) for run in runs if run["seconds"] > 0.1 + 1.01e-3 * run["step_ms"] * run["steps"]]
     return [f"{', '.join(whole)}: the minutes that the run itself took."] if whole else []
 
 

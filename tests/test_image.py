@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, features
 from image_files import ICC, LOSSLESS, draw, exif, picture, same, tags_of
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image import Picture, pad_to_multiple, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.inference import Restorer
+from serpent_ir.streaming import Source
 
 
 @pytest.mark.parametrize("suffix", LOSSLESS)
@@ -233,6 +235,15 @@ def test_16_bit_tiff_of_other_programs(tmp_path):
     pixels = draw(np.uint16, channels=4)
     cv2.imwrite(str(tmp_path / "lzw.tif"), pixels[..., 2::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
     assert same(read_image(tmp_path / "lzw.tif").pixels, pixels[..., :3])
+    grey = pixels[..., 0]
+    turned = {"compression": "tiff_lzw", "tiffinfo": {274: 6}}
+    Image.fromarray(grey).save(tmp_path / "turned.tif", **turned)
+    assert np.array_equal(read_image(tmp_path / "turned.tif").pixels[..., 0], np.rot90(grey, -1))
+    tifffile.imwrite(tmp_path / "mask.tif", pixels, photometric="rgb", extrasamples=["unspecified"])
+    with pytest.warns(UserWarning, match="has 1 channel beside its colours; left out"):
+        after = read_image(tmp_path / "mask.tif")
+    assert same(after.pixels, pixels[..., :3])
+    assert after.alpha is None
     alpha = np.maximum(pixels[..., 3:], 9000)
     premultiplied = np.rint(pixels[..., :3] * (alpha / 65535)).astype(np.uint16)
     stored = np.concatenate([premultiplied, alpha], -1)
@@ -241,6 +252,25 @@ def test_16_bit_tiff_of_other_programs(tmp_path):
     assert np.abs(after.pixels.astype(int) - pixels[..., :3]).max() <= 4
     assert after.alpha is not None
     assert np.array_equal(after.alpha, alpha[..., 0])
+
+
+def test_a_compression_that_is_not_read_is_named(tmp_path):
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, draw(np.uint16), photometric="rgb")
+    with tifffile.TiffFile(file) as tiff:
+        place = tiff.pages.first.aspage().tags[259].valueoffset
+    content = bytearray(file.read_bytes())
+    content[place : place + 2] = (50000).to_bytes(2, "little")  # Zstandard
+    file.write_bytes(content)
+    with pytest.raises(ImageError, match=r"of 16 bits are compressed \(ZSTD\) .* save it as Deflate or uncompressed"):
+        read_image(file)
+
+
+def test_a_size_that_a_format_cannot_hold_is_told_before_the_work(tmp_path):
+    write_image(tmp_path / "a.png", Picture(np.zeros((1, 2048, 3), np.uint8)))
+    restorer = Restorer("serpent_b.sr8", device="cpu")
+    with pytest.raises(ImageError, match=r"a\.png: would be 16384x8 px, and \.webp holds 16383 a side; choose \.png"):
+        Source(tmp_path / "a.png").restore(restorer, tmp_path / "b.webp", lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint32, np.int16])

@@ -115,7 +115,7 @@ def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
         (("profile", "-n", "serpent_x"), "unknown model 'serpent_x'"),
         (("profile", "-n", "serpent_b.nope"), "unknown degradation 'nope'"),
         (("profile", "--size", "big"), "--size big: sides in pixels"),
-        (("profile", "--size", "0"), "sizes and the batch must be at least 1"),
+        (("profile", "--size", "0"), "sizes must be from 1 to 16777216, and the batch at least 1"),
         (("profile", "--json", "--markdown"), "give one of them"),
         (("report", tmp_path, "--from", tmp_path / "none.json"), "none.json: cannot be read"),
         (("report", tmp_path, "--from", tmp_path / "other.json"), "other.json: neither a profile"),

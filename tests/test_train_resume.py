@@ -281,9 +281,9 @@ def test_a_checkpoint_is_written_every_so_often(folders, monkeypatch):
     monkeypatch.setattr(trainer, "save", lambda: (written.append(trainer.step), save())[1])
     trainer.run()
     assert written == list(range(1, 11))
-    assert sorted({*logged(folders / "run")}) == written  # and the time that each had taken is not lost with the next kill
+    assert sorted({*logged(folders / "run")}) == written
     times = [json.loads((path / "manifest.json").read_text())["seconds"] for path in trainer.checkpoints.paths()]
-    assert times[0] > 0
+    assert times[0] > 0  # what training had taken until then is not lost with the next kill
     assert times == sorted(times)
     assert_same_bits(final_state(folders / "run"), final_state(folders / "whole"))
 

@@ -1,5 +1,6 @@
 """Many images: which file becomes which, the share of each process, what is done already, and a pipeline over them."""
 
+import codecs
 import glob
 import json
 import os
@@ -138,6 +139,7 @@ def _listed(path: Path) -> list[Path]:
             data = file.read_bytes()
         except OSError as error:
             raise UsageError(f"{file}: cannot be read as a list of images ({error.strerror})") from None
+    data = data.removeprefix(codecs.BOM_UTF8)  # which Windows' editors put before text
     names = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [Path(os.fsdecode(name)) for name in names if name.strip()]
 

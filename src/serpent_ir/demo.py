@@ -68,6 +68,8 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
         UsageError: gradio is missing, or no such device.
         SerpentError: the port is taken.
     """
+    if ":" in host:
+        raise UsageError(f"--host {host}: gradio serves no IPv6 address; give one of IPv4, or a name")
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="serpent-demo-") as folder:
         cache = Path(folder, "cache")
@@ -206,7 +208,7 @@ def degrade_and_restore(
     degradation = create_degradation(task)
     restorer = _restorer(f"{network}.{task}", device)
     clean = degradation.crop(to_tensor(_read(path, 1, limits).pixels))
-    y = degradation(clean, generator=evaluation_generator(int(seed), 0))
+    y = degradation(clean, generator=evaluation_generator(int(seed or 0), 0))
     start = time.perf_counter()
     restored = restorer(y)
     seconds = time.perf_counter() - start

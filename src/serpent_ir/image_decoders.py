@@ -50,7 +50,7 @@ def decode(data: bytes) -> tuple[Picture, list[str]]:
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
         kept, orientation = metadata_of(image, io.BytesIO(data), notes)
-        if picture := _decode_tiff(data, image):
+        if picture := _decode_tiff(data, image, notes):
             return _upright(replace(picture, **kept), orientation), notes
         orientation = 1
     if image is None:
@@ -197,13 +197,17 @@ def _bits(data: bytes, image: Image.Image) -> int:
     return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
 
 
-def _decode_tiff(data: bytes, image: Image.Image | None) -> Picture | None:
+def _decode_tiff(data: bytes, image: Image.Image | None, notes: list[str]) -> Picture | None:
     """The first page of a TIFF whose samples Pillow would cut to 8 bits; None if Pillow keeps them."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print arrives as an ImageError
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first.aspage()
+        samples, extra = page.samplesperpixel, page.extrasamples
+        has_alpha = bool(extra) and extra[0] in (1, 2)  # 0: a mask of an editor, or whatever
+        if (more := len(extra) - has_alpha) and page.photometric in (0, 1, 2):
+            notes.append(f"has {more} channel{'s' * (more > 1)} beside its colours; left out")
         if page.bitspersample <= 8:
             return None
         if page.dtype != np.uint16 or page.photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
@@ -215,26 +219,44 @@ def _decode_tiff(data: bytes, image: Image.Image | None) -> Picture | None:
             raise ImageError("is cut short; get the file again")  # tifffile would fill in zeros
         try:
             array = page.asarray()
-        except ValueError as error:
-            if image is None or "imagecodecs" not in str(error):
+        except (ImportError, ValueError) as error:
+            if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
                 raise
-            image.load()
-            array = _with_opencv(data)  # LZW, which tifffile reads only with another package
-        if page.axes == "SYX":
-            array = array.transpose(1, 2, 0)
+            array = _decode_lzw(data, image, page)
+        else:
+            array = array.transpose(1, 2, 0) if page.axes == "SYX" else array
         if page.photometric == 0:  # 0 is white
             array = np.concatenate([65535 - array[..., :1], array[..., 1:]], -1) if array.ndim == 3 else 65535 - array
-        samples, extra = page.samplesperpixel, page.extrasamples
-        keep = samples - len(extra) + bool(extra)
+        keep = samples - len(extra) + has_alpha
         if array.ndim == 3:
-            array = array[..., :keep]  # channels beyond alpha are masks of an editor
+            array = array[..., :keep]
         mode = {1: "I;16", 2: "LA", 3: "RGB", 4: "RGBA"}[keep]
         picture = _picture(array, mode=mode, format="TIFF")
-        if extra and extra[0] == 1 and picture.alpha is not None:  # premultiplied
+        if has_alpha and extra[0] == 1 and picture.alpha is not None:  # premultiplied
             whole = np.maximum(picture.alpha, 1)[..., None]
             pixels = np.rint(np.minimum(picture.pixels / whole, 1) * 65535).astype(np.uint16)
             picture = replace(picture, pixels=pixels)
         return picture
+
+
+def _decode_lzw(data: bytes, image: Image.Image | None, page: Any) -> NDArray[Any]:
+    """The samples (H, W) or (H, W, S) of a page that tifffile would read with another package alone."""
+    shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
+    array = None
+    if image is not None and page.compression.name == "LZW" and page.planarconfig == 1:
+        image.load()
+        if tag := page.tags.get(274):  # OpenCV would turn the image upright, and we once more
+            upright = bytearray(data)
+            order = "little" if data.startswith(b"II") else "big"
+            upright[tag.valueoffset : tag.valueoffset + 2] = (1).to_bytes(2, order)
+            data = bytes(upright)
+        array = _with_opencv(data)
+    if array is None or array.shape != shape[: array.ndim] or array.size != np.prod(shape):
+        raise ImageError(
+            f"its samples of {page.bitspersample} bits are compressed ({page.compression.name}) in a way that is not "
+            "read; save it as Deflate or uncompressed"
+        )
+    return array
 
 
 def _upright(picture: Picture, orientation: int) -> Picture:

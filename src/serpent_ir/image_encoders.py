@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from serpent_ir.errors import ImageError
 from serpent_ir.image_metadata import with_size
 from serpent_ir.picture import Picture
 from serpent_ir.tiff import write_tiff
@@ -27,6 +28,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 if features.check("avif"):
     SAVE_OPTIONS[".avif"] = {"format": "AVIF", "quality": 95, "subsampling": "4:4:4"}
 DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
+_LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
 _XMP_NAME = b"XML:com.adobe.xmp\0\0\0\0\0"  # keyword; not compressed, no language, no translated keyword
 
 
@@ -56,6 +58,13 @@ def encode(picture: Picture, suffix: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
     return buffer.getvalue()
+
+
+def check_sides(width: int, height: int, suffix: str) -> None:
+    """Raise ImageError where a format cannot hold an image of this size, as is known before it is made."""
+    most = _LONGEST.get(suffix, 0)
+    if most and max(width, height) > most:
+        raise ImageError(f"would be {width}x{height} px, and {suffix} holds {most} a side; choose .png or .tif by -o")
 
 
 def left_out(picture: Picture, suffix: str) -> list[str]:

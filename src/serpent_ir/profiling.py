@@ -19,6 +19,7 @@ from serpent_ir.passes import device_name, pick_device, pick_precision
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
+LARGEST = 1 << 24  # pixels a side; beyond, sizes in bytes overflow
 LAYER_NORM_MACS = 5
 INSTANCE_NORM_MACS = 4
 
@@ -126,8 +127,8 @@ def profile(
     """
     target = pick_device(device)
     dtype = pick_precision(precision, target)
-    if batch < 1 or any(size < 1 for size in sizes):
-        raise UsageError("sizes and the batch must be at least 1")
+    if batch < 1 or any(not 1 <= size <= LARGEST for size in sizes):
+        raise UsageError(f"sizes must be from 1 to {LARGEST}, and the batch at least 1")
     names, sizes = list(dict.fromkeys(names)), sorted(set(sizes))
     for name in names:
         _on_meta(name)  # an unknown one is better refused now

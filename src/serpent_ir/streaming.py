@@ -10,6 +10,7 @@ import numpy as np
 from serpent_ir.errors import ImageError
 from serpent_ir.image import Picture, read_image, replacing, write_image
 from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, open_header
+from serpent_ir.image_encoders import check_sides
 from serpent_ir.image_metadata import metadata_of
 from serpent_ir.inference import Restorer, Samples
 from serpent_ir.tiff import TiffRows, write_tiff
@@ -67,6 +68,11 @@ class Source:
             except _NotByRowsError:
                 pass
         picture = self.picture()
+        height, width = (restorer.scale * side for side in picture.pixels.shape[:2])
+        try:
+            check_sides(width, height, target.suffix.lower())
+        except ImageError as error:
+            raise ImageError(f"{self.path}: {error}") from None
         self._picture = None  # the pixels are not needed longer than the restoration takes
         restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
         return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored)

@@ -17,7 +17,8 @@ Names = Annotated[
 ]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16.")]
 Seconds = Annotated[
-    float, typer.Option(min=0.01, help="About so long the calls of each figure are timed; longer calls want more.")
+    float,
+    typer.Option(min=0.01, max=3600, help="About so long the calls of each figure are timed; longer calls want more."),
 ]
 
 

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
-from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
+from serpent_ir.cli.shell import (
+    Device,
+    Inputs,
+    Json,
+    Name,
+    Output,
+    Weights,
+    check_task,
+    finite,
+    model_name,
+    say,
+    shell_command,
+)
 from serpent_ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +87,6 @@ def restore(
     """
     from serpent_ir.batch import Manifest, gather, rank_and_world
     from serpent_ir.compare import write_comparison
-    from serpent_ir.degradations import create_degradation
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model, load_model, preset_of
 
@@ -92,12 +103,7 @@ def restore(
     else:
         name = model_name(name, weights)
         model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
-    if task := getattr(model.config, "task", ""):
-        create_degradation(task)  # an unknown one is no fault of an image
-    elif not hasattr(model, "scale"):  # the others take an image as it is, and say what size they return
-        known = preset_of(model.config)
-        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
-        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
+    check_task(model, weights)
     restorer = Restorer(
         model.to(pick_device(_of_this_process(device))),
         tile=int(tile) if tile.isdecimal() else tile,

@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from serpent_ir import __version__
 from serpent_ir.errors import SerpentError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -71,7 +74,8 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
                 warnings.filterwarnings("always", message="serpent_ir: ")
                 warnings.filterwarnings("ignore", module=r"PIL\.")  # names no file; what matters is an error of ours
                 function(*args, **kwargs)
-            sys.stdout.flush()
+            if sys.stdout:  # None where the shell closed it
+                sys.stdout.flush()
         except SerpentError as error:
             say(f"serpent: error: {error}")
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
@@ -132,6 +136,19 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     if not network:
         raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
     return network
+
+
+def check_task(model: "nn.Module", weights: Path | None) -> None:
+    """Raise UsageError where weights are of no task that is known: `sr8`'s would be run without upsampling."""
+    from serpent_ir.degradations import create_degradation
+    from serpent_ir.models import preset_of
+
+    if task := getattr(model.config, "task", ""):
+        create_degradation(str(task))
+    elif not hasattr(model, "scale"):  # the others take an image as it is, and say what size they return
+        known = preset_of(model.config)
+        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
+        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
 
 
 def finite(value: Any) -> Any:

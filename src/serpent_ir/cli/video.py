@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from serpent_ir.cli.files import terminated_like_interrupted
-from serpent_ir.cli.shell import Device, Name, Weights, model_name, progress_of, say, shell_command
+from serpent_ir.cli.shell import Device, Name, Weights, check_task, model_name, progress_of, say, shell_command
 
 
 @shell_command("Restore a video frame by frame. Sound, subtitles and timestamps are copied.")
@@ -25,6 +25,7 @@ def video(
 
     name = model_name(name, weights)
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    check_task(model, weights)
     restorer = Restorer(model.to(pick_device(device)))
     start = time.perf_counter()
     with progress_of("frames") as show, terminated_like_interrupted():

@@ -88,11 +88,9 @@ def create_model(
     of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
     model = build(replace(preset, **{**of_file, **_with_channels(fields)}))
     other = ""
-    if found is not None and preset_of(found) != network:
-        own = (
-            preset_of(found)
-            or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
-        )
+    known = preset_of(found) if found is not None else ""
+    if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some have two names
+        own = known or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
         other = f"; they are of {own}"
     fill(model, state, f"{checkpoint_path}: not weights of {network}", other)
     return model.eval()
