@@ -128,6 +128,14 @@ def test_what_is_no_state_dict_is_refused_in_one_line(tmp_path):
     refused({**state, first: state[first].to("meta")}, f"{first} holds nothing")
 
 
+def test_sizes_that_no_memory_holds_are_a_line(tmp_path):
+    state = create_model("unet_32").state_dict()
+    state["down_sample_layers.0.layers.0.weight"] = torch.zeros(10**6, 1, 1, 1)  # a second layer of 36 TB
+    torch.save(state, tmp_path / "huge.pth")
+    with pytest.raises(SerpentError, match=r"huge\.pth: a network of the sizes in it does not fit in memory"):
+        serpent_ir.load_model(tmp_path / "huge.pth")
+
+
 def test_what_is_no_weights_file_is_said_for_what_it_is(tmp_path):
     state = create_model("unet_32", channels=2, pools=1).state_dict()
     torch.save(state, tmp_path / "zip")

@@ -86,7 +86,7 @@ def create_model(
     _take_task(fields, metadata, checkpoint_path, network)
     found = recognise(shapes_of(state))
     of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
-    model = build(replace(preset, **{**of_file, **_with_channels(fields)}))
+    model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), checkpoint_path)
     other = ""
     known = preset_of(found) if found is not None else ""
     if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some have two names
@@ -122,9 +122,19 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     fields = dict(config)
     _take_task(fields, metadata, path, name)
     build = next(build for build, preset in PRESETS.values() if type(preset) is type(found))
-    model = build(replace(found, **fields))
+    model = _built(build, replace(found, **fields), path)
     fill(model, state, f"{path}: not weights of {name}")
     return model.eval()
+
+
+def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str]) -> nn.Module:
+    """A network in the sizes that a file claims, whose tensors are compared with it only then."""
+    try:
+        return build(config)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "overflow" not in str(error):
+            raise
+        raise SerpentError(f"{path}: a network of the sizes in it does not fit in memory; get the file again") from None
 
 
 def recognise(shapes: Shapes) -> Any:
