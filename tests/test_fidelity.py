@@ -318,3 +318,23 @@ def test_files_in_memory_are_not_confused_by_their_suffix(tmp_path):
     (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
     restore_file(tmp_path / "a.jpg", tmp_path / "b.png")
     np.testing.assert_array_equal(upright(tmp_path / "b.png", None), draw())
+
+
+def test_captions_of_iptc_are_left_out_with_a_word_and_ratings_are_kept(tmp_path):
+    caption = b"\x1c\x02\x78\x00\x07Caption"
+    tags = [(33723, "B", len(caption), caption, True), (18246, "H", 1, 4, True), (40094, "B", 4, b"k\0\0\0", True)]
+    tifffile.imwrite(tmp_path / "a.tif", draw(np.uint8), photometric="rgb", extratags=tags)
+    with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
+        picture = read_image(tmp_path / "a.tif")
+    write_image(tmp_path / "b.tif", picture)
+    with tifffile.TiffFile(tmp_path / "b.tif") as after:
+        kept = after.pages.first.aspage().tags
+        assert (kept.valueof(18246), kept[40094].count) == (4, 4)
+    block = b"8BIM" + (0x0404).to_bytes(2, "big") + b"\0\0" + len(caption).to_bytes(4, "big") + caption
+    segment = b"Photoshop 3.0\0" + block
+    Image.fromarray(draw(np.uint8)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    app13 = b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment
+    (tmp_path / "a.jpg").write_bytes(content[:2] + app13 + content[2:])
+    with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
+        read_image(tmp_path / "a.jpg")

@@ -14,9 +14,11 @@ from PIL import ExifTags, Image
 SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 XMP_TAG = 700
 _ORIENTATION = ExifTags.Base.Orientation
-# The tags of a TIFF that describe the scene (description, make, model, software, date and time, artist, copyright); the
-# others describe how that one file is laid out.
-_EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432)
+# The tags of a TIFF that describe the scene (description, make, model, software, date and time, artist, copyright,
+# rating, and Windows' title, comment, author, keywords, subject); the others describe how that one file is laid out.
+RATINGS, XP = (18246, 18249), tuple(range(40091, 40096))
+_EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432, *RATINGS, *XP)
+_IPTC_TAG, _IPTC_OF_PHOTOSHOP = 33723, 0x0404  # in a TIFF; in a JPEG's APP13
 _XMP_ORIENTATION = re.compile(rb"""(<(?:tiff:)?Orientation>\s*|tiff:Orientation=["'])([1-8])""")
 # Chunks of a PNG that say how its samples are to be seen, and what a person wrote; XMP is among the last kind.
 _PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tEXt", b"zTXt", b"iTXt")
@@ -39,6 +41,9 @@ def metadata_of(image: Image.Image | None, file: BinaryIO, notes: list[str]) -> 
             # A profile of a space that is left, such as CMYK, would be wrong for the RGB pixels.
             icc = None if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else image.info.get("icc_profile")
             xmp, dpi = image.info.get("xmp"), _dpi(image.info.get("dpi"))
+        photoshop = image.info.get("photoshop") if image is not None else None
+        if tags.get(_IPTC_TAG) or (isinstance(photoshop, dict) and photoshop.get(_IPTC_OF_PHOTOSHOP)):
+            notes.append("has captions as IPTC; left out, what EXIF and XMP say of them is kept")
         orientation = tags.get(_ORIENTATION, 1)
         if image is None or image.format == "TIFF":
             exif, xmp = _exif_of_tiff(tags), tags.get(XMP_TAG)

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import SUB_IFDS, XMP_TAG, with_size
+from serpent_ir.image_metadata import RATINGS, SUB_IFDS, XMP_TAG, XP, with_size
 from serpent_ir.picture import Picture
 from serpent_ir.tiling import Span
 
@@ -40,6 +40,8 @@ def write_tiff(
     tags = _tags(with_size(about.exif, width, height) if nbytes <= _CLASSIC else None)
     sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
     extra: list[Any] = [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
+    extra += [(tag, "H", 1, tags[tag], True) for tag in RATINGS if isinstance(tags.get(tag), int)]
+    extra += [(tag, "B", len(tags[tag]), tags[tag], True) for tag in XP if isinstance(tags.get(tag), bytes)]
     extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
     if about.xmp:
         extra.append((XMP_TAG, "B", len(about.xmp), about.xmp, True))
