@@ -227,6 +227,13 @@ def test_infinite_figures_are_null_in_json(monkeypatch, tmp_path):
     assert json.loads(result.stdout) == {"psnr": None, "ssim": 1.0, "images": [{"psnr": None, "n": 1}]}
 
 
+def test_an_unset_variable_is_not_the_current_folder(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["serpent", "restore", "", "-o", "out"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err == "serpent: error: an argument is empty; is a variable unset?\n"
+
+
 def test_models_prints_every_network_and_device():
     shown = serpent("models").stdout
     assert all(text in shown for text in ("serpent_b", "serpent_l", "serpent_h", "3.920 M", "the scan on cpu: "))

@@ -75,6 +75,7 @@ BAD_INPUT = {
     "evaluate: missing folder": ("evaluate --data {none} --task deblur " + WORKS, 2, "{none}"),
     "evaluate: empty folder": ("evaluate --data {empty} --task deblur " + WORKS, 2, "{empty}"),
     "evaluate: broken image": ("evaluate --data {broken} --task deblur " + WORKS, 1, "{broken}/x.png"),
+    "evaluate: no weights ship": ("evaluate --data {photos} --task jpeg", 2, "no weights for jpeg ship; give a file"),
     "evaluate: unknown task": ("evaluate --data {photos} --task nope " + WORKS, 2, "'nope'"),
     "evaluate: other task": ("evaluate --data {photos} --task sr8 " + WORKS, 2, "{deblur} undoes deblur, not sr8"),
     "evaluate: unknown model": ("evaluate --data {photos} --task sr8 -n nope", 2, "'nope'"),

@@ -7,7 +7,9 @@ One module a command; importing it here registers it, and `serpent --help` lists
 """
 
 # isort: off
-from serpent_ir.cli.shell import app as app
+import sys
+
+from serpent_ir.cli.shell import app as app, say
 from serpent_ir.cli.restore import restore as restore
 from serpent_ir.cli.degrade import degrade as degrade
 from serpent_ir.cli.evaluate import evaluate as evaluate
@@ -24,4 +26,7 @@ from serpent_ir.cli.report import report as report
 
 def main() -> None:
     """Entry point of the console script."""
+    if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder, and all in it
+        say("serpent: error: an argument is empty; is a variable unset?")
+        sys.exit(2)
     app(prog_name="serpent")

@@ -123,6 +123,7 @@ def options(
 
 def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
+    from serpent_ir.degradations import create_degradation
     from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights, preset_of, recognise
     from serpent_ir.models.checkpoints import shapes_of
 
@@ -130,7 +131,10 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
         return name
     if weights is None:
         of_the_task = f"{DEFAULT_WEIGHTS.partition('.')[0]}.{task}"
-        return of_the_task if of_the_task in list_models(pretrained=True) else DEFAULT_WEIGHTS
+        if task and of_the_task not in list_models(pretrained=True):
+            create_degradation(task)  # one that is unknown has no weights either
+            raise UsageError(f"no weights for {task} ship; give a file of them: --weights FILE")
+        return of_the_task if task else DEFAULT_WEIGHTS
     state, metadata = load_weights(weights)
     network = metadata.get("network") or preset_of(recognise(shapes_of(state)))
     if not network:

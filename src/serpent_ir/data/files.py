@@ -30,6 +30,7 @@ SUFFIXES = frozenset(
         ".jpe",
         ".jpeg",
         ".jpg",
+        ".mpo",
         ".pbm",
         ".pcx",
         ".pgm",
