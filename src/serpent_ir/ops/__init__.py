@@ -54,7 +54,8 @@ def ss2d(
         backend: one of `BACKENDS`, or None to choose by device (see `default_backend`).
 
     Returns:
-        y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is.
+        y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is. Where gradients are asked
+        for with `create_graph`, so that they can be differentiated again, the PyTorch path computes them.
 
     Raises:
         ValueError: a shape, dtype or backend name that does not fit.
