@@ -93,6 +93,17 @@ def test_a_report_draws_one_device_and_says_so(tmp_path):
     assert "1000000" not in (tmp_path / "report.md").read_text()
 
 
+def test_of_a_network_measured_again_the_last_row_counts(tmp_path):
+    rows = rows_of_a_gpu((256,))
+    again = {**rows[0], "infer_ms": 987.0, "infer_graph_ms": 987.0, "torch": "9.9"}
+    (tmp_path / "profile.json").write_text(json.dumps([*rows, again]))
+    result = serpent("report", tmp_path, "--from", tmp_path / "profile.json")
+    assert "1 rows of a network and size that come again are left out" in result.output
+    page = (tmp_path / "report.md").read_text()
+    assert "987" in page
+    assert "9.9" in page
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

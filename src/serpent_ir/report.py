@@ -25,8 +25,9 @@ VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces
 def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     """Draw all figures that the rows of a profile, and the runs of a comparison of networks, allow; and `report.md`.
 
-    Rows of one device, precision and batch are drawn: those of the first; a UserWarning says what is left out. Of the
-    runs of a task those of one budget: the one with most networks, the longest of these.
+    Rows of one device, precision and batch are drawn: those of the first, and of a network and size the last; a
+    UserWarning says what is left out. Of the runs of a task those of one budget: that of most networks, the longest of
+    these.
 
     Raises:
         UsageError: no rows, or matplotlib is missing.
@@ -41,6 +42,10 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
             f"{len(others)} rows of another device, precision or batch than the first row's are left out", stacklevel=2
         )
     rows = [{**dict.fromkeys(MEASURED), **row} for row in rows if row not in others]
+    last = list({(row["model"], row["size"]): row for row in rows}.values())
+    if len(last) < len(rows):
+        warnings.warn(f"{len(rows) - len(last)} rows of a network and size that come again are left out", stacklevel=2)
+    rows = last
     runs = _of_one_budget(runs)
     files = draw(folder, rows, runs)
     with replacing(folder / "report.md") as file:
@@ -193,10 +198,11 @@ def _with_times(rows: Rows, psnr: dict[str, float], size: int) -> list[tuple[str
 def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
     """report.md."""
     sizes = sorted({row["size"] for row in rows})
+    versions = sorted({str(row["torch"]) for row in rows if "torch" in row})
     lines = [
         "# What the networks cost",
         "",
-        f"Measured on: {about(rows)}" + (f", PyTorch {rows[0]['torch']}" if "torch" in rows[0] else "") + ".",
+        f"Measured on: {about(rows)}" + (f", PyTorch {' and '.join(versions)}" if versions else "") + ".",
         "",
         "- *The paper* is Sepehri, Fabian and Soltanolkotabi: Serpent. *Here*: the machine named above.",
         "- 1 MAC = 2 FLOPs, and what the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
