@@ -332,3 +332,17 @@ def test_depth_that_pillow_cuts_is_told(bits, told, tmp_path):
         warnings.simplefilter("always")
         assert read_image(tmp_path / "a.avif").pixels.shape == (64, 64, 3)
     assert [str(each.message).partition(": ")[2] for each in caught] == told
+
+
+def test_colour_of_16_bits_that_becomes_8_is_told(tmp_path):
+    pixels = draw(np.uint16, height=64, width=64)
+    (tmp_path / "a.ppm").write_bytes(b"P6\n# 255\n64 64\n65535\n" + pixels.astype(">u2").tobytes())
+    cv2.imwrite(str(tmp_path / "a.jp2"), pixels)
+    for name in ("a.ppm", "a.jp2"):
+        with pytest.warns(UserWarning, match="has 16 bits; 8 of them are kept"):
+            assert read_image(tmp_path / name).pixels.dtype == np.uint8
+    (tmp_path / "g.pgm").write_bytes(b"P5 64 64 65535\n" + pixels[..., 0].astype(">u2").tobytes())
+    cv2.imwrite(str(tmp_path / "g.jp2"), pixels[..., 0])
+    Image.fromarray(draw(np.uint8)).save(tmp_path / "a8.ppm")
+    for name in ("g.pgm", "g.jp2", "a8.ppm"):
+        read_image(tmp_path / name)  # no word, which would be an error here

@@ -6,6 +6,7 @@ goes through OpenCV and 16-bit TIFF through tifffile, HEIC through pillow-heif w
 
 import io
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ the bound that is left keeps a small hostile file from filling the memory."""
 _PNG, TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What Pillow knows well: if it finds no image there the file is damaged, and OpenCV would return a part of it.
 _PILLOW_SIGNATURES = (_PNG, *TIFFS, b"\xff\xd8", b"RIFF", b"BM", b"GIF8")
+_PPM_HEADER = re.compile(rb"P[36](?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+(\d{1,5})\s")
 _HEIFS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands; AVIF, too, has the last two
 _DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and ours
 _bound_lock = threading.Lock()
@@ -191,6 +193,12 @@ def _decode_other(data: bytes) -> Picture:
 
 def _bits(data: bytes, image: Image.Image) -> int:
     """Of a sample in the file, for formats where Pillow gives 8 of however many."""
+    if image.mode.startswith("I"):
+        return 8  # which Pillow gives as 16
+    if image.format == "PPM" and (numbers := _PPM_HEADER.match(data)):
+        return max(8, int(numbers[1]).bit_length())
+    if image.format == "JPEG2000" and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
+        return max(8, (data[start + 42] & 0x7F) + 1)  # of the first component, in SIZ
     if image.format != "AVIF":
         return image.info.get("bit_depth", 8)  # HEIC
     flags = data[data.find(b"av1C") + 6]  # AV1's configuration: tier, high_bitdepth, twelve_bit, ...
