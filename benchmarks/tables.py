@@ -153,10 +153,8 @@ def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float]
             before = _read(file).get("settings", {})
             if _settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
                 told = "; ".join(f"{key} {before.get(key, 'not noted')}, now {now[key]}" for key in other)
-                way = "give another --out or remove it"
-                way += (
-                    f", or give --minutes-of {before['device']!r}" if "device" in other and before.get("device") else ""
-                )
+                device = before.get("device") if "device" in other else None
+                way = "give another --out or remove it" + (f", or give --minutes-of {device!r}" if device else "")
                 sys.exit(f"tables.py: error: {file}: of other settings ({told}); {way}")
     lacking = [f"{job.task} {name}" for job in jobs if not _here(job) for name in unprobed(job, networks, lrs, folder)]
     if lacking:

@@ -202,7 +202,7 @@ def restore_upload(path: Path, folder: Path, task: str, network: str, device: st
 
 
 def degrade_and_restore(
-    path: Path, folder: Path, task: str, network: str, seed: float, device: str, limits: Limits
+    path: Path, folder: Path, task: str, network: str, seed: float | None, device: str, limits: Limits
 ) -> Result:
     """Degrade an uploaded file as an evaluation does, restore it, and measure both against it."""
     degradation = create_degradation(task)

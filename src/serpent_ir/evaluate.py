@@ -58,9 +58,8 @@ def evaluate(
         )
     if (scale := getattr(network, "scale", 1)) != 1:
         raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
-    channels = getattr(network.config, "in_channels", 3)
-    if channels not in (degradation.channels, 1 if degradation.channels == 3 else degradation.channels):
-        made = degradation.channels
+    channels, made = getattr(network.config, "in_channels", 3), degradation.channels
+    if channels != made and (channels, made) != (1, 3):  # a network for grey images takes each colour by itself
         raise UsageError(f"{weights or model} takes {channels} channels, and {task} makes {made}; choose other weights")
     if (returned := getattr(network.config, "out_channels", 3)) != min(channels, 3):
         raise UsageError(f"{weights or model} returns {returned} channels; an image has three; choose other weights")

@@ -26,6 +26,7 @@ from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
+from serpent_ir.passes import check_task
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4
@@ -59,6 +60,8 @@ def export(
 ) -> tuple[dict[str, str], list[Check]]:
     """Write the network or weights called `name` (or, of a network, a file of `weights`) by `export_network`."""
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
+    if weights is not None:
+        check_task(model, weights)
     told = {"network": name.partition(".")[0]} | ({"weights_licence": WEIGHTS_LICENCE} if weights is None else {})
     return export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
 

@@ -34,6 +34,7 @@ _XMP_NAME = b"XML:com.adobe.xmp\0\0\0\0\0"  # keyword; not compressed, no langua
 
 def encode(picture: Picture, suffix: str) -> bytes:
     """The bytes of an image file in the format of a suffix of `SAVE_OPTIONS`."""
+    check_sides(picture.pixels.shape[1], picture.pixels.shape[0], suffix)
     if suffix in (".tif", ".tiff"):
         buffer = io.BytesIO()
         shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))

@@ -37,6 +37,20 @@ Measured on a CPU 480 (`pixelshuffle`), 320 (`nearest+conv`).
 _UNKNOWN = (0, 128)  # a network that nobody measured, 32 channels wide: 4 KB a pixel
 
 
+# What the allocators of the CPU and of MPS, and NVIDIA's libraries, say in a plain RuntimeError; and PyTorch of a size
+# that no number holds.
+_MEMORY_SIGNS = (
+    "not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED",
+    "Storage size calculation overflowed",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the ways in which PyTorch runs out of memory."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS))
+
+
 def network_bytes(model: nn.Module, pixels: int, device: torch.device, dtype: torch.dtype) -> int:
     """Predicted peak memory on `device` of one pass of `model` over an input of so many pixels (images counted in).
 

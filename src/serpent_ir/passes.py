@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,15 +14,13 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.memory import SHARE, available, network_bytes
+from serpent_ir.memory import SHARE, available, is_out_of_memory, network_bytes
+from serpent_ir.models import preset_of
 from serpent_ir.tiling import Axis, Span, blend, cut
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LARGEST_TILE = 4096
 """Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
-
-# What the allocators of the CPU and of MPS, and NVIDIA's libraries, say in a plain RuntimeError.
-_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def available_devices() -> list[str]:
@@ -59,12 +58,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the ways in which PyTorch runs out of memory."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS))
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a network's parameters are; the CPU for one that has none."""
     return next(model.parameters(), torch.empty(0)).device
@@ -74,6 +67,17 @@ def undone_by(model: nn.Module) -> Degradation | None:
     """The degradation that a network's weights undo, None where it names none."""
     task = getattr(getattr(model, "config", None), "task", "")
     return create_degradation(task) if task else None
+
+
+def check_task(model: nn.Module, weights: Path | None) -> None:
+    """Raise UsageError where weights are of no task that is known: `sr8`'s would be run without upsampling.
+
+    Not for the rivals, which take an image as it is, and whose `scale` says what size they return.
+    """
+    if undone_by(model) is None and not hasattr(model, "scale"):
+        known = preset_of(model.config)
+        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
+        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
 
 
 def scale_of(model: nn.Module) -> int:

@@ -19,9 +19,10 @@ from serpent_ir.passes import device_name, pick_device, pick_precision
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
-LARGEST = 1 << 24  # pixels a side; beyond, sizes in bytes overflow
 LAYER_NORM_MACS = 5
 INSTANCE_NORM_MACS = 4
+
+LARGEST = 1 << 24  # pixels a side; beyond, sizes in bytes overflow
 
 
 @dataclass(frozen=True)

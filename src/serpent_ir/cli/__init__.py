@@ -6,9 +6,9 @@ failed, 2 where the call was wrong, 130 where it was interrupted. Results go to 
 One module a command; importing it here registers it, and `serpent --help` lists them in this order.
 """
 
-# isort: off
 import sys
 
+# isort: off
 from serpent_ir.cli.shell import app as app, say
 from serpent_ir.cli.restore import restore as restore
 from serpent_ir.cli.degrade import degrade as degrade

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from serpent_ir.cli.shell import Name, Weights, check_task, model_name, print_table, say, shell_command
+from serpent_ir.cli.shell import Name, Weights, model_name, print_table, say, shell_command
 
 
 @shell_command("Write a network for other runtimes. The file is run and compared with the network before it is kept.")
@@ -19,11 +19,8 @@ def export(
 ) -> None:
     """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""
     from serpent_ir.export import export
-    from serpent_ir.models import create_model
 
     name = model_name(name, weights)
-    if weights is not None:
-        check_task(create_model(name, checkpoint_path=weights), weights)
     say(f"tracing {name}, then checking the file; this may take some minutes")
     metadata, checks = export(name, output, format=format, dynamic=dynamic, size=size, weights=weights)
     rows = [

@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
-from serpent_ir.cli.shell import (
-    Device,
-    Inputs,
-    Json,
-    Name,
-    Output,
-    Weights,
-    check_task,
-    finite,
-    model_name,
-    say,
-    shell_command,
-)
+from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,6 +77,7 @@ def restore(
     from serpent_ir.compare import write_comparison
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model, load_model, preset_of
+    from serpent_ir.passes import check_task
 
     rank, world = rank_and_world()
     if reference and not compare:

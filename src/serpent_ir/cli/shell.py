@@ -8,15 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from serpent_ir import __version__
 from serpent_ir.errors import SerpentError, UsageError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -140,19 +137,6 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     if not network:
         raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
     return network
-
-
-def check_task(model: "nn.Module", weights: Path | None) -> None:
-    """Raise UsageError where weights are of no task that is known: `sr8`'s would be run without upsampling."""
-    from serpent_ir.degradations import create_degradation
-    from serpent_ir.models import preset_of
-
-    if task := getattr(model.config, "task", ""):
-        create_degradation(str(task))
-    elif not hasattr(model, "scale"):  # the others take an image as it is, and say what size they return
-        known = preset_of(model.config)
-        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
-        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
 
 
 def finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from serpent_ir.cli.files import terminated_like_interrupted
-from serpent_ir.cli.shell import Device, Name, Weights, check_task, model_name, progress_of, say, shell_command
+from serpent_ir.cli.shell import Device, Name, Weights, model_name, progress_of, say, shell_command
 
 
 @shell_command("Restore a video frame by frame. Sound, subtitles and timestamps are copied.")
@@ -21,6 +21,7 @@ def video(
     """Restore a video into a file, as `serpent_ir.video.restore_video` does, and tell how long it takes."""
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.models import create_model
+    from serpent_ir.passes import check_task
     from serpent_ir.video import restore_video
 
     name = model_name(name, weights)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.memory import is_out_of_memory
 from serpent_ir.models.checkpoints import Shapes, fill, load_weights, shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
@@ -132,7 +133,7 @@ def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLi
     try:
         return build(config)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "overflow" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise SerpentError(f"{path}: a network of the sizes in it does not fit in memory; get the file again") from None
 

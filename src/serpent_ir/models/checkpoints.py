@@ -111,7 +111,8 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
 def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The same without what training put before every name; SerpentError where no network could work with it."""
     for key, value in state.items():
-        if not _kind(value) and not value.double().isfinite().all():
+        shown = value.float() if value.element_size() == 1 else value  # float8 knows no `isfinite`
+        if not _kind(value) and not shown.isfinite().all():
             raise SerpentError(f"{path}: {key} is not finite: the training failed, or the file is damaged; get another")
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
