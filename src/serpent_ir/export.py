@@ -59,11 +59,18 @@ def export(
     weights: Path | None = None,
 ) -> tuple[dict[str, str], list[Check]]:
     """Write the network or weights called `name` (or, of a network, a file of `weights`) by `export_network`."""
+    model, told = network_to_export(name, weights)
+    return export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
+
+
+def network_to_export(name: str, weights: Path | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """The network that `export` writes, and what the file says of it."""
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
     if weights is not None:
         check_task(model, weights)
-    told = {"network": name.partition(".")[0]} | ({"weights_licence": WEIGHTS_LICENCE} if weights is None else {})
-    return export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
+    return model, {"network": name.partition(".")[0]} | (
+        {"weights_licence": WEIGHTS_LICENCE} if weights is None else {}
+    )
 
 
 def export_network(

@@ -18,11 +18,12 @@ def export(
     size: Annotated[int, typer.Option(help="Side of the image in pixels; with --dynamic, of the largest check.")] = 256,
 ) -> None:
     """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""
-    from serpent_ir.export import export
+    from serpent_ir.export import export_network, network_to_export
 
     name = model_name(name, weights)
+    model, told = network_to_export(name, weights)
     say(f"tracing {name}, then checking the file; this may take some minutes")
-    metadata, checks = export(name, output, format=format, dynamic=dynamic, size=size, weights=weights)
+    metadata, checks = export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
     rows = [
         (f"{c.width}x{c.height}", f"{c.relative_error:.1e}", f"{c.file_ms:.0f}", f"{c.network_ms:.0f}") for c in checks
     ]
