@@ -3,15 +3,17 @@
     python benchmarks/tables.py --out runs/tables [--data ../shared/data] [--minutes 2.5] [--gpus 2] [--at-once 3]
 
 Images are decoded once, into packed sets. For each task, `deblur` then `sr8`, every network first has a GPU to itself,
-for short runs at two learning rates (the paper's and a neighbour), which choose the better one by PSNR on some
-validation images and say how many steps the minutes hold. Where the two come close, both run once more, for three times
-as long, and that chooses. Then each network trains for so many steps at one crop size (SwinIR has no progressive stages
-in the paper, and images of one size can be counted), the learning rate coming down to zero at their end, and is
-evaluated on three sets. As the steps are fixed by then, --at-once trainings may share a GPU: minutes and seconds are
-always steps times the time that one took alone. Rows at equal numbers of images are read from the validations of the
-same runs, at the number that the slowest network reached; the learning rate of the others is not down by then.
+for short runs at two learning rates (the paper's and a neighbour), which say how many steps the minutes hold. Both run
+once more, for three times as long, and choose the better rate by PSNR on some validation images. Then each network
+trains for so many steps at one crop size (SwinIR has no progressive stages in the paper, and images of one size can be
+counted), the learning rate coming down to zero at their end, and is evaluated on three sets. As the steps are fixed
+once they are timed, --at-once runs may share a GPU from there: minutes and seconds are always steps times the time that
+one took alone. Rows at equal numbers of images are read from the validations of the same runs, at the number that the
+slowest network reached; the learning rate of the others is not down by then.
 
-What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on;
+What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on
+(a row whose rate short runs alone had chosen stays if the longer ones choose the same one; else the other rate is
+trained, too, and the better of both runs stands);
 with other --minutes new tables stand beside the old ones, from the same short runs; other settings are refused. As the
 first short runs fix steps, what trains may be another device than the one whose minutes they are: with --minutes-of and
 its name this one goes on from the short runs that were made there, and makes only longer ones. --out gets
@@ -45,9 +47,9 @@ from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
 from serpent_ir.passes import device_name, pick_device
-from serpent_ir.writing import whole_file
 from tables_job import Job
-from tables_report import render
+from tables_kept import done, is_here, place_of, rates, read, settings, settled, timed, told, undecided, unprobed, write
+from tables_report import LONGER, render
 
 VAL = ("faces256/val", "faces512/val", "natural/val")
 # Crop, batch, folders of training images, and the set that is looked at during training.
@@ -55,10 +57,6 @@ TASKS: dict[str, tuple[int, int, tuple[str, ...], str]] = {
     "deblur": (128, 8, ("faces256/train", "natural/train"), "faces256/val"),
     "sr8": (192, 4, ("faces512/train", "faces256/train", "natural/train"), "faces512/val"),
 }
-# The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.
-RATES = {"serpent": [1e-3, 5e-4], "unet": [5e-4, 1e-3], "restormer": [3e-4, 5e-4], "swinir": [1e-3, 3e-4]}
-CLOSE = 0.2  # dB between two learning rates within which longer runs choose
-LONGER = 3  # times as long
 EXTRA = 30  # seconds that a job takes beside training: imports, captures, validation, evaluation
 
 
@@ -74,7 +72,7 @@ def main() -> None:
         for job in jobs:
             run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
-    results = _read(folder / "results.json")
+    results = read(folder / "results.json")
     print(render(results["runs"]))
     failed = [run for run in results["runs"] if run.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if failed:
@@ -94,13 +92,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes-of", metavar="DEVICE", help='whose minutes, as results name it ("NVIDIA H200"); default: this device'
     )
-    parser.add_argument("--probe-seconds", type=float, default=10, help="of training at each learning rate, to choose")
+    parser.add_argument("--probe-seconds", type=float, default=10, help="of training at each learning rate, to time it")
     parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to choose from, for all networks")
     parser.add_argument("--crop", type=int, help="side of the training images")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs to use, a network on each")
-    parser.add_argument("--at-once", type=int, default=1, help="trainings that share a GPU, once all is timed")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share a GPU, once all is timed")
     parser.add_argument("--device", default="auto", help="cpu: use no GPU")
     parser.add_argument("--curve-images", type=int, default=25, help="validation images that are looked at in training")
     parser.add_argument("--lpips-weights", help="torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth")
@@ -150,76 +148,20 @@ def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float]
     for job in jobs:
         for file in sorted(place_of(job, folder).glob("*.json")):
             now = settings(job, rates(file.name.split(".")[0], lrs))
-            before = _read(file).get("settings", {})
-            if _settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
+            before = read(file).get("settings", {})
+            if settled(file) and (other := [key for key in now if before.get(key) != now[key]]):
                 told = "; ".join(f"{key} {before.get(key, 'not noted')}, now {now[key]}" for key in other)
                 device = before.get("device") if "device" in other else None
                 way = "give another --out or remove it" + (f", or give --minutes-of {device!r}" if device else "")
                 sys.exit(f"tables.py: error: {file}: of other settings ({told}); {way}")
-    lacking = [f"{job.task} {name}" for job in jobs if not _here(job) for name in unprobed(job, networks, lrs, folder)]
+    lacking = [
+        f"{job.task} {name}" for job in jobs if not is_here(job) for name in unprobed(job, networks, lrs, folder)
+    ]
     if lacking:
         sys.exit(
             f"tables.py: error: {folder} has no probe on {jobs[0].minutes_of} with these settings of "
             f"{', '.join(lacking)}; call there without --minutes-of, or leave them out by --networks"
         )
-
-
-def place_of(job: Job, folder: Path) -> Path:
-    return folder / f"{job.task}.{job.minutes:g}min"
-
-
-def rates(name: str, lrs: list[float] | None) -> list[float]:
-    return lrs or RATES.get(name.partition("_")[0], [1e-3, 3e-4])
-
-
-def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
-    """What has to be the same of results that stand in one table, and of those that are gone on from.
-
-    PyTorch, too, if steps may be timed now, as it changes how long one takes. Steps of another device were timed there,
-    with the PyTorch of that day; which one trains so many of them matters as little as which device does.
-    """
-    about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
-    lpips = Path(job.lpips_weights).name if job.lpips_weights else None
-    about |= {"train": _told(job.train), "lrs": lrs, "lpips_weights": lpips}
-    return about | {"device": job.minutes_of} | ({"torch": torch.__version__} if _here(job) else {})
-
-
-def _here(job: Job) -> bool:
-    """Whether the minutes are those of this device."""
-    return job.minutes_of == device_name(pick_device(job.device))
-
-
-def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str, Any]]:
-    """By network `probes`, `step_ms`, their settings and what is there of `longer`: of this budget, else of another."""
-    found: dict[str, dict[str, Any]] = {}
-    places = sorted(folder.glob(f"{job.task}.*min"), key=lambda place: (place != place_of(job, folder), place.name))
-    for file in [file for place in places for file in sorted(place.glob("*.json"))]:
-        name, content = file.name.split(".")[0], _read(file)
-        now = settings(job, rates(name, lrs))
-        del now["lpips_weights"]  # which a probe has no use for
-        before = content.get("settings", {})
-        if all(before.get(key) == now[key] for key in now):
-            parts = {key: content[key] for key in ("probes", "step_ms", "longer", "settings") if key in content}
-            found[name] = parts | found.get(name, {})
-    return {name: parts for name, parts in found.items() if "probes" in parts}
-
-
-def undecided(probed: dict[str, Any]) -> bool:
-    """Whether longer runs have to choose the learning rate, and have not."""
-    scores = sorted((each["psnr"] for each in probed["probes"] if each["psnr"]), reverse=True)
-    return "longer" not in probed and len(scores) > 1 and scores[0] - scores[1] < CLOSE
-
-
-def unprobed(job: Job, networks: list[str], lrs: list[float] | None, folder: Path) -> list[str]:
-    """Those of the networks that have neither a result nor anything to be trained from."""
-    known, place = timed(job, lrs, folder), place_of(job, folder)
-    ends = (".json", ".probe.json")  # that one of them failed for memory is a result
-    return [name for name in networks if name not in known and not any(_settled(place / f"{name}{e}") for e in ends)]
-
-
-def _told(sources: list[str]) -> list[str]:
-    """The names of training sets wherever the data lie."""
-    return ["/".join(Path(source).parts[-2:]) for source in sources]
 
 
 class Devices:
@@ -257,7 +199,7 @@ class Devices:
             process.join()
             if not place.exists():
                 return {"error": f"ended with status {process.exitcode}; see {log}"}
-            return _read(place)
+            return read(place)
         finally:
             self.free.put(gpu)
 
@@ -267,13 +209,13 @@ def run_task(
 ) -> None:
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
-    wanted = [name for name in in_order(set(networks)) if not _settled(place / f"{name}.json")]
+    wanted = [name for name in in_order(set(networks)) if not done(place / f"{name}.json")]
     for name in networks:
         if name not in wanted:
             say(f"{job.task} {name}: done already ({place / name}.json)")
     if not wanted or time.monotonic() > until:
         return
-    packed = _packed(job, devices.temporary)
+    packed, at_once = _packed(job, devices.temporary), devices.at_once
 
     def probe(name: str) -> None:
         probing = dataclasses.replace(packed, model=name, lrs=rates(name, lrs))
@@ -290,41 +232,66 @@ def run_task(
             packed, what="probe longer", model=name, lrs=[each["lr"] for each in found["probes"]],
             probe_seconds=LONGER * job.probe_seconds, step_ms=found["step_ms"],
         )  # fmt: skip
-        takes = EXTRA + probing.probe_seconds * len(probing.lrs)
+        takes = EXTRA + probing.probe_seconds * len(probing.lrs) * at_once
         run(probing, f"{name}.longer.json", takes, about(name))
+
+    def chosen(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        found = probed[name]
+        best = max(found.get("longer", found["probes"]), key=lambda each: each["psnr"] or -math.inf)
+        return best, {"longer": found["longer"]} if "longer" in found else {}
+
+    def stays(name: str) -> bool:
+        """Whether there is a row of the rate that the longer runs have chosen, which says so from now on."""
+        file = place / f"{name}.json"
+        best, longer = chosen(name)
+        if not settled(file) or (row := read(file))["lr"] != best["lr"]:
+            return False
+        write(file, json.dumps({**row, **longer}, indent=1) + "\n")
+        say(f"{job.task} {name}: stays as it is, longer runs choose the same learning rate")
+        return True
 
     def train(name: str) -> None:
         found = probed[name]
-        longer = {"longer": found["longer"]} if "longer" in found else {}
-        best = max(found.get("longer", found["probes"]), key=lambda each: each["psnr"] or -math.inf)
+        best, longer = chosen(name)
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
         # Sharing a GPU gains little: five that began together ended together, after five times as long. Of another
         # device's minutes this is a guess: how much faster or slower this one is is not known.
-        takes = (EXTRA + 60 * job.minutes) * min(devices.at_once, len(ready))
-        run(training, f"{name}.json", takes, about(name), train=_told(job.train), probes=found["probes"], **longer)
+        takes = (EXTRA + 60 * job.minutes) * min(at_once, len(ready))
+        run(training, f"{name}.json", takes, about(name), train=told(job.train), probes=found["probes"], **longer)
 
     def run(one: Job, file: str, takes: float, made_with: dict[str, Any], **more: Any) -> None:
         result = devices(one, place / f"{one.model}.log", until, takes)
         if result is None:
             say(f"{job.task} {one.model}: no time left to {one.what}")
             return
-        if one.what == "train" and devices.at_once > 1 and result.get("error") == OUT_OF_MEMORY:
+        if one.what != "probe" and at_once > 1 and result.get("error") == OUT_OF_MEMORY:
             result = {"error": "out of memory beside others; call again with a lower --at-once"}
         result = result if "error" in result else {**result, **more}
+        if one.what == "train" and "error" not in result and (place / file).exists():
+            result = better_of(result, read(place / file))
         _keep(result, place / file, one, made_with)
 
     devices.share_out(probe, unprobed(job, wanted, lrs, folder))
     probed = timed(job, lrs, folder)
-    devices.share_out(probe_longer, [name for name in wanted if name in probed and undecided(probed[name])])
+    devices.share_out(probe_longer, [name for name in wanted if name in probed and undecided(probed[name])], at_once)
     probed = timed(job, lrs, folder)
     # A look at the last step of the slowest, which is where they are compared; of all that were ever probed, as another
     # call may train them.
     fewest = min((max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()), default=1)
-    ready = [name for name in wanted if name in probed and not undecided(probed[name])]
+    ready = [name for name in wanted if name in probed and not undecided(probed[name]) and not stays(name)]
     ready.sort(key=lambda name: -probed[name]["step_ms"])
-    devices.share_out(train, ready, devices.at_once)
+    devices.share_out(train, ready, at_once)
+
+
+def better_of(new: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
+    """Of two whole runs at different learning rates the one that came to more, with what the other came to."""
+    if "error" in former:
+        return new
+    better, other = sorted((new, former), key=lambda run: run["curve"][-1]["psnr"], reverse=True)
+    other = {key: other["curve"][-1][key] for key in ("psnr", "ssim")} | {"lr": other["lr"]}
+    return {**better, "longer": new["longer"], "also": other}
 
 
 def _packed(job: Job, folder: Path) -> Job:
@@ -348,15 +315,6 @@ def _packed(job: Job, folder: Path) -> Job:
     return dataclasses.replace(job, train=[train], val=val, curve_data=curve)
 
 
-def _settled(file: Path) -> bool:
-    """Whether there is a result; that a network does not fit is one, too."""
-    return file.exists() and _read(file).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
-
-
 def _keep(result: dict[str, Any], file: Path, job: Job, about: dict[str, Any]) -> None:
     name = job.model
     if "error" in result:
@@ -369,12 +327,7 @@ def _keep(result: dict[str, Any], file: Path, job: Job, about: dict[str, Any]) -
     else:
         last = result["curve"][-1]
         say(f"{job.task} {name}: lr {result['lr']:g}, {last['images']} images, {last['psnr']:.2f} dB")
-    _write(file, json.dumps({**result, "settings": about}, indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    with whole_file(file) as content:  # a kill leaves no half of one, which the next call could not read
-        content.write(text.encode())
+    write(file, json.dumps({**result, "settings": about}, indent=1) + "\n")
 
 
 def say(line: str) -> None:
@@ -385,10 +338,10 @@ def write_results(folder: Path) -> None:
     """results.json and results.md of all that is in the folder."""
     short = {file for end in ("probe", "longer") for file in folder.glob(f"*min/*.{end}.json")}
     # Where the short runs failed, that says why there is no more.
-    files = [file for file in sorted(folder.glob("*min/*.json")) if file not in short or "error" in _read(file)]
-    runs = [_read(file) for file in files]
-    _write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
-    _write(folder / "results.md", render(runs))
+    files = [file for file in sorted(folder.glob("*min/*.json")) if file not in short or "error" in read(file)]
+    runs = [read(file) for file in files]
+    write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
+    write(folder / "results.md", render(runs))
 
 
 if __name__ == "__main__":

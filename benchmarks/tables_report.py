@@ -5,6 +5,8 @@ from typing import Any
 
 from serpent_ir.figures import in_order, label_of
 
+LONGER = 3  # times as long as the runs that time a network's steps: those that choose its learning rate
+
 
 def render(runs: list[dict[str, Any]]) -> str:
     """results.md: for each task and budget a table at equal minutes, and one at equal images."""
@@ -28,7 +30,8 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
         lines += [
             f"Minutes of {_whose(one)}, PyTorch {timed_with}; {how}.",
             f"Training images: {', '.join(one['train'])}.",
-            f"Learning rate: the better of those named, by {one['probe_seconds']:g} s each{_longer(done)}.",
+            f"Learning rate: the better of those named, by {_chosen_by(done)}.",
+            *_trained_twice(done),
             "Minutes: the steps times what one takes a network that has the device to itself.",
             *_timed_otherwise(done),
             *_trained_on(done),
@@ -75,10 +78,26 @@ def _whose(run: dict[str, Any]) -> str:
     return run.get("minutes_of", run["device"])
 
 
-def _longer(runs: list[dict[str, Any]]) -> str:
-    """Which networks' learning rates were chosen by longer runs, as the short ones came close."""
-    networks = [label_of(run["model"]) for run in runs if "longer" in run]
-    return f" (three times as long for {', '.join(networks)}, as it was close)" if networks else ""
+def _chosen_by(runs: list[dict[str, Any]]) -> str:
+    """How long the runs were that chose the learning rates; until November 2026 short if rates differed."""
+    networks: dict[float, list[str]] = {}
+    for run in runs:
+        seconds = run["probe_seconds"] * (LONGER if "longer" in run else 1)
+        networks.setdefault(seconds, []).append(label_of(run["model"]))
+    if len(networks) == 1:
+        return f"{next(iter(networks)):g} s each"
+    return "; ".join(f"{seconds:g} s each for {', '.join(names)}" for seconds, names in sorted(networks.items()))
+
+
+def _trained_twice(runs: list[dict[str, Any]]) -> list[str]:
+    """Which networks were trained at both learning rates, as longer runs chose another one than shorter ones had."""
+    told = [
+        f"{label_of(run['model'])} ({run['curve'][-1]['psnr']:.2f} dB at {run['lr']:g}, "
+        f"{run['also']['psnr']:.2f} at {run['also']['lr']:g})"
+        for run in runs
+        if "also" in run
+    ]
+    return [f"Trained at both, of which the better stands: {', '.join(told)}."] if told else []
 
 
 def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:

@@ -30,6 +30,13 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _make_handles(device: torch.device) -> None:
+    """Make what cuBLAS and cuDNN keep for each thread: this one may have none yet, and a capture cannot make it."""
+    torch.cuda.current_blas_handle()
+    one = torch.zeros(1, 1, 1, 1, device=device)
+    nn.functional.conv2d(one, one)
+
+
 class _Graph:
     """One captured pass. Its input lies outside of the pool, which its model's other graphs share."""
 
@@ -37,7 +44,7 @@ class _Graph:
         # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
         with torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
-            torch.cuda.current_blas_handle()  # made now: this thread may not have one yet, and a capture cannot make it
+            _make_handles(x.device)
             torch.cuda.synchronize()
             with torch.cuda.stream(_stream(x.device)):
                 self.graph, self.output = capture(lambda: run(self.input), pool)
