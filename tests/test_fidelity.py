@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from image_files import ICC, draw, exif, tags_of
 from networks import identity_network
+from serpent_ir.data.files import read_rgb8
 from serpent_ir.errors import ImageError
 from serpent_ir.image import Picture, fill_transparent, read_image, to_tensor, write_image
 from serpent_ir.inference import Restorer, restore
@@ -338,3 +339,4 @@ def test_captions_of_iptc_are_left_out_with_a_word_and_ratings_are_kept(tmp_path
     (tmp_path / "a.jpg").write_bytes(content[:2] + app13 + content[2:])
     with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
         read_image(tmp_path / "a.jpg")
+    assert read_rgb8(tmp_path / "a.jpg").shape[0] == 3  # in training there are none to lose, and nothing is said

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image import Picture, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.image import Picture, read_image_pixels, to_pixels, to_tensor, write_image
 from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
 
 PANEL = 768
@@ -101,7 +101,7 @@ def draw_panels(panels: dict[str, Image.Image], detail: tuple[int, int, int, int
 
 
 def _read(path: Path) -> Tensor:
-    return to_tensor(read_image(path).pixels)
+    return to_tensor(read_image_pixels(path))
 
 
 def _image(x: Tensor) -> Image.Image:

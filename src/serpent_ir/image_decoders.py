@@ -34,12 +34,12 @@ _DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's c
 _bound_lock = threading.Lock()
 
 
-def decode(data: bytes) -> tuple[Picture, list[str]]:
-    """The picture in a file, and what a person should know of how it was read.
+def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
+    """The picture in a file, and what a person should know of how its pixels, and its metadata, were read.
 
     Raises ImageError for what is known to be wrong, and whatever a decoder raises for a damaged file.
     """
-    notes: list[str] = []
+    notes, lost = [], []
     image = open_header(data)
     tiff = data.startswith(TIFFS)
     kept, orientation = {}, 1
@@ -51,15 +51,15 @@ def decode(data: bytes) -> tuple[Picture, list[str]]:
             notes.append(f"has {bits} bits; 8 of them are kept")
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
-        kept, orientation = metadata_of(image, io.BytesIO(data), notes)
+        kept, orientation = metadata_of(image, io.BytesIO(data), lost)
         if picture := _decode_tiff(data, image, notes):
-            return _upright(replace(picture, **kept), orientation), notes
+            return _upright(replace(picture, **kept), orientation), notes, lost
         orientation = 1
     if image is None:
-        return _decode_other(data), notes
+        return _decode_other(data), notes, lost
     image.load()  # raises where data is missing; nothing below this line needs to look for that
     if not tiff:
-        kept, orientation = metadata_of(image, io.BytesIO(data), notes)
+        kept, orientation = metadata_of(image, io.BytesIO(data), lost)
     grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # a PGM is scaled to 16 bits
     if data.startswith(_PNG):
         kept["png_texts"] = png_texts(data)
@@ -75,7 +75,7 @@ def decode(data: bytes) -> tuple[Picture, list[str]]:
             image, kept["icc_profile"] = _from_cmyk(image, notes)
         array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
         picture = _picture(array, mode=mode, format=image.format)
-    return _upright(replace(picture, **kept), orientation), notes
+    return _upright(replace(picture, **kept), orientation), notes, lost
 
 
 def open_header(data: bytes | BinaryIO) -> Image.Image | None:

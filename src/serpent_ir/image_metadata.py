@@ -24,10 +24,11 @@ _XMP_ORIENTATION = re.compile(rb"""(<(?:tiff:)?Orientation>\s*|tiff:Orientation=
 _PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tEXt", b"zTXt", b"iTXt")
 
 
-def metadata_of(image: Image.Image | None, file: BinaryIO, notes: list[str]) -> tuple[dict[str, Any], int]:
+def metadata_of(image: Image.Image | None, file: BinaryIO, lost: list[str]) -> tuple[dict[str, Any], int]:
     """`Picture`'s metadata for an upright image, and the EXIF orientation that leads to it.
 
-    `image` is what Pillow opened; None for a TIFF that it cannot, which is read from `file`.
+    `image` is what Pillow opened; None for a TIFF that it cannot, which is read from `file`. `lost` gets what a person
+    should know of what is left out.
     """
     exif, orientation, xmp, icc, dpi = None, 1, None, None, None
     try:
@@ -43,14 +44,14 @@ def metadata_of(image: Image.Image | None, file: BinaryIO, notes: list[str]) -> 
             xmp, dpi = image.info.get("xmp"), _dpi(image.info.get("dpi"))
         photoshop = image.info.get("photoshop") if image is not None else None
         if tags.get(_IPTC_TAG) or (isinstance(photoshop, dict) and photoshop.get(_IPTC_OF_PHOTOSHOP)):
-            notes.append("has captions as IPTC; left out, what EXIF and XMP say of them is kept")
+            lost.append("has captions as IPTC; left out, what EXIF and XMP say of them is kept")
         orientation = tags.get(_ORIENTATION, 1)
         if image is None or image.format == "TIFF":
             exif, xmp = _exif_of_tiff(tags), tags.get(XMP_TAG)
         elif image.info.get("exif"):
             exif = _upright_exif(image.info["exif"])
     except Exception:  # Pillow raises anything for damaged tags
-        notes.append("its EXIF data is damaged and left out")
+        lost.append("its EXIF data is damaged and left out")
         exif = None
     xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) else None
     dpi = dpi[::-1] if dpi and orientation in (5, 6, 7, 8) else dpi

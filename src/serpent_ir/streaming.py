@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image import Picture, read_image, replacing, write_image
+from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, open_header
 from serpent_ir.image_encoders import check_sides
 from serpent_ir.image_metadata import metadata_of
@@ -82,7 +82,7 @@ def _read_mask(path: Path | None) -> np.ndarray | None:
     """(H, W), in the depth of the file: the mean of its channels."""
     if path is None:
         return None
-    pixels = read_image(path).pixels
+    pixels = read_image_pixels(path)
     return pixels.mean(-1).astype(pixels.dtype)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serpent_ir.data.pack import SUFFIX, Pack, PackedImage
 from serpent_ir.errors import UsageError
-from serpent_ir.image import read_image
+from serpent_ir.image import read_image_pixels
 
 # What counts as an image in a folder. A file that is named is read whatever its suffix is.
 SUFFIXES = frozenset(
@@ -108,5 +108,5 @@ def read_pixels(image: Path | PackedImage) -> np.ndarray:
     """The same as an array (H, W, 3); of a packed set it is a part of the mapped file, not to be written to."""
     if isinstance(image, PackedImage):
         return image.pixels
-    pixels = read_image(image).pixels
+    pixels = read_image_pixels(image)
     return np.rint(pixels / 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
