@@ -13,6 +13,9 @@ import scan
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
+# Of profile.h100.json; profile.h200.json is of one run of all.
+_SINCE = """The U-Nets have changed since, and were measured again in a later run on a machine of the same kind;
+`serpent_b` has, too: here it still added its input to its result."""
 
 
 def networks(records: Iterable[dict[str, Any]]) -> list[str]:
@@ -135,24 +138,29 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
 def rivals(profiles: Iterable[list[dict[str, Any]]]) -> list[str]:
     lines = []
     for rows in profiles:
+        on_public = "H100" in rows[0]["device"]  # where the public software was timed
+        beside = f" beside what the public software took ({network.SOURCE})," if on_public else ""
         lines += [
             "",
-            "# Serpent and its rivals",
+            f"# Serpent and its rivals on one {rows[0]['device']}",
             "",
-            f"{rows[0]['device']}, {rows[0]['precision']}, batch {rows[0]['batch']}: `serpent report DIR --seconds "
+            f"{rows[0]['precision']}, batch {rows[0]['batch']}: `serpent report DIR --seconds "
             f"{rows[0]['seconds']:g}`, from",
             "`benchmarks/results/profile.*.json`. Milliseconds of inference by CUDA graph (of a call where that takes",
-            f"more than a quarter of the seconds), beside what the public software took ({network.SOURCE}), and of a",
-            "training step the same way. 1 GB is 1e9 bytes, the peak of plain calls. One run, but for the U-Nets,",
-            "which have changed since and were measured in a later one on a machine of the same kind.",
+            f"more than a quarter of the seconds),{beside} and of a",
+            "training step the same way. 1 GB is 1e9 bytes, the peak of plain calls.",
+        ]
+        lines += [_SINCE] if on_public else []
+        lines += [
             "",
-            "| network, size | inference | public | x | GB | training step | GB |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            f"| network, size | inference |{' public | x |' * on_public} GB | training step | GB |",
+            f"| --- | --- |{' --- | --- |' * on_public} --- | --- | --- |",
         ]
         for row in sorted(rows, key=lambda row: row["size"]):
             infer, train = (row.get(f"{way}_graph_ms") or row.get(f"{way}_ms") for way in ("infer", "train"))
             public = network.PUBLIC_GRAPH.get((row["model"], row["size"]))
-            cells = [f"{row['model']} {row['size']}", _number(infer) or "-", _number(public), _ratio(public, infer)]
+            cells = [f"{row['model']} {row['size']}", _number(infer) or "-"]
+            cells += [_number(public), _ratio(public, infer)] if on_public else []
             cells += [_number(row["infer_gb"]), _number(train) or "-", _number(row["train_gb"])]
             lines.append(f"| {' | '.join(cells)} |")
         notes = {row["error"].partition(" (")[0] for row in rows if "error" in row}
