@@ -340,3 +340,15 @@ def test_captions_of_iptc_are_left_out_with_a_word_and_ratings_are_kept(tmp_path
     with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
         read_image(tmp_path / "a.jpg")
     assert read_rgb8(tmp_path / "a.jpg").shape[0] == 3  # in training there are none to lose, and nothing is said
+
+
+@pytest.mark.parametrize("what", ["exif", "xmp"])
+def test_metadata_that_a_jpeg_has_no_room_for_is_left_out_with_a_word(what, tmp_path):
+    long: dict = {what: b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + bytes(66000)}
+    write_image(tmp_path / "a.png", Picture(draw(np.uint8), icc_profile=ICC, **long))
+    picture = read_image(tmp_path / "a.png")
+    assert len(getattr(picture, what)) > 65536
+    with pytest.warns(UserWarning, match=f"a.jpg: .jpg cannot hold {what.upper()} data of over 64 KB; write .png"):
+        write_image(tmp_path / "a.jpg", picture)
+    kept = read_image(tmp_path / "a.jpg")
+    assert (kept.icc_profile, getattr(kept, what)) == (ICC, None)

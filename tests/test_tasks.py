@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from skimage import data
 
 import serpent_ir
-from serpent_ir.compare import find_detail
+from serpent_ir.compare import PANEL, draw_panels, find_detail
 from serpent_ir.degradations import DEGRADATIONS, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
@@ -176,3 +176,7 @@ def test_the_detail_is_where_the_edges_are():
     assert left <= 100 and right >= 110
     assert top <= 70 and bottom >= 80
     assert find_detail(torch.zeros(1, 3, 1, 1)) == (0, 0, 1, 1)
+    for height, width in ((3000, 9), (9, 3000)):  # a strip's detail fits on the sheet
+        strip = Image.new("RGB", (width, height))
+        sheet = draw_panels({"a": strip, "b": strip}, find_detail(torch.zeros(1, 3, height, width)))
+        assert max(sheet.size) <= 2 * PANEL + 100

@@ -77,12 +77,13 @@ def find_detail(image: Tensor) -> tuple[int, int, int, int]:
 
 
 def draw_panels(panels: dict[str, Image.Image], detail: tuple[int, int, int, int]) -> Image.Image:
-    """The captioned images in a row, all of one size, and below each its detail, enlarged to the same width."""
+    """The captioned images in a row, all of one size, and below each its detail, enlarged to fill its column or `PANEL`."""
     width, height = next(iter(panels.values())).size
     shrunk = min(1.0, PANEL / max(width, height))
     shown = max(1, round(width * shrunk)), max(1, round(height * shrunk))
     column = max(shown[0], 256)  # room for a caption
-    enlarged = column, max(1, round(column * (detail[3] - detail[1]) / (detail[2] - detail[0])))
+    times = min(column / (detail[2] - detail[0]), PANEL / (detail[3] - detail[1]))  # a strip, too, fits on the sheet
+    enlarged = max(1, round(times * (detail[2] - detail[0]))), max(1, round(times * (detail[3] - detail[1])))
     sheet = Image.new(
         "RGB", (_MARGIN + len(panels) * (column + _MARGIN), _CAPTION + shown[1] + enlarged[1] + 2 * _MARGIN), "white"
     )

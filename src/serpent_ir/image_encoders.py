@@ -29,6 +29,8 @@ if features.check("avif"):
     SAVE_OPTIONS[".avif"] = {"format": "AVIF", "quality": 95, "subsampling": "4:4:4"}
 DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
+# Bytes of each that a JPEG has room for: they stand in one segment. (A profile is spread over several.)
+_JPEG_EXIF, _JPEG_XMP = 65533, 65504
 _XMP_NAME = b"XML:com.adobe.xmp\0\0\0\0\0"  # keyword; not compressed, no language, no translated keyword
 
 
@@ -54,8 +56,8 @@ def encode(picture: Picture, suffix: str) -> bytes:
         data = _encode_png16(array) if array.dtype == np.uint16 else _encode_png(array)
         return _with_chunks(data, picture)
     profile = None if _profile_does_not_fit(picture, suffix) else picture.icc_profile
-    options = dict(SAVE_OPTIONS[suffix], icc_profile=profile, exif=picture.exif, dpi=picture.dpi)
-    options |= {"xmp": picture.xmp}
+    exif, xmp = (None if _too_long(picture, suffix, what) else getattr(picture, what) for what in ("exif", "xmp"))
+    options = dict(SAVE_OPTIONS[suffix], icc_profile=profile, exif=exif, xmp=xmp, dpi=picture.dpi)
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
     return buffer.getvalue()
@@ -77,6 +79,7 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
         lost.append("16 bits")
     if _profile_does_not_fit(picture, suffix):
         lost.append("an ICC profile for grey")
+    lost += [f"{what.upper()} data of over 64 KB" for what in ("exif", "xmp") if _too_long(picture, suffix, what)]
     if suffix == ".bmp":
         lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
         lost += ["XMP data"] * bool(picture.xmp)
@@ -86,6 +89,11 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
 def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:
     """WebP has no grey, and Pillow's AVIF none either: what they write is colour."""
     return suffix in (".webp", ".avif") and (picture.icc_profile or b"")[16:20] == b"GRAY"
+
+
+def _too_long(picture: Picture, suffix: str, what: str) -> bool:
+    most = {"exif": _JPEG_EXIF, "xmp": _JPEG_XMP}[what]
+    return suffix in (".jpg", ".jpeg") and len(getattr(picture, what) or b"") > most
 
 
 def _part(alpha: NDArray[Any] | None, part: slice) -> NDArray[Any] | None:
