@@ -77,7 +77,7 @@ def find_detail(image: Tensor) -> tuple[int, int, int, int]:
 
 
 def draw_panels(panels: dict[str, Image.Image], detail: tuple[int, int, int, int]) -> Image.Image:
-    """The captioned images in a row, all of one size, and below each its detail, enlarged to fill its column or `PANEL`."""
+    """The captioned images, of one size, in a row, below each its detail, as large as column and `PANEL` allow."""
     width, height = next(iter(panels.values())).size
     shrunk = min(1.0, PANEL / max(width, height))
     shown = max(1, round(width * shrunk)), max(1, round(height * shrunk))
