@@ -69,14 +69,13 @@ def main() -> None:
     refuse_what_cannot_be(jobs, args.networks, args.lrs, folder)
     with tempfile.TemporaryDirectory() as temporary:
         devices = Devices(args.gpus, args.at_once, args.device, Path(temporary))
+        failed = []
         for job in jobs:
-            run_task(job, args.networks, args.lrs, folder, devices, until)
+            failed += run_task(job, args.networks, args.lrs, folder, devices, until)
             write_results(folder)
-    results = read(folder / "results.json")
-    print(render(results["runs"]))
-    failed = [run for run in results["runs"] if run.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
+    print(render(read(folder / "results.json")["runs"]))
     if failed:
-        sys.exit(f"failed: {', '.join(run['model'] for run in failed)}; the same command tries again")
+        sys.exit(f"failed: {', '.join(failed)}; the same command tries again")
 
 
 def arguments() -> argparse.Namespace:
@@ -206,7 +205,8 @@ class Devices:
 
 def run_task(
     job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
-) -> None:
+) -> list[str]:
+    """Do what is not done yet of a task, as far as the time lasts; returns the networks of which something failed."""
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
     wanted = [name for name in in_order(set(networks)) if not done(place / f"{name}.json")]
@@ -214,8 +214,8 @@ def run_task(
         if name not in wanted:
             say(f"{job.task} {name}: done already ({place / name}.json)")
     if not wanted or time.monotonic() > until:
-        return
-    packed, at_once = _packed(job, devices.temporary), devices.at_once
+        return []
+    packed, at_once, failed = _packed(job, devices.temporary), devices.at_once, []
 
     def probe(name: str) -> None:
         probing = dataclasses.replace(packed, model=name, lrs=rates(name, lrs))
@@ -232,22 +232,23 @@ def run_task(
             packed, what="probe longer", model=name, lrs=[each["lr"] for each in found["probes"]],
             probe_seconds=LONGER * job.probe_seconds, step_ms=found["step_ms"],
         )  # fmt: skip
-        takes = EXTRA + probing.probe_seconds * len(probing.lrs) * at_once
+        takes = EXTRA + probing.probe_seconds * len(probing.lrs) * min(at_once, len(open_rates))
         run(probing, f"{name}.longer.json", takes, about(name))
 
     def chosen(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         found = probed[name]
-        best = max(found.get("longer", found["probes"]), key=lambda each: each["psnr"] or -math.inf)
+        tried = [each for each in found.get("longer", []) if each["psnr"] is not None] or found["probes"]
+        best = max(tried, key=lambda each: each["psnr"] or -math.inf)
         return best, {"longer": found["longer"]} if "longer" in found else {}
 
     def stays(name: str) -> bool:
-        """Whether there is a row of the rate that the longer runs have chosen, which says so from now on."""
+        """Whether there is a row, and longer runs choose no other rate than it has, which it says from now on."""
         file = place / f"{name}.json"
         best, longer = chosen(name)
         if not settled(file) or (row := read(file))["lr"] != best["lr"]:
             return False
         write(file, json.dumps({**row, **longer}, indent=1) + "\n")
-        say(f"{job.task} {name}: stays as it is, longer runs choose the same learning rate")
+        say(f"{job.task} {name}: stays as it is, longer runs choose no other learning rate")
         return True
 
     def train(name: str) -> None:
@@ -269,13 +270,19 @@ def run_task(
         if one.what != "probe" and at_once > 1 and result.get("error") == OUT_OF_MEMORY:
             result = {"error": "out of memory beside others; call again with a lower --at-once"}
         result = result if "error" in result else {**result, **more}
-        if one.what == "train" and "error" not in result and (place / file).exists():
+        if result.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY:
+            failed.append(one.model)
+        if settled(place / file):  # a row, of the other learning rate
+            if "error" in result:
+                say(f"{job.task} {one.model}: {result['error']}")
+                return
             result = better_of(result, read(place / file))
         _keep(result, place / file, one, made_with)
 
     devices.share_out(probe, unprobed(job, wanted, lrs, folder))
     probed = timed(job, lrs, folder)
-    devices.share_out(probe_longer, [name for name in wanted if name in probed and undecided(probed[name])], at_once)
+    open_rates = [name for name in wanted if name in probed and undecided(probed[name])]
+    devices.share_out(probe_longer, open_rates, at_once)
     probed = timed(job, lrs, folder)
     # A look at the last step of the slowest, which is where they are compared; of all that were ever probed, as another
     # call may train them.
@@ -283,12 +290,11 @@ def run_task(
     ready = [name for name in wanted if name in probed and not undecided(probed[name]) and not stays(name)]
     ready.sort(key=lambda name: -probed[name]["step_ms"])
     devices.share_out(train, ready, at_once)
+    return failed
 
 
 def better_of(new: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
     """Of two whole runs at different learning rates the one that came to more, with what the other came to."""
-    if "error" in former:
-        return new
     better, other = sorted((new, former), key=lambda run: run["curve"][-1]["psnr"], reverse=True)
     other = {key: other["curve"][-1][key] for key in ("psnr", "ssim")} | {"lr": other["lr"]}
     return {**better, "longer": new["longer"], "also": other}
@@ -337,8 +343,14 @@ def say(line: str) -> None:
 def write_results(folder: Path) -> None:
     """results.json and results.md of all that is in the folder."""
     short = {file for end in ("probe", "longer") for file in folder.glob(f"*min/*.{end}.json")}
-    # Where the short runs failed, that says why there is no more.
-    files = [file for file in sorted(folder.glob("*min/*.json")) if file not in short or "error" in read(file)]
+    # Where the short runs failed and there is no row, that says why.
+    rows = set(folder.glob("*min/*.json")) - short
+    why = {
+        file
+        for file in short
+        if "error" in read(file) and file.with_name(f"{file.name.split('.')[0]}.json") not in rows
+    }
+    files = sorted(rows | why)
     runs = [read(file) for file in files]
     write(folder / "results.json", json.dumps({"runs": runs}, indent=1) + "\n")
     write(folder / "results.md", render(runs))

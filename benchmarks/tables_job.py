@@ -120,10 +120,11 @@ def _tried(job: Job, folder: Path, steps: int) -> tuple[list[dict[str, Any]], li
 def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:
     """A run of all the steps that the minutes hold, and its weights on all sets of images."""
     (lr,) = job.lrs
+    run = folder / f"run-{lr:g}"
     steps = _steps(60 * job.minutes, job.step_ms)
-    curve = _score(_train(job, folder / "run", lr=lr, steps=steps, first_look=job.first_look))
+    curve = _score(_train(job, run, lr=lr, steps=steps, first_look=job.first_look))
     device = pick_device(job.device)
-    network = create_model(f"{job.model}.{job.task}", checkpoint_path=folder / "run" / "weights.safetensors")
+    network = create_model(f"{job.model}.{job.task}", checkpoint_path=run / "weights.safetensors")
     network = network.to(device)
     lpips = Lpips(Path(job.lpips_weights), device) if job.lpips_weights else None
     evaluation = {}

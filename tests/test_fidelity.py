@@ -352,3 +352,14 @@ def test_metadata_that_a_jpeg_has_no_room_for_is_left_out_with_a_word(what, tmp_
         write_image(tmp_path / "a.jpg", picture)
     kept = read_image(tmp_path / "a.jpg")
     assert (kept.icc_profile, getattr(kept, what)) == (ICC, None)
+
+
+def test_an_orientation_that_is_damaged_is_told_in_training_too(tmp_path):
+    Image.fromarray(draw(np.uint8)).save(tmp_path / "a.jpg", exif=exif(6))
+    assert read_rgb8(tmp_path / "a.jpg").shape[1:] == draw().shape[1::-1]
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(
+        content.replace(b"Exif\0\0MM", b"Exif\0\0QQ").replace(b"Exif\0\0II", b"Exif\0\0QQ")
+    )
+    with pytest.warns(UserWarning, match="a.jpg: its EXIF data is damaged and left out"):
+        assert read_rgb8(tmp_path / "a.jpg").shape[1:] == draw().shape[:2]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,10 +102,10 @@ def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch, capsys):
     options = ("--minutes", 0.01, "--probe-seconds", 0.1, "--curve-images", 3)
     there = ("--minutes-of", "GPU X")
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from tables import arguments, job_of, main  # pyright: ignore[reportMissingImports]
+    from tables import Devices, arguments, job_of, main  # pyright: ignore[reportMissingImports]
     from tables_kept import timed  # pyright: ignore[reportMissingImports]
 
-    out = tmp_path / "out"
+    out, once = tmp_path / "out", Devices.__call__
 
     def call(*more: object) -> None:
         monkeypatch.setattr(sys, "argv", ["tables.py", *arguments_of(tmp_path, *options, *more)])
@@ -183,6 +184,28 @@ def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch, capsys):
     (place / "serpent_b.longer.json").write_text(json.dumps(longer))  # and an interruption
     (place / "unet_32.longer.json").unlink()
     call(*there)
+    # What goes wrong on the way leaves the rows as they are.
+    before = {name: (place / name).read_bytes() for name in ("serpent_b.json", "unet_32.json")}
+    for what in ("probe longer", "train"):
+
+        def fails(self: Devices, job: Any, *more: Any, what: str = what) -> dict[str, Any] | None:
+            return {"error": "ended"} if job.what == what else once(self, job, *more)
+
+        monkeypatch.setattr(Devices, "__call__", fails)
+        with pytest.raises(SystemExit, match=r"^failed: unet_32; the same command tries again$"):
+            main()
+        monkeypatch.setattr(Devices, "__call__", once)
+        assert (place / "unet_32.json").read_bytes() == before["unet_32.json"]
+        results = json.loads((out / "results.json").read_text())["runs"]
+        assert (
+            sorted(run["model"] for run in results if "error" not in run)
+            == ["serpent_b", "unet_32"]
+            == sorted(run["model"] for run in results)
+        )
+    assert json.loads((place / "serpent_b.json").read_text()) == row
+    capsys.readouterr()
+    (place / "serpent_b.json").write_bytes(before["serpent_b.json"])
+    (place / "unet_32.longer.json").unlink()
     main()
     said = capsys.readouterr().err
     assert "serpent_b: stays as it is" in said
@@ -195,7 +218,7 @@ def test_minutes_of_a_device_that_is_not_here(tmp_path, monkeypatch, capsys):
     assert {again["lr"], again["also"]["lr"]} == set(rates)
     assert again["curve"][-1]["psnr"] >= again["also"]["psnr"]
     page = (out / "results.md").read_text()
-    assert "Trained at both, of which the better stands: U-Net (32) (" in page
+    assert "by 0.3 s each; by whole runs at both, on 1 images of faces256/val: U-Net (32) (" in page
 
 
 def test_a_curve_is_read_between_its_validations(monkeypatch):

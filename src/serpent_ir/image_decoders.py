@@ -51,7 +51,7 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
             notes.append(f"has {bits} bits; 8 of them are kept")
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
-        kept, orientation = metadata_of(image, io.BytesIO(data), lost)
+        kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
         if picture := _decode_tiff(data, image, notes):
             return _upright(replace(picture, **kept), orientation), notes, lost
         orientation = 1
@@ -59,7 +59,7 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
         return _decode_other(data), notes, lost
     image.load()  # raises where data is missing; nothing below this line needs to look for that
     if not tiff:
-        kept, orientation = metadata_of(image, io.BytesIO(data), lost)
+        kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
     grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # a PGM is scaled to 16 bits
     if data.startswith(_PNG):
         kept["png_texts"] = png_texts(data)

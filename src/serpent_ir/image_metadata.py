@@ -24,11 +24,13 @@ _XMP_ORIENTATION = re.compile(rb"""(<(?:tiff:)?Orientation>\s*|tiff:Orientation=
 _PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tEXt", b"zTXt", b"iTXt")
 
 
-def metadata_of(image: Image.Image | None, file: BinaryIO, lost: list[str]) -> tuple[dict[str, Any], int]:
+def metadata_of(
+    image: Image.Image | None, file: BinaryIO, notes: list[str], lost: list[str]
+) -> tuple[dict[str, Any], int]:
     """`Picture`'s metadata for an upright image, and the EXIF orientation that leads to it.
 
     `image` is what Pillow opened; None for a TIFF that it cannot, which is read from `file`. `lost` gets what a person
-    should know of what is left out.
+    should know of what is left out, `notes` of what changes how the pixels are seen.
     """
     exif, orientation, xmp, icc, dpi = None, 1, None, None, None
     try:
@@ -51,7 +53,7 @@ def metadata_of(image: Image.Image | None, file: BinaryIO, lost: list[str]) -> t
         elif image.info.get("exif"):
             exif = _upright_exif(image.info["exif"])
     except Exception:  # Pillow raises anything for damaged tags
-        lost.append("its EXIF data is damaged and left out")
+        notes.append("its EXIF data is damaged and left out")  # the orientation, too
         exif = None
     xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) else None
     dpi = dpi[::-1] if dpi and orientation in (5, 6, 7, 8) else dpi

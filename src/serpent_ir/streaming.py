@@ -112,7 +112,7 @@ def _restore_by_rows(path: Path, target: Path, restorer: Restorer, progress: Cal
             raise _NotByRowsError from error
         if rows.height * rows.width > MAX_PIXELS:
             raise _NotByRowsError
-        kept, _ = metadata_of(open_header(header), header, notes)
+        kept, _ = metadata_of(open_header(header), header, notes, notes)
         for note in notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
         about = Picture(np.empty((0, 0, 3), rows.dtype), mode="L" if rows.samples <= 2 else "RGB", **kept)
