@@ -313,7 +313,7 @@ def _refuse_unknown(kind: type, raw: dict[Any, Any], source: Callable[[str], str
 def _at(source: Callable[[str], str], key: str, part: object = "") -> str:
     """What an error of a key begins with: where that is said, or a part of it that is wrong, and the key."""
     place = ".".join(str(name) for name in (key, part) if name != "")
-    return f"{source(place)}: {key}" if key else source(place)
+    return f"{source(place)}: {_plain(key)}" if key else source(place)
 
 
 def _with_defaults(kind: type, values: dict[str, Any]) -> dict[str, Any]:
