@@ -30,7 +30,7 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
         lines += [
             f"Minutes of {_whose(one)}, PyTorch {timed_with}; {how}.",
             f"Training images: {', '.join(one['train'])}.",
-            f"Learning rate: the better of those named, by {_chosen_by(done)}{_trained_twice(done)}.",
+            f"Learning rate: the better of those named, by {_chosen_by(done)}.",
             "Minutes: the steps times what one takes a network that has the device to itself.",
             *_timed_otherwise(done),
             *_trained_on(done),
@@ -78,31 +78,25 @@ def _whose(run: dict[str, Any]) -> str:
 
 
 def _chosen_by(runs: list[dict[str, Any]]) -> str:
-    """How long the runs were that chose the learning rates; until November 2026 short if rates differed."""
+    """What chose the learning rates: runs of so many seconds (until November 2026 short ones where rates differed), or
+    whole ones, where longer runs chose another rate than shorter ones had."""
     networks: dict[float, list[str]] = {}
-    for run in runs:
-        if "also" in run:
-            continue
+    twice = [run for run in runs if "also" in run]
+    for run in [run for run in runs if "also" not in run]:
         longer = any(each["psnr"] is not None for each in run.get("longer", []))
         seconds = run["probe_seconds"] * (LONGER if longer else 1)
         networks.setdefault(seconds, []).append(label_of(run["model"]))
-    if len(networks) == 1:
-        return f"{next(iter(networks)):g} s each"
-    return "; ".join(f"{seconds:g} s each for {', '.join(names)}" for seconds, names in sorted(networks.items()))
-
-
-def _trained_twice(runs: list[dict[str, Any]]) -> str:
-    """Which networks were trained at both learning rates, as longer runs chose another one than shorter ones had."""
-    twice = [run for run in runs if "also" in run]
-    if not twice:
-        return ""
-    told = [
-        f"{label_of(run['model'])} ({run['curve'][-1]['psnr']:.2f} dB at {run['lr']:g}, "
-        f"{run['also']['psnr']:.2f} at {run['also']['lr']:g})"
-        for run in twice
-    ]
-    place = f"{twice[0]['curve_images']} images of {twice[0]['curve_set']}"
-    return f"; by whole runs at both, on {place}: {', '.join(told)}"
+    named = len(networks) > 1
+    ways = [f"{seconds:g} s each" + f" for {', '.join(networks[seconds])}" * named for seconds in sorted(networks)]
+    if twice:
+        told = [
+            f"{label_of(run['model'])} ({run['curve'][-1]['psnr']:.2f} dB at {run['lr']:g}, "
+            f"{run['also']['psnr']:.2f} at {run['also']['lr']:g})"
+            for run in twice
+        ]
+        place = f"{twice[0]['curve_images']} images of {twice[0]['curve_set']}"
+        ways.append(f"whole runs at both, on {place}: {', '.join(told)}")
+    return "; by ".join(ways)
 
 
 def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:
