@@ -111,6 +111,9 @@ def test_eight_bits():
 
 
 def test_errors():
+    for metric in (psnr, ssim):  # whose values would all be clamped to 1
+        with pytest.raises(UsageError, match=r"got torch.uint8 and torch.uint8: divide by 255"):
+            metric(*torch.zeros(2, 1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(UsageError, match="at least 11x11 px; this one is 30x10 px"):
         ssim(torch.zeros(1, 3, 10, 30), torch.zeros(1, 3, 10, 30))
     for metric in (psnr, ssim):

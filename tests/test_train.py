@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from serpent_ir import create_model, list_models
+from serpent_ir import create_model, list_models, load_model
 from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.models import load_weights
 from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.train import own_stream, plan, train
 from serpent_ir.training.losses import create_loss
@@ -55,6 +56,36 @@ def test_training_learns_logs_and_leaves_what_it_should(folders):
         assert plot.size == (960, 840)
         assert strip.size == (3 * 48, 40 + 57)  # degraded, restored and clean of both images
     assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("serpent_b", TINY),
+        ("unet_32", {"channels": 4, "pools": 2}),
+        # Shapes tell nothing of the first, and the second is a release's window, whose range is another.
+        ("swinir_60", {"dim": 12, "blocks": [2, 1], "heads": 2, "img_range": 255.0}),
+        ("swinir_60", {"dim": 12, "blocks": [1, 1], "heads": 2, "window_size": 7}),
+    ],
+)
+def test_weights_are_read_as_the_network_that_was_trained(folders, model, options):
+    name = f"{model}.options"
+    weights = train(
+        recipe_file(folders, name, model=model, model_options=options, stages=[{"crop": 32, "batch": 2, "steps": 2}])
+    )
+    measured = rows_of(folders / name)[-1]["psnr"]
+    assert evaluate(folders / "val", "deblur", model, weights=weights)["psnr"] == measured
+    networks = [create_model(model, checkpoint_path=weights), load_model(weights)]
+    for network in networks:
+        kept = json.loads(json.dumps({key: getattr(network.config, key) for key in options}))
+        assert kept == json.loads(json.dumps(options))
+        assert evaluate_network(network, find_images(folders / "val"), "deblur")["psnr"] == measured
+    damaged = folders / "damaged.safetensors"
+    state, metadata = load_weights(weights)
+    save_file(state, damaged, {**metadata, "options": "[1"})
+    for load in (load_model, lambda path: create_model(model, checkpoint_path=path)):
+        with pytest.raises(SerpentError, match=r"damaged \(its options are no JSON object\); get the file again$"):
+            load(damaged)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(folders):

@@ -24,7 +24,7 @@ SHIPPED = {  # all of them; at least so many dB on faces256/val: what was measur
     "serpent_h.deblur": 28.9,
     "serpent_h.sr8": 25.5,
     "serpent_l.deblur": 29.2,
-    "serpent_l.photo": 33.9,
+    "serpent_l.photo": 33.3,
     "serpent_l.sr8": 25.6,
 }
 each = pytest.mark.parametrize("name", SHIPPED)

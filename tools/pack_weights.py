@@ -75,7 +75,8 @@ LIMITS = {
 Made for the synthetic chain above, up to its strengths. Motion blur, discs of a lens out of focus, the coloured or
 smeared noise of a sensor, JPEG before the blur and images that were enlarged are none of it. Clean images were JPEG
 files of high quality themselves. The faces that were seen are of people that the collections above favour; details that
-it adds may reflect that.""",
+it adds may reflect that. Small images, and tiles, say less about how they were degraded: undegraded crops of a sharp
+portrait (scikit-image's astronaut) come back at 46 dB on average at 256x256, at 40 at 128x128 and at 34 at 64x64.""",
 }
 
 

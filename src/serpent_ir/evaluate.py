@@ -14,7 +14,7 @@ from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
-from serpent_ir.passes import device_name
+from serpent_ir.passes import device_name, device_of
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
@@ -45,9 +45,9 @@ def evaluate(
 
     Returns:
         model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
-        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An infinite
-        PSNR (identical images) is left out of a mean, unless all are. With `lpips_weights` also lpips and input_lpips,
-        and lpips_net, "alex" or "vgg".
+        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An image
+        with an infinite PSNR (an untouched or perfect one) counts in neither mean of PSNR, unless all have one; n_psnr
+        says how many do. With `lpips_weights` also lpips and input_lpips, and lpips_net, "alex" or "vgg".
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
@@ -82,19 +82,20 @@ def evaluate_network(
 ) -> dict[str, Any]:
     """As `evaluate`, for a network that is already on its device."""
     degradation = create_degradation(task)
-    device = next(network.parameters()).device
-    images = []
+    device = device_of(network)
+    rows = []
     for index, file in enumerate(files):
         clean = read_clean(file, degradation).to(device)
         row, given, restored = evaluate_image(network, clean, degradation, seed=seed, index=index)
         if lpips is not None:
             row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
-        images.append({"file": str(file), **row})
+        rows.append(row)
         if progress:
             progress(index + 1, len(files))
-    means = {key: mean_figure([row[key] for row in images]) for key in images[0] if key != "file"}
     net = {} if lpips is None else {"lpips_net": lpips.name}
-    return {"n": len(images), "seed": seed, **means, **net, "device": device_name(device), "images": images}
+    images = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
+    about = {**mean_figures(rows), **net, "device": device_name(device)}
+    return {"n": len(images), "seed": seed, **about, "images": images}
 
 
 def evaluate_image(
@@ -123,13 +124,19 @@ def evaluate_image(
     return {**dict(zip(row, figures, strict=True)), **(known or {})}, given, restored
 
 
-def mean_figure(figures: list[float]) -> float:
-    """The mean; identical images, whose PSNR is infinite, are left out of it unless there are no others.
+def mean_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of the figures of images. `n_psnr` says of how many those of PSNR are.
 
-    `photo` leaves some images untouched, and one of them would make the mean of all infinite.
+    `photo` leaves some images untouched, whose PSNR is infinite: where that of the input or of the restored image is,
+    both are left out, so that the two means are of the same images. Where that leaves none, all are counted.
     """
-    counted = [figure for figure in figures if figure != math.inf] or figures
-    return sum(counted) / len(counted)
+    finite = [row for row in rows if math.inf not in (row["psnr"], row["input_psnr"])] or rows
+
+    def mean(key: str) -> float:
+        counted = finite if key.endswith("psnr") else rows
+        return sum(row[key] for row in counted) / len(counted)
+
+    return {"n_psnr": len(finite)} | {key: mean(key) for key in rows[0]}
 
 
 def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:

@@ -26,7 +26,7 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image: (B, 3, H, W) twice, in [0, 1] -> (B,) float64 on their device.
 
     -10 log10 of the mean squared error over all pixels and channels. Images that are identical in 8 bits give infinity.
-    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ.
+    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ or one is of integers.
     """
     _check_shapes(restored, clean)
     if not len(clean):
@@ -47,7 +47,8 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     request 2721 (September 2024). Older torchmetrics and scikit-image leave a border of 5 px out of the mean; this
     function gives the same value with any version.
 
-    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ or a side is under 11 px.
+    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ, one is of integers or a side is under
+    11 px.
     """
     _check_shapes(restored, clean)
     height, width = clean.shape[-2:]
@@ -104,7 +105,7 @@ class Lpips:
     def __call__(self, restored: Tensor, clean: Tensor) -> Tensor:
         """Distance of each image: (B, 3, H, W) twice, in [0, 1], rounded to 8 bits -> (B,) float64 on their device.
 
-        Raises UsageError if the shapes differ or a side is under 64 px.
+        Raises UsageError if the shapes differ, one is of integers or a side is under 64 px.
         """
         _check_shapes(restored, clean)
         if min(clean.shape[-2:]) < self.LEAST:
@@ -161,3 +162,5 @@ def _check_shapes(restored: Tensor, clean: Tensor) -> None:
         raise UsageError(
             f"expected two batches of one shape (B, 3, H, W); got {tuple(restored.shape)} and {tuple(clean.shape)}"
         )
+    if not (restored.is_floating_point() and clean.is_floating_point()):
+        raise UsageError(f"expected floating point in [0, 1]; got {restored.dtype} and {clean.dtype}: divide by 255")

@@ -17,7 +17,7 @@ __all__ = ["GraphedStep", "Trainer", "open_trainer", "own_stream", "plan", "trai
 
 
 def train(
-    config: Path,
+    config: str | Path,
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
@@ -48,7 +48,7 @@ def train(
         return trainer.run(resume=resume, stop_after_minutes=stop_after_minutes)
 
 
-def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = None) -> Plan:
+def plan(config: str | Path, overrides: Sequence[str] = (), *, images: int | None = None) -> Plan:
     """What the training of a recipe would take here, by a few steps of each stage; nothing is written.
 
     Args:
@@ -63,9 +63,10 @@ def plan(config: Path, overrides: Sequence[str] = (), *, images: int | None = No
 
 
 @contextmanager
-def open_trainer(config: Path, overrides: Sequence[str] = (), *, tensorboard: bool = False) -> Iterator[Trainer]:
+def open_trainer(config: str | Path, overrides: Sequence[str] = (), *, tensorboard: bool = False) -> Iterator[Trainer]:
     """The trainer of a recipe, on a stream of its own, where what goes wrong is said in one line: for scripts that want
     more than `train`, as other steps to validate at. Raises what `train` raises."""
+    config = Path(config)
     recipe = load_recipe(config, overrides)
     try:
         check_model_options(recipe)

@@ -9,7 +9,7 @@ from scan_inputs import make_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from serpent_ir import ops
+from serpent_ir import create_model, ops
 from serpent_ir.ops import chunked, ss2d
 
 
@@ -63,6 +63,27 @@ def test_second_derivatives_in_float32(backend):
 
     for mine, exact in zip(second(torch.float32, backend), second(torch.float64, "reference"), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, in jvp
+def test_forward_mode_is_right_or_refused():
+    """The kernels have no forward-mode derivatives, and would drop them without a word."""
+    u, *others = make_inputs(1, 3, 4, 2, 3, 2, torch.float64)
+    direction = torch.ones_like(u)
+
+    def jvp(backend: str | None) -> Tensor:
+        return torch.func.jvp(lambda u: ss2d(u, *others, backend=backend), (u,), (direction,))[1]
+
+    step = 1e-6 * direction
+    expected = (ss2d(u + step, *others) - ss2d(u - step, *others)) / 2e-6
+    torch.testing.assert_close(jvp("reference"), expected, rtol=1e-6, atol=1e-6)
+    for backend in (None, "torch"):
+        with pytest.raises(NotImplementedError, match="need backend='reference'"):
+            jvp(backend)
+    model, image = create_model("serpent_b", dim=8), torch.rand(1, 3, 32, 32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="need backend='reference'"):
+            torch.func.jvp(model, (image,), (image,))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", None])

@@ -57,8 +57,8 @@ class Pack:
     pixels are found by `check`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
         try:
             with path.open("rb") as file:
                 self.records = self._read_manifest(file)

@@ -1,6 +1,7 @@
 """Networks by name. Weights that ship are named network.task, as `serpent_l.deblur`."""
 
 import fnmatch
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +62,8 @@ def create_model(
         name: a network (`serpent_l`), or a network and its task (`serpent_l.deblur`); see `list_models`.
         pretrained: load the weights that ship under this name.
         checkpoint_path: load these weights instead: a file as `load_model` takes it. It also decides input channels,
-            kind of LayerNorm, upsampler and scale, where `config` does not.
+            kind of LayerNorm, upsampler and scale, where `config` does not, and of a network that `serpent train` made
+            under this name all that it was given (`model_options`).
         config: fields of the network's configuration that differ from the preset.
 
     Raises:
@@ -87,6 +89,9 @@ def create_model(
     _take_task(fields, metadata, checkpoint_path, network)
     found = recognise(shapes_of(state))
     of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
+    if metadata.get("network") == network and "options" in metadata:  # nothing has to be guessed
+        of_file = _options(metadata, checkpoint_path)
+        _check_fields(network, of_file, preset)
     model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), checkpoint_path)
     other = ""
     known = preset_of(found) if found is not None else ""
@@ -107,13 +112,15 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
         path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
             `state_dict`. Nothing but tensors is loaded from it.
         config: fields of the network's configuration that shapes cannot tell (`task`; SwinIR's `img_range`, taken to
-            be that of the releases).
+            be that of the releases unless `serpent train` made the file, which notes what it was given).
 
     Raises:
         UsageError: an unknown configuration field; it lists the valid ones.
         SerpentError: a file that is missing, damaged, refused, or of no network that is known; it names what differs.
     """
     state, metadata = load_weights(path)
+    if "options" in metadata and metadata.get("network") in PRESETS:
+        return create_model(metadata["network"], checkpoint_path=path, **config)
     shapes = shapes_of(state)
     found = recognise(shapes)
     if found is None:
@@ -175,6 +182,15 @@ def preset_of(config: Any) -> str:
 def _check_fields(network: str, fields: dict[str, Any], config: Any) -> None:
     if unknown := fields.keys() - vars(config).keys():
         raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(config))}")
+
+
+def _options(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of its network's configuration that a file of `serpent train` was trained with: `model_options`."""
+    try:
+        options = json.loads(metadata["options"])
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    except (ValueError, AttributeError):
+        raise SerpentError(f"{path}: is damaged (its options are no JSON object); get the file again") from None
 
 
 def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -133,8 +134,9 @@ _GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
 
 
 def check(root: nn.Module) -> bool:
-    """Whether no part of a module was exchanged, wrapped, hooked or given another `forward`."""
-    if any(_GLOBAL_HOOKS):
+    """Whether no part of a module was exchanged, wrapped, hooked or given another `forward`, nor forward-mode
+    derivatives are being taken, which kernels would drop."""
+    if any(_GLOBAL_HOOKS) or forward_ad._current_level >= 0:
         return False
     parts = _parts.get(root)
     if parts is None or not parts.unchanged():

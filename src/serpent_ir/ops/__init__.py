@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
@@ -55,9 +56,11 @@ def ss2d(
 
     Returns:
         y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is. Where gradients are asked
-        for with `create_graph`, so that they can be differentiated again, the PyTorch path computes them.
+        for with `create_graph`, so that they can be differentiated again, the PyTorch path computes them. Forward-mode
+        derivatives (`torch.func.jvp`) come from the reference alone.
 
     Raises:
+        NotImplementedError: forward-mode derivatives of another backend.
         ValueError: a shape, dtype or backend name that does not fit.
     """
     if u.ndim != 4 or proj.ndim != 5 or dt_weight.ndim != 3 or A_log.ndim != 3:
@@ -87,6 +90,10 @@ def ss2d(
         wide = torch.promote_types(u.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
             return reference.forward(*(x.to(wide) for x in (u, proj, dt_weight, dt_bias, A_log, D))).to(u.dtype)
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (u, proj, dt_weight, dt_bias, A_log, D)
+    ):
+        raise NotImplementedError("ss2d: forward-mode derivatives (torch.func.jvp) need backend='reference'")
     return torch.ops.serpent_ir.ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
 
 

@@ -270,6 +270,8 @@ class Trainer:
     def _write_weights(self) -> None:
         metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
         metadata["steps"] = json.dumps(self.schedule.lengths)
+        if self.recipe.model_options:  # not all of them can be told from shapes
+            metadata["options"] = json.dumps(self.recipe.model_options)
         weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
         # As bytes, since safetensors would make a file that its owner alone can read.
         replace_file(self.out / "weights.safetensors", with_sorted_metadata(save(weights, metadata)))

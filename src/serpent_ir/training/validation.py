@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from serpent_ir.data import PackedImage
 from serpent_ir.degradations import Degradation
-from serpent_ir.evaluate import FIGURES, evaluate_image, mean_figure, read_clean8, to_unit
+from serpent_ir.evaluate import FIGURES, evaluate_image, mean_figures, read_clean8, to_unit
 from serpent_ir.training.room import room_for, validating
 from serpent_ir.training.workers import Workers
 
@@ -83,4 +83,5 @@ def validate(
                 pictures.append([image.cpu() for image in (given[:, :3], restored, clean)])
     everyone = {index: row for part in workers.gather(rows) for index, row in part.items()}
     ordered = [everyone[index] for index in sorted(everyone)]
-    return {key: mean_figure([row[key] for row in ordered]) for key in FIGURES}, pictures
+    means = mean_figures(ordered)
+    return {key: means[key] for key in FIGURES}, pictures
