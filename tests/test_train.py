@@ -69,17 +69,16 @@ def test_training_learns_logs_and_leaves_what_it_should(folders):
     ],
 )
 def test_weights_are_read_as_the_network_that_was_trained(folders, model, options):
-    name = f"{model}.options"
-    weights = train(
-        recipe_file(folders, name, model=model, model_options=options, stages=[{"crop": 32, "batch": 2, "steps": 2}])
-    )
+    name, stages = f"{model}.options", [{"crop": 32, "batch": 2, "steps": 2}]
+    file = recipe_file(folders, name, model=model, model_options=options, stages=stages, precision="bfloat16")
+    weights, files = train(file), find_images(folders / "val")
     measured = rows_of(folders / name)[-1]["psnr"]
-    assert evaluate(folders / "val", "deblur", model, weights=weights)["psnr"] == measured
-    networks = [create_model(model, checkpoint_path=weights), load_model(weights)]
-    for network in networks:
+    result = evaluate(folders / "val", "deblur", model, weights=weights, precision="bfloat16")
+    assert (result["psnr"], result["precision"], result["weights"]) == (measured, "bfloat16", str(weights))
+    for network in (create_model(model, checkpoint_path=weights), load_model(weights)):
         kept = json.loads(json.dumps({key: getattr(network.config, key) for key in options}))
         assert kept == json.loads(json.dumps(options))
-        assert evaluate_network(network, find_images(folders / "val"), "deblur")["psnr"] == measured
+        assert evaluate_network(network, files, "deblur", precision="bfloat16")["psnr"] == measured
     damaged = folders / "damaged.safetensors"
     state, metadata = load_weights(weights)
     save_file(state, damaged, {**metadata, "options": "[1"})

@@ -134,7 +134,7 @@ def main() -> None:
     evaluations = []
     for folder in args.data:
         result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
-        result.pop("images")
+        del result["images"], result["weights"]
         evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
         print(json.dumps(evaluations[-1]))
     runs = [training]

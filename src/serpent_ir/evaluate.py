@@ -14,7 +14,7 @@ from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
-from serpent_ir.passes import device_name, device_of
+from serpent_ir.passes import device_name, device_of, pick_precision
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
@@ -26,6 +26,7 @@ def evaluate(
     *,
     weights: Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
     seed: int = 0,
     lpips_weights: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -39,15 +40,17 @@ def evaluate(
         model: network or weights, as `serpent_l.deblur`.
         weights: file as `load_model` takes it, instead of the weights that ship as `model`.
         device: as `serpent_ir.inference.pick_device` takes.
+        precision: as `restore` takes it.
         seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
         lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it, to measure LPIPS, too.
         progress: called with (images done, images in all).
 
     Returns:
-        model, task, n (images), seed, psnr, ssim (means over images), input_psnr, input_ssim (the same of what the
-        network was given), device, and `images`: file (path), psnr, ssim, input_psnr, input_ssim of each. An image
-        with an infinite PSNR (an untouched or perfect one) counts in neither mean of PSNR, unless all have one; n_psnr
-        says how many do. With `lpips_weights` also lpips and input_lpips, and lpips_net, "alex" or "vgg".
+        model, weights (the file, None without), task, precision, n (images), seed, psnr, ssim (means over images),
+        input_psnr, input_ssim (the same of what the network was given), device, and `images`: file (path), psnr, ssim,
+        input_psnr, input_ssim of each. An image with an infinite PSNR (an untouched or perfect one) counts in neither
+        mean of PSNR, unless all have one; n_psnr says how many do. With `lpips_weights` also lpips and input_lpips, and
+        lpips_net, "alex" or "vgg".
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
@@ -67,8 +70,11 @@ def evaluate(
     lpips = Lpips(lpips_weights, target) if lpips_weights else None
     network = network.to(target)
     files = list_images(data)
-    result = evaluate_network(network, files, degradation.name, seed=seed, lpips=lpips, progress=progress)
-    return {"model": model, "task": task, **result, "data": str(data)}
+    result = evaluate_network(
+        network, files, degradation.name, precision=precision, seed=seed, lpips=lpips, progress=progress
+    )
+    about = {"model": model, "weights": str(weights) if weights else None, "task": task}
+    return {**about, **result, "data": str(data)}
 
 
 def evaluate_network(
@@ -76,6 +82,7 @@ def evaluate_network(
     files: Sequence[Path | PackedImage],
     task: str,
     *,
+    precision: str = "auto",
     seed: int = 0,
     lpips: Lpips | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -83,18 +90,22 @@ def evaluate_network(
     """As `evaluate`, for a network that is already on its device."""
     degradation = create_degradation(task)
     device = device_of(network)
+    dtype = pick_precision(precision, device)
     rows = []
     for index, file in enumerate(files):
         clean = read_clean(file, degradation).to(device)
-        row, given, restored = evaluate_image(network, clean, degradation, seed=seed, index=index)
+        row, given, restored = evaluate_image(network, clean, degradation, precision=precision, seed=seed, index=index)
         if lpips is not None:
-            row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+            try:
+                row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+            except UsageError as error:
+                raise ImageError(f"{file}: {error}; remove it") from None
         rows.append(row)
         if progress:
             progress(index + 1, len(files))
     net = {} if lpips is None else {"lpips_net": lpips.name}
     images = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
-    about = {**mean_figures(rows), **net, "device": device_name(device)}
+    about = {**mean_figures(rows), **net, "device": device_name(device), "precision": str(dtype).removeprefix("torch.")}
     return {"n": len(images), "seed": seed, **about, "images": images}
 
 

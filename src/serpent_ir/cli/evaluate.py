@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from serpent_ir.cli.profile import Precision
 from serpent_ir.cli.shell import (
     Device,
     Json,
@@ -31,6 +32,7 @@ def evaluate(
     weights: Weights = None,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: Precision = "auto",
     lpips_weights: Annotated[
         Path | None,
         typer.Option(
@@ -48,8 +50,8 @@ def evaluate(
 
     with progress_of("evaluated") as progress:
         result = evaluate(
-            data, task, model_name(name, weights, task), weights=weights, device=device, seed=seed,
-            lpips_weights=lpips_weights, progress=progress,
+            data, task, model_name(name, weights, task), weights=weights, device=device, precision=precision,
+            seed=seed, lpips_weights=lpips_weights, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(finite(result), allow_nan=False))
@@ -61,4 +63,5 @@ def evaluate(
             rows[-1].append(f"{result[prefix + 'lpips']:.4f}")
     if lpips_weights is not None:
         columns.append(f"LPIPS ({result['lpips_net']})")
-    print_table(f"{weights or result['model']}, {task}, {result['n']} images", columns, rows)
+    counted = f", PSNR of the {result['n_psnr']} that are not infinite" if result["n_psnr"] < result["n"] else ""
+    print_table(f"{weights or result['model']}, {task}, {result['n']} images{counted}", columns, rows)
