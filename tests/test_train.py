@@ -87,6 +87,28 @@ def test_weights_are_read_as_the_network_that_was_trained(folders, model, option
             load(damaged)
 
 
+def test_the_weights_of_the_best_validation_are_a_file_of_their_own(folders, capsys):
+    file = recipe_file(folders)
+    out = train(file).parent
+    checkpoint = out / "checkpoints" / "step-00000008"
+    measured = json.loads((checkpoint / "score.json").read_text())
+    for psnr in (99.0, 0.0):
+        (checkpoint / "score.json").write_text(json.dumps({**measured, "psnr": psnr}))
+        capsys.readouterr()
+        train(file, resume=True)
+        told = f", those of the best validation, at step 8, in {out / 'best.safetensors'}\n"
+        assert (told in capsys.readouterr().err) == (out / "best.safetensors").exists() == (psnr == 99)
+        if psnr == 99:
+            state, metadata = load_weights(out / "best.safetensors")
+            kept = {}
+            for part in checkpoint.glob("average.*.safetensors"):
+                kept |= load_file(part)
+            assert metadata == {**load_weights(out / "weights.safetensors")[1], "step": "8"}
+            assert state.keys() == kept.keys()
+            assert all(torch.equal(state[key], kept[key]) for key in kept)
+            load_model(out / "best.safetensors")
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero(folders):
     schedule = quiet_trainer(recipe_file(folders, warmup=4, lr=0.5)).schedule
     rates = [schedule.lr(step) for step in range(11)]

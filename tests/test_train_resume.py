@@ -176,7 +176,8 @@ def test_the_same_weights_are_files_of_the_same_bytes(folders):
     files = [quiet_trainer(recipe_file(folders, out)).run() for out in ("run", "again")]
     assert len({file.read_bytes() for file in files}) == 1
     with safe_open(files[0], "pt") as file:
-        assert file.metadata() == {"network": "serpent_b", "step": "10", "steps": "[6, 4]", "task": "deblur"}
+        about = {"network": "serpent_b", "options": '{"blocks": [1, 1], "dim": 8}', "task": "deblur"}
+        assert file.metadata() == {**about, "step": "10", "steps": "[6, 4]"}
 
 
 def test_scores_of_other_images_are_not_compared(folders):

@@ -55,7 +55,7 @@ def find_images(folder: Path) -> list[Path]:
         UsageError: no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
+        raise UsageError(f"{folder}: {'is a file; give the folder of it' if folder.is_file() else 'no such folder'}")
     files = sorted(
         p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and p.is_file()
     )

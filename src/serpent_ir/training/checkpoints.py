@@ -108,6 +108,15 @@ class Checkpoints:
         scored = [(score["psnr"], path) for score, path in scores if score is not None and self.comparable(score)]
         return max(scored)[1] if scored else None
 
+    def best_weights(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Step and averaged weights of the best, None where there is none that is whole."""
+        best = self.best()
+        try:
+            found = _read(best) if best else None
+        except _DamageError:
+            return None
+        return (found.step, found.groups["average"]) if found else None
+
     def comparable(self, score: dict[str, Any]) -> bool:
         """Whether a score is of the same images as those that this run makes."""
         return all(score.get(key) == value for key, value in self.of.items())

@@ -243,7 +243,7 @@ class Trainer:
             return None
         if self.saved is None or self.saved[0] != self.step:
             self.saved = self.step, self._write_checkpoint()
-        self._write_weights()
+        self._write_weights("weights", self.step, self.average.state_dict())
         return self.saved[1]
 
     def _write_checkpoint(self) -> Path:
@@ -267,14 +267,16 @@ class Trainer:
         """What tells training sets apart, wherever they lie and whether or not they are packed."""
         return {"count": len(self.data), "sizes": hashlib.sha256(self.data.sizes.tobytes()).hexdigest()}
 
-    def _write_weights(self) -> None:
-        metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(self.step)}
+    def _write_weights(self, name: str, step: int, tensors: dict[str, Tensor]) -> Path:
+        metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(step)}
         metadata["steps"] = json.dumps(self.schedule.lengths)
         if self.recipe.model_options:  # not all of them can be told from shapes
             metadata["options"] = json.dumps(self.recipe.model_options)
-        weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+        weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        path = self.out / f"{name}.safetensors"
         # As bytes, since safetensors would make a file that its owner alone can read.
-        replace_file(self.out / "weights.safetensors", with_sorted_metadata(save(weights, metadata)))
+        replace_file(path, with_sorted_metadata(save(weights, metadata)))
+        return path
 
     def _generators(self) -> dict[str, Tensor]:
         """PyTorch's generators. Samples need none: they are functions of their numbers."""
@@ -396,7 +398,12 @@ class Trainer:
             self.checkpoints.score(path, means)
 
     def _finish(self) -> None:
-        self._write_weights()  # once more: a kill may have come between them and the last checkpoint
+        # Once more: a kill may have come between them and the last checkpoint.
+        last = self._write_weights("weights", self.step, self.average.state_dict())
         self.report.plot()
-        best = self.checkpoints.best()
-        self.say(f"the averaged weights are in {self.out / 'weights.safetensors'}; the best checkpoint is {best}")
+        told = f"the averaged weights are in {last}"
+        (self.out / "best.safetensors").unlink(missing_ok=True)  # of what was the best before the run went on
+        best = self.checkpoints.best_weights()
+        if best and best[0] != self.step:
+            told += f", those of the best validation, at step {best[0]}, in {self._write_weights('best', *best)}"
+        self.say(told)
