@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from serpent_ir import Serpent, create_model, list_models
+from serpent_ir import Serpent, create_model, list_models, load_model
 from serpent_ir.errors import SerpentError, UsageError
 
 
@@ -66,3 +66,13 @@ def test_save_pretrained_and_from_pretrained(tmp_path, capfd):
     image = torch.rand(1, 3, 24, 40)
     with torch.no_grad():
         assert torch.equal(model(image), again(image))
+
+
+def test_what_save_pretrained_wrote_keeps_its_task(tmp_path):
+    create_model("serpent_b.deblur", dim=8).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    file = tmp_path / "model.safetensors"
+    assert load_model(file).config.task == "deblur"
+    with pytest.raises(UsageError, match="weights for deblur, not sr8"):
+        load_model(file, task="sr8")
+    (tmp_path / "config.json").write_text("[")
+    assert load_model(file).config.task == ""

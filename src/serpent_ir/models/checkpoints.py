@@ -1,5 +1,6 @@
 """Files of weights: safetensors, and what torch.save writes, of which nothing but tensors is taken."""
 
+import json
 import os
 import warnings
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as HUB_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ NAMED = 20
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has.
+    """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has. Of a
+    `model.safetensors` the task may stand in the `config.json` beside it, as `save_pretrained` writes it.
 
     Raises SerpentError: no such file, not readable, damaged, values that are not finite, or one that would run code
     when loaded.
@@ -54,7 +57,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
-        return _checked(tensors, path), metadata or {}
+        return _checked(tensors, path), {**_task_beside(path), **(metadata or {})}
     if head[:2] == b"PK":
         _check_archive(path)
     elif head[:1] != b"\x80":  # as pickles begin that torch.save writes
@@ -63,6 +66,15 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             "pointer of Git LFS?); get the file itself"
         )
     return _checked(_tensors_of(path), path), {}
+
+
+def _task_beside(path: Path) -> dict[str, str]:
+    """The task of what `save_pretrained` wrote, which stands in the configuration beside the weights."""
+    try:
+        task = json.loads((path.parent / "config.json").read_bytes())["task"] if path.name == HUB_NAME else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"task": task} if task and isinstance(task, str) else {}
 
 
 def _check_archive(path: Path) -> None:

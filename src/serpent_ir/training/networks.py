@@ -1,6 +1,7 @@
 """The network of a recipe: its options, which recipes know nothing of, and the weights that it starts from."""
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models
 from serpent_ir.models.checkpoints import fill, load_weights
 from serpent_ir.recipe import Recipe, RecipeError, of_key
 
+_drawing = threading.Lock()  # by PyTorch's generator, which all threads share
+
 
 def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
     """A network with the weights that the recipe starts from, or with fresh ones, drawn by its seed alone.
@@ -22,7 +25,7 @@ def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
     if recipe.model not in list_models():
         raise RecipeError(f"model: unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
     options: dict[str, Any] = {"task": recipe.task, **recipe.model_options}
-    with torch.random.fork_rng(devices=[]):
+    with _drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         with of_key("model_options"):
             network = create_model(recipe.model, **options)
