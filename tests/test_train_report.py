@@ -61,11 +61,11 @@ def test_a_validation_that_a_kill_cut_short_is_made_again(folders, monkeypatch, 
 def test_events_of_an_interrupted_run_are_not_shown_twice(folders, monkeypatch):
     file, write, left = recipe_file(folders), Trainer._write_weights, [2]
 
-    def die(trainer):
+    def die(*of_the_weights):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        write(trainer)
+        return write(*of_the_weights)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Trainer, "_write_weights", die)
