@@ -71,7 +71,7 @@ def test_training_learns_logs_and_leaves_what_it_should(folders):
 def test_weights_are_read_as_the_network_that_was_trained(folders, model, options):
     name, stages = f"{model}.options", [{"crop": 32, "batch": 2, "steps": 2}]
     file = recipe_file(folders, name, model=model, model_options=options, stages=stages, precision="bfloat16")
-    weights, files = train(file), find_images(folders / "val")
+    weights, files = train(str(file)), find_images(folders / "val")
     measured = rows_of(folders / name)[-1]["psnr"]
     result = evaluate(folders / "val", "deblur", model, weights=weights, precision="bfloat16")
     assert (result["psnr"], result["precision"], result["weights"]) == (measured, "bfloat16", str(weights))
