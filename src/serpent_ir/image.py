@@ -42,21 +42,19 @@ def read_image(path: str | Path) -> Picture:
     Raises ImageError: no such file, a folder, not readable, no image, a camera's raw file, damaged or cut short, over
     `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
     """
-    picture, notes, lost = _read(Path(path))
-    for note in notes + lost:
+    picture, lost = _read(Path(path))
+    for note in lost:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return picture
 
 
 def read_image_pixels(path: str | Path) -> Pixels:
     """`Picture.pixels` of an image file, as `read_image` reads it, without a word on metadata that it would lose."""
-    picture, notes, _ = _read(Path(path))
-    for note in notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
-    return picture.pixels
+    return _read(Path(path))[0].pixels
 
 
-def _read(path: Path) -> tuple[Picture, list[str], list[str]]:
+def _read(path: Path) -> tuple[Picture, list[str]]:
+    """The picture, of whose pixels all is said, and what is to be said of the metadata."""
     try:
         if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, a device never does
             raise ImageError(f"{path}: is not a regular file; write it to one first")
@@ -70,13 +68,16 @@ def _read(path: Path) -> tuple[Picture, list[str], list[str]]:
     if path.suffix.lower() in RAW_SUFFIXES:
         raise ImageError(f"{path}: is a camera's raw file; develop it first, best as a TIFF of 16 bits")
     try:
-        return decode(data)
+        picture, notes, lost = decode(data)
     except MemoryError as error:
         raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # decoders meet damaged files with any type, struct.error and SyntaxError among them
         raise ImageError(f"{path}: is damaged or cut short ({reason(error)}); get the file again") from error
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    return picture, lost
 
 
 def write_image(path: str | Path, picture: Picture) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.memory import is_out_of_memory
@@ -85,20 +85,31 @@ def create_model(
     _check_fields(network, fields, preset)
     if checkpoint_path is None:
         return build(replace(preset, **_with_channels(fields))).eval()
-    state, metadata = load_weights(checkpoint_path)
-    _take_task(fields, metadata, checkpoint_path, network)
+    return _loaded(network, fields, *load_weights(checkpoint_path), checkpoint_path)
+
+
+def _loaded(
+    network: str,
+    fields: dict[str, Any],
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    path: str | os.PathLike[str],
+) -> nn.Module:
+    """The network of a preset with these fields, what else the file says, and the file's weights."""
+    build, preset = PRESETS[network]
+    _take_task(fields, metadata, path, network)
     found = recognise(shapes_of(state))
     of_file = {field: getattr(found, field) for field in preset.FROM_FILE} if type(found) is type(preset) else {}
     if metadata.get("network") == network and "options" in metadata:  # nothing has to be guessed
-        of_file = _options(metadata, checkpoint_path)
+        of_file = _options(metadata, path)
         _check_fields(network, of_file, preset)
-    model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), checkpoint_path)
+    model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), path)
     other = ""
     known = preset_of(found) if found is not None else ""
     if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some have two names
         own = known or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
         other = f"; they are of {own}"
-    fill(model, state, f"{checkpoint_path}: not weights of {network}", other)
+    fill(model, state, f"{path}: not weights of {network}", other)
     return model.eval()
 
 
@@ -120,7 +131,8 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     """
     state, metadata = load_weights(path)
     if "options" in metadata and metadata.get("network") in PRESETS:
-        return create_model(metadata["network"], checkpoint_path=path, **config)
+        _check_fields(metadata["network"], config, PRESETS[metadata["network"]][1])
+        return _loaded(metadata["network"], dict(config), state, metadata, path)
     shapes = shapes_of(state)
     found = recognise(shapes)
     if found is None:
