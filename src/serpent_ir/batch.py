@@ -1,158 +1,22 @@
-"""Many images: which file becomes which, the share of each process, what is done already, and a pipeline over them."""
+"""Many images: the share of each process, what is done already, and a pipeline over them; `plan` is of `inputs.py`."""
 
-import codecs
 import glob
 import json
 import os
-import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from PIL import Image
-
-from serpent_ir.data import SUFFIXES, find_images
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.image import RAW_SUFFIXES, WRITTEN_SUFFIXES
+from serpent_ir.inputs import Job as Job
+from serpent_ir.inputs import plan as plan
 
 R = TypeVar("R")
 W = TypeVar("W")
-
-
-@dataclass(frozen=True)
-class Job:
-    """An image to read and the file to write; `refused` says why it must not be written there."""
-
-    index: int
-    source: Path
-    target: Path
-    refused: str = ""
-
-
-def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
-    """What is to be done for the inputs of a command.
-
-    Args:
-        inputs: image files; folders, which are mirrored under the output, subfolders too; patterns such as
-            `photos/**/*.jpg`, whose part without wildcards is such a folder; `@LIST`, a file with a name a line (or
-            ended by zero bytes), relative ones being mirrored; `-`, such a list from standard input.
-        output: a folder; or, for one image, a file with the suffix of an image. Formats that are read but not written
-            become PNG. Where it is inside of a folder or pattern (or, for a list, of the current folder), what is in
-            it is no input, so that the same call goes on after an earlier one.
-
-    Raises UsageError, before any work, for a missing path, a folder without images, or outputs that would overwrite an
-    input or each other.
-    """
-    names_an_image = output.suffix.lower() in {*Image.registered_extensions(), *SUFFIXES, *RAW_SUFFIXES, ".jxl"}
-    if names_an_image and not output.is_dir():
-        if len(inputs) != 1 or inputs[0].is_dir() or _is_list(inputs[0]):
-            raise UsageError(f"{output}: is the name of an image; several images need a folder")
-        if not inputs[0].exists():
-            raise UsageError(f"{inputs[0]}: no such file or folder")
-        if _written(output) != output:
-            raise UsageError(f"{output}: cannot write {output.suffix}; use {', '.join(WRITTEN_SUFFIXES)}")
-        pairs = [(inputs[0], output)]
-    else:
-        pairs = [(file, _written(output / below)) for path in inputs for file, below in _found(path, output)]
-    if not pairs:
-        raise UsageError(f"{', '.join(map(str, inputs)) or 'no input'}: no images to work on")
-    sources = {_identity(source) for source, _ in pairs}
-    writers: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target.exists() and _identity(target) in sources:
-            raise UsageError(f"{target}: would overwrite an input; choose another -o")
-        if target in writers:
-            raise UsageError(f"{target}: both {writers[target]} and {source} would be written to it; run them apart")
-        writers[target] = source
-    root = output.resolve() if pairs[0][1] != output else output.parent.resolve()
-    return [Job(index, *pair, refused=_leads_out(pair[1], root)) for index, pair in enumerate(pairs)]
-
-
-def _is_list(path: Path) -> bool:
-    return not path.exists() and (str(path) == "-" or str(path).startswith("@"))
-
-
-def _written(path: Path) -> Path:
-    return path if path.suffix.lower() in WRITTEN_SUFFIXES else path.with_suffix(".png")
-
-
-def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
-    """The images that an input stands for, each with its path below the output folder."""
-    if path.is_dir():
-        _tell_of_raw(path, path.rglob("*"))
-        yield from ((file, file.relative_to(path)) for file in _not_written(find_images(path), path, output))
-    elif path.exists():
-        yield path, Path(path.name)
-    elif _is_list(path):
-        names = _listed(path)
-        for name in names:
-            if not name.exists():
-                raise UsageError(f"{name}: no such file or folder (named in {path})")
-        kept = _not_written(names, Path(), output) or names  # all of them inside: that is what was meant
-        if left := len(names) - len(kept):
-            warnings.warn(f"{path}: {left} of its names are inside of {output}, the output, and left out", stacklevel=2)
-        for name in kept:
-            mirrored = not name.is_absolute() and ".." not in name.parts
-            for file, below in _found(name, output):
-                yield file, (name if name.is_dir() else name.parent) / below if mirrored else below
-    elif glob.has_magic(str(path)):
-        parts = path.parts
-        first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        base = Path(*parts[:first])
-        matches = sorted(base.glob(str(Path(*parts[first:]))))
-        _tell_of_raw(path, matches)
-        files = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
-        if not files:
-            raise UsageError(f"{path}: no images match")
-        yield from ((file, file.relative_to(base)) for file in _not_written(files, base, output))
-    else:
-        raise UsageError(f"{path}: no such file or folder")
-
-
-def _tell_of_raw(path: Path, files: Iterable[Path]) -> None:
-    """Other files are passed over in silence; these are photos to the person who gave them."""
-    if raw := sorted(file.name for file in files if file.suffix.lower() in RAW_SUFFIXES):
-        told = f"{path}: raw files of cameras are left out, {len(raw)} in all, {raw[0]} the first"
-        warnings.warn(f"{told}; develop them first, best as TIFFs of 16 bits", stacklevel=2)
-
-
-def _not_written(files: list[Path], base: Path, output: Path) -> list[Path]:
-    """Without what an earlier run wrote, where the output is a folder inside of what is searched for images."""
-    base, output = base.resolve(), output.resolve()
-    if output == base or not output.is_relative_to(base):
-        return files
-    return [file for file in files if not file.resolve().is_relative_to(output)]
-
-
-def _listed(path: Path) -> list[Path]:
-    """The names in a list, which are bytes: a name need not be text."""
-    if str(path) == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        file = Path(str(path)[1:])
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise UsageError(f"{file}: cannot be read as a list of images ({error.strerror})") from None
-    data = data.removeprefix(codecs.BOM_UTF8)  # which Windows' editors put before text
-    names = data.split(b"\0") if b"\0" in data else data.splitlines()
-    return [Path(os.fsdecode(name)) for name in names if name.strip()]
-
-
-def _leads_out(target: Path, root: Path) -> str:
-    if target.parent.resolve().is_relative_to(root):
-        return ""
-    return f"{target}: leads out of the output folder through a symbolic link; remove the link"
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -23,8 +23,8 @@ _SILENCE = 10.0  # seconds without a word that a person should have to bear
 
 
 def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
-    """As `serpent_ir.batch.plan`."""
-    from serpent_ir.batch import plan
+    """As `serpent_ir.inputs.plan`."""
+    from serpent_ir.inputs import plan
 
     return plan(inputs, output)
 

@@ -52,7 +52,7 @@ def restore(
     RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
 
     Args:
-        inputs: as `serpent_ir.batch.plan` takes them.
+        inputs: as `serpent_ir.inputs.plan` takes them.
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.

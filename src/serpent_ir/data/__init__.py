@@ -1,5 +1,6 @@
 """Images of folders and packed sets, and batches of (network input, clean) for training, made on the device."""
 
+from serpent_ir.data.files import PASSED_OVER as PASSED_OVER
 from serpent_ir.data.files import SUFFIXES as SUFFIXES
 from serpent_ir.data.files import find_images as find_images
 from serpent_ir.data.files import list_images as list_images
