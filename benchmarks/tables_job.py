@@ -58,12 +58,10 @@ def start(job: Job, log: Path, gpu: str | None) -> BaseProcess:
     return process
 
 
-# A job is begun by a process that has imported what jobs need but has no GPU yet: with transformers installed, which
-# torchmetrics imports, that takes twenty seconds of a lent GPU's time.
+# A job is begun by a process that has imported what jobs need but has no GPU yet: that takes seconds of a lent GPU's
+# time.
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
-    ["serpent_ir.train", "torch._dynamo", "torchmetrics.functional.image", "matplotlib.figure"]
-)
+_FORKSERVER.set_forkserver_preload(["serpent_ir.train", "torch._dynamo", "matplotlib.figure"])
 
 
 def _run(job: Job, log: Path, gpu: str | None) -> None:

@@ -22,8 +22,8 @@ from serpent_ir.training.stopping import OUT_OF_TIME, Stop, StoppedError
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    # What pytest, an optimiser, metrics, plots and recipes would bring into every process by themselves.
-    ["pytest", "serpent_ir.train", "torch._dynamo", "torchmetrics.functional.image", "matplotlib.figure", "accelerate"]
+    # What pytest, an optimiser, plots and recipes would bring into every process by themselves.
+    ["pytest", "serpent_ir.train", "torch._dynamo", "matplotlib.figure", "accelerate"]
 )
 
 MOMENTS = ("half a file", "fsync", "rename", "replace", "rmtree")

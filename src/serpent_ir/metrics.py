@@ -2,10 +2,11 @@
 
 RGB images in [0, 1]; both are clamped and rounded to the 8 bits of a saved file first; no border is cropped and nothing
 is converted to luminance; one value per image, which the caller averages over images. PSNR and SSIM are computed in
-float64, so that the device does not show. torchmetrics is imported at the first call: it brings matplotlib, if it can.
+float64, so that the device does not show.
 """
 
 import importlib.util
+import math
 import pickle
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from serpent_ir.errors import SerpentError, UsageError
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
 
-# Rows of SSIM computed at once: bounds the memory of one image (about 20 float64 copies of the strip).
-_STRIP = 512
+_STRIP = 128  # rows of SSIM computed at once: about 20 float64 copies of a strip of one channel are in memory
+_C1, _C2 = 0.01**2, 0.03**2
+_GAUSSIAN = [math.exp(-(offset**2) / (2 * 1.5**2)) for offset in range(-(SSIM_WINDOW // 2), SSIM_WINDOW // 2 + 1)]
+_WEIGHTS = [value / sum(_GAUSSIAN) for value in _GAUSSIAN]
 
 
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
@@ -31,8 +34,10 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     _check_shapes(restored, clean)
     if not len(clean):
         return clean.new_zeros(0, dtype=torch.float64)
+    # A channel at a time: float64 copies of a large image take more memory than its restoration.
     errors = [
-        (eight_bits(a) - eight_bits(b)).square().mean() for a, b in zip(restored.split(1), clean.split(1), strict=True)
+        torch.stack([(eight_bits(x) - eight_bits(y)).square().mean() for x, y in zip(a, b, strict=True)]).mean()
+        for a, b in zip(restored, clean, strict=True)
     ]
     # Not torchmetrics' PSNR: that takes the logarithm's base in float32, which costs 1e-6 dB.
     return -10 * torch.stack(errors).log10()
@@ -137,24 +142,45 @@ def eight_bits(image: Tensor) -> Tensor:
 
 
 def _ssim_of_one(restored: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of (1, C, H, W), strip by strip; a strip brings the rows that its windows reach and drops their values."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    height = clean.shape[-2]
-    reach = SSIM_WINDOW // 2
+    """SSIM of (1, C, H, W), a channel and a strip of rows at a time."""
+    height, width = clean.shape[-2:]
+    columns = _reflected(0, width, width, clean.device)
     sums = []
     for start in range(0, height, _STRIP):
-        stop = min(start + _STRIP, height)
-        # `reach` rows on either side would do; twice as many above keep a short last strip as high as the window.
-        above, below = max(start - 2 * reach, 0), min(stop + reach, height)
-        _, similarity = structural_similarity_index_measure(
-            eight_bits(restored[..., above:below, :]),
-            eight_bits(clean[..., above:below, :]),
-            data_range=1.0,
-            return_full_image=True,  # its own mean depends on the version: see `ssim`
-        )
-        sums.append(similarity[..., start - above : stop - above, :].mean((0, 1, 3)).sum())
-    return torch.stack(sums).sum() / height
+        rows = _reflected(start, min(start + _STRIP, height), height, clean.device)
+        for channel in range(clean.shape[1]):
+            x, y = (eight_bits(image[0, channel][rows][:, columns]) for image in (restored, clean))
+            sums.append(_similarity(x, y).sum())
+    return torch.stack(sums).sum() / clean[0].numel()
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of every window of two (h, w) float64: (h - 10, w - 10)."""
+    mean_x, mean_y, xx, yy, xy = _smoothed(_smoothed(torch.stack([x, y, x * x, y * y, x * y]), 1), 2)
+    products = mean_x * mean_y
+    squares = mean_x * mean_x + mean_y * mean_y
+    luminance = (2 * products + _C1) / (squares + _C1)
+    return luminance * (2 * (xy - products) + _C2) / (xx + yy - squares + _C2)
+
+
+def _smoothed(x: Tensor, dim: int) -> Tensor:
+    """SSIM's Gaussian along one dimension, without padding.
+
+    Sums of shifted views: PyTorch's float64 convolution on a CPU takes many times as long, and unfolds the image.
+    """
+    length = x.shape[dim] - SSIM_WINDOW + 1
+    first, *others = _WEIGHTS
+    out = x.narrow(dim, 0, length) * first
+    for shift, weight in enumerate(others, 1):
+        out.add_(x.narrow(dim, shift, length), alpha=weight)
+    return out
+
+
+def _reflected(start: int, stop: int, size: int, device: torch.device) -> Tensor:
+    """The positions that windows around `start` to `stop` see, reflected about the first and last of `size`."""
+    reach = SSIM_WINDOW // 2
+    places = torch.arange(start - reach, stop + reach, device=device).abs()
+    return torch.where(places < size, places, 2 * (size - 1) - places)
 
 
 def _check_shapes(restored: Tensor, clean: Tensor) -> None:
