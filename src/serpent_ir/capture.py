@@ -1,15 +1,16 @@
 """CUDA graphs: a function is captured whole, or nothing is left of the attempt."""
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 
+from serpent_ir.forks import Lock
+
 Result = TypeVar("Result")
 
-_capturing = threading.Lock()  # PyTorch's generator of random numbers knows one capture at a time
+_capturing = Lock()  # PyTorch's generator of random numbers knows one capture at a time
 # PyTorch's allocator of pinned memory goes on asking the graphs that failed, and takes no more captures of their pools.
 _failed: list[torch.cuda.CUDAGraph] = []
 _spoilt: set[Any] = set()

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -23,6 +22,7 @@ from PIL import Image
 
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.forks import Lock
 from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
 from serpent_ir.inference import Restorer
 from serpent_ir.metrics import psnr
@@ -244,7 +244,7 @@ class Worker:
     """Runs functions one after the other in a process that stays, and that is killed where one takes too long."""
 
     def __init__(self):
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._process: Any = None
         self._connection: Any = None
 

@@ -7,7 +7,6 @@ goes through OpenCV and 16-bit TIFF through tifffile, HEIC through pillow-heif w
 import io
 import logging
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, BinaryIO, cast
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from serpent_ir.errors import ImageError
+from serpent_ir.forks import Lock, in_child
 from serpent_ir.image_metadata import metadata_of, png_texts
 from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture
@@ -31,7 +31,8 @@ _PILLOW_SIGNATURES = (_PNG, *TIFFS, b"\xff\xd8", b"RIFF", b"BM", b"GIF8")
 _PPM_HEADER = re.compile(rb"P[36](?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+(\d{1,5})\s")
 _HEIFS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands; AVIF, too, has the last two
 _DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and ours
-_bound_lock = threading.Lock()
+_bound_lock = Lock()
+_bounds: list[int | None] = []  # Pillow's own, while there is none in its place
 
 
 def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
@@ -81,14 +82,21 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
 def open_header(data: bytes | BinaryIO) -> Image.Image | None:
     """Parse the header with Pillow; None if it knows no such format."""
     with _bound_lock:  # Pillow's bound is a global of its module; ours is checked by the caller
-        bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _bounds.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         try:
             return Image.open(file)
         except UnidentifiedImageError:
             return _open_heif(file)
         finally:
-            Image.MAX_IMAGE_PIXELS = bound
+            Image.MAX_IMAGE_PIXELS = _bounds.pop()
+
+
+@in_child
+def _put_bound_back() -> None:
+    if _bounds:
+        Image.MAX_IMAGE_PIXELS = _bounds.pop()
 
 
 def _open_heif(file: BinaryIO) -> Image.Image | None:

@@ -1,6 +1,5 @@
 """Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
 
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
+from serpent_ir.forks import Lock
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.passes import (
@@ -131,7 +131,7 @@ class Restorer:
         check_tiles(model, tile, tile_overlap)
         self.model = model
         self.tile, self.tile_overlap, self.precision = tile, tile_overlap, precision
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def scale(self) -> int:

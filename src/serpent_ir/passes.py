@@ -1,10 +1,9 @@
 """A network over an image: on which device, in which precision, whole or in tiles."""
 
 import math
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.forks import Lock, in_child
 from serpent_ir.memory import SHARE, available, is_out_of_memory, network_bytes
 from serpent_ir.models import preset_of
 from serpent_ir.tiling import Axis, Span, blend, cut
@@ -315,7 +315,7 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-_modes_lock = threading.Lock()
+_modes_lock = Lock()
 _modes: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 
 
@@ -333,12 +333,29 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _modes_lock:
-            inside, training = _modes.pop(model)
+            inside, training = _modes.pop(model, (1, []))  # none in a child that was forked in here
             if inside > 1:
                 _modes[model] = inside - 1, training
             else:
                 for module in training:
                     module.training = True
+
+
+@in_child
+def _leave_evaluation_mode() -> None:
+    """What threads of the parent were inside of, they do not leave in a child."""
+    for _, training in _modes.values():
+        for module in training:
+            module.training = True
+    _modes.clear()
+
+
+@in_child
+def _one_thread() -> None:
+    """Of GNU's OpenMP, PyTorch's on Linux, a child has no threads, and yet would wait for them for ever."""
+    with suppress(OSError):
+        if "libgomp" in Path("/proc/self/maps").read_text():
+            torch.set_num_threads(1)
 
 
 @contextmanager

@@ -68,6 +68,10 @@ class Pack:
         ends = np.cumsum([record.size for record in self.records]) + len(HEADER)
         self._starts = [len(HEADER), *ends.tolist()]
 
+    def __reduce__(self) -> tuple[type["Pack"], tuple[Path]]:
+        """A copy maps the file again: pickled or copied as an array it would be as large as the file."""
+        return Pack, (self.path,)
+
     def __len__(self) -> int:
         return len(self.records)
 

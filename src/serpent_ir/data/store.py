@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,7 +44,23 @@ class ImageStore:
             self._upload(total)
         elif self.memory == "host":
             self._images = [np.array(image) if isinstance(image, np.memmap) else image for image in self._images]
-        self._readers = ThreadPoolExecutor(_READERS) if device.type == "cuda" and self._flat is None else None
+        self._packed = {i: file for i, file in enumerate(files) if self._images and isinstance(file, PackedImage)}
+        self._readers = self._new_readers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without threads, and what is mapped from packed sets as where it lies: for other processes, and copies."""
+        state = self.__dict__ | {"_readers": None}
+        if self.memory == "stream":
+            state["_images"] = [None if i in self._packed else image for i, image in enumerate(self._images)]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._images = [self._packed[i].pixels if image is None else image for i, image in enumerate(self._images)]
+        self._readers = self._new_readers()
+
+    def _new_readers(self) -> ThreadPoolExecutor | None:
+        return ThreadPoolExecutor(_READERS) if self.device.type == "cuda" and self._flat is None else None
 
     def read(self, images: np.ndarray, begins: np.ndarray, height: int, width: int) -> Callable[[], Tensor]:
         """Begin to read windows; `images` (B,) says of which image each is, `begins` (B, 2) where in it.

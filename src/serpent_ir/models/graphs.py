@@ -5,7 +5,6 @@ captured, and it and all later ones are replayed. So a folder of images of diffe
 """
 
 import functools
-import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.capture import capture
+from serpent_ir.forks import Lock
 
 # Graphs, and shapes remembered, of a model; the one used longest ago goes first.
 GRAPHS = 4
@@ -55,7 +55,7 @@ class Graphs:
     """The graphs of one model. Calls from several threads and streams take turns, on the device too."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, or cannot be captured
         self.uncapturable: set[Hashable] = set()
         self.weights: list[int] = []
@@ -122,7 +122,7 @@ class Graphs:
 
 
 _of: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
-_making = threading.Lock()
+_making = Lock()
 
 
 def of(model: nn.Module) -> Graphs:

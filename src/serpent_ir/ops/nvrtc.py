@@ -9,12 +9,12 @@ import hashlib
 import os
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 
 from serpent_ir import __version__
+from serpent_ir.forks import Lock
 
 SOURCES = Path(__file__).parent / "cuda_src"
 _INVALID_CONTEXT = 201
@@ -65,7 +65,7 @@ def _make_current(device: int) -> None:
     _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _loaded: dict[tuple, Kernels] = {}
 
 

@@ -1,7 +1,6 @@
 """The network of a recipe: its options, which recipes know nothing of, and the weights that it starts from."""
 
 import math
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ from torch import nn
 
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError
+from serpent_ir.forks import Lock
 from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models
 from serpent_ir.models.checkpoints import fill, load_weights
 from serpent_ir.recipe import Recipe, RecipeError, of_key
 
-_drawing = threading.Lock()  # by PyTorch's generator, which all threads share
+_drawing = Lock()  # by PyTorch's generator, which all threads share
 
 
 def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
