@@ -15,6 +15,7 @@ from PIL import Image
 from skimage import data
 
 from commands import serpent, tree
+from networks import identity_network
 from serpent_ir.data import Pack, Prefetcher, TrainingSet, list_images, read_rgb8, write_pack
 from serpent_ir.data.pack import HEADER, footer_of
 from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation, randomness
@@ -351,3 +352,21 @@ def test_batches_on_a_gpu(photos, packed, task, memory):
         assert torch.equal(degraded, whole.batch(samples, crop, seed=5)[0])
     # Each batch was asked for when the GPU had done all else.
     assert 0 < prefetcher.waited < time.perf_counter() - start
+
+
+def test_a_changed_pixel_of_a_packed_set_is_found_where_it_is_used(packed, tmp_path):
+    damaged = bytearray(packed.read_bytes())
+    start = len(HEADER) + Pack(packed).records[0].size
+    damaged[start + 7] ^= 1  # of the second image
+    file = tmp_path / "x.serpent"
+    file.write_bytes(damaged)
+    images = list_images(file)
+    assert torch.equal(read_rgb8(images[0]), read_rgb8(list_images(packed)[0]))
+    told = r"x\.serpent:.*00001.*: is damaged; pack the images again"
+    with pytest.raises(ImageError, match=told):
+        read_rgb8(images[1])
+    with pytest.raises(ImageError, match=told):
+        evaluate_network(identity_network(), images, "deblur")
+    training = TrainingSet([file], create_degradation("deblur"), CPU)
+    with pytest.raises(ImageError, match=told):
+        training.batch(range(len(training)), 8, seed=0)[0]

@@ -13,6 +13,10 @@ class ImageError(SerpentError):
     """A file that cannot be read or written as an image."""
 
 
+class SourceChangedError(ImageError):
+    """A file that became another one between its reading and the writing of what was made of it."""
+
+
 OUT_OF_MEMORY = "out of memory"
 """What stands for a figure where memory did not suffice, in profiles and tables."""
 

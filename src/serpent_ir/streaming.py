@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from serpent_ir.errors import ImageError
+from serpent_ir.file_state import FileState
 from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, open_header
 from serpent_ir.image_encoders import check_sides
@@ -28,6 +29,7 @@ class Source:
 
     def __init__(self, path: Path):
         self.path = path
+        self._state = FileState.of(path)
         self._picture: Picture | None = None
         self.large = False
         self._tiff = False
@@ -64,7 +66,7 @@ class Source:
         """
         if mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff"):
             try:
-                return _restore_by_rows(self.path, target, restorer, progress)
+                return _restore_by_rows(self, target, restorer, progress)
             except _NotByRowsError:
                 pass
         picture = self.picture()
@@ -75,7 +77,12 @@ class Source:
             raise ImageError(f"{self.path}: {error}") from None
         self._picture = None  # the pixels are not needed longer than the restoration takes
         restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
-        return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored)
+        return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError where the file is no longer the one that this began with."""
+        if self._state is not None:
+            self._state.check(self.path)
 
 
 def _read_mask(path: Path | None) -> np.ndarray | None:
@@ -89,12 +96,21 @@ def _read_mask(path: Path | None) -> np.ndarray | None:
 class Restored:
     """A restored image on its way to its file: `width` and `height` are those that came in."""
 
-    def __init__(self, target: Path, width: int, height: int, picture: Picture | None):
+    def __init__(
+        self,
+        target: Path,
+        width: int,
+        height: int,
+        picture: Picture | None,
+        check_source: Callable[[], None] = lambda: None,
+    ):
         self.target, self.width, self.height, self._picture = target, width, height, picture
+        self._check_source = check_source
 
     def write(self) -> None:
-        """Write what has not been written yet."""
+        """Write what has not been written yet. Raises SourceChangedError where it is of a source that is no more."""
         if self._picture is not None:
+            self._check_source()
             write_image(self.target, self._picture)
             self._picture = None
 
@@ -103,8 +119,10 @@ class _NotByRowsError(Exception):
     """A TIFF that has to be read whole."""
 
 
-def _restore_by_rows(path: Path, target: Path, restorer: Restorer, progress: Callable[[int, int], None]) -> Restored:
-    notes: list[str] = []
+def _restore_by_rows(
+    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None]
+) -> Restored:
+    path, notes = source.path, []
     with path.open("rb") as header, path.open("rb") as file:
         try:
             rows = TiffRows(file)
@@ -131,4 +149,5 @@ def _restore_by_rows(path: Path, target: Path, restorer: Restorer, progress: Cal
         strips = restorer.strips(read, rows.height, rows.width, label=str(path), progress=progress)
         with closing(rows), closing(strips), replacing(target) as new:
             write_tiff(new, about, (np.dstack([c] if a is None else [c, a]) for c, a in strips), shape, rows.dtype)
+            source.check_unchanged()
     return Restored(target, rows.width, rows.height, None)

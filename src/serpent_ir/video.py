@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.file_state import FileState
 from serpent_ir.image import replacing
 from serpent_ir.inference import Restorer
 
@@ -63,6 +64,7 @@ def restore_video(
         raise UsageError(f"{target}: would overwrite the input; choose another -o")
     if not target.parent.is_dir():
         raise UsageError(f"{target}: no such folder")
+    before = FileState.of(source)
     av_logging.set_level(av_logging.PANIC)  # what FFmpeg would print arrives as an error
     with contextlib.ExitStack() as stack:
         try:
@@ -88,6 +90,8 @@ def restore_video(
                     f"{source}: is damaged, or cannot be written as {target.suffix} ({error.strerror}); "
                     "nothing was kept"
                 ) from None
+            if before:
+                before.check(source)
     return count
 
 

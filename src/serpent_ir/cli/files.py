@@ -60,15 +60,21 @@ def check_sheets(jobs: "Sequence[Job]") -> None:
 
 def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Picture]", done: str) -> None:
     """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
+    from serpent_ir.file_state import FileState
     from serpent_ir.image import read_image, write_image
 
-    rows = run_files(
-        jobs,
-        lambda job: read_image(job.source),
-        lambda job, picture, tell: convert(job.index, picture),
-        lambda job, picture: write_image(job.target, picture),
-        done,
-    )
+    states: dict[int, FileState | None] = {}
+
+    def read(job: "Job") -> "Picture":
+        states[job.index] = FileState.of(job.source)
+        return read_image(job.source)
+
+    def write(job: "Job", picture: "Picture") -> None:
+        if before := states.pop(job.index):
+            before.check(job.source)
+        write_image(job.target, picture)
+
+    rows = run_files(jobs, read, lambda job, picture, tell: convert(job.index, picture), write, done)
     raise_if_failed(rows, done)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import SerpentError, UsageError
 
 if TYPE_CHECKING:
     from serpent_ir.batch import Job, Manifest
@@ -86,6 +86,7 @@ def restore(
     if compare:
         check_sheets(planned)
     jobs = planned[rank::world]
+    version = _version(weights)  # before they are read, as the manifest's other facts
     if weights and name is None:
         model = load_model(weights)
         name = preset_of(model.config) or type(model).__name__
@@ -100,15 +101,17 @@ def restore(
         precision=precision,
     )
     _check_companions(restorer, mask, reference)
-    settings = {"model": name, "weights": _version(weights), "tile": tile, "overlap": tile_overlap}
+    settings = {"model": name, "weights": version, "tile": tile, "overlap": tile_overlap}
     settings |= {"mask": str(mask.absolute())} if mask else {}
+
+    def mask_of(job: "Job") -> Path | None:
+        return companion(mask, job, output, "mask")
+
     with ExitStack() as stack:
         record = None
         if manifest:
-            record = stack.enter_context(closing(Manifest(manifest, {**settings, "precision": precision})))
-
-        def mask_of(job: "Job") -> Path | None:
-            return companion(mask, job, output, "mask")
+            record = Manifest(manifest, {**settings, "precision": precision}, mask_of)
+            stack.enter_context(closing(record))
 
         def comparison(job: "Job") -> dict[str, float]:
             return write_comparison(
@@ -132,13 +135,22 @@ def _restore(
     *,
     raises: bool,
 ) -> dict[str, Any]:
-    """Do the share of this process: `rows` as `run_files` gives them with width, height and tiles, skipped, seconds."""
+    """Do the share of this process.
+
+    Returns `rows` as `run_files` gives them with width, height and tiles; `problems`, lines on what failed besides;
+    skipped and seconds.
+    """
     from serpent_ir.streaming import Source
 
     skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
     kept = {job.index for job in skipped}
     todo = [job for job in jobs if job.index not in kept]
     facts: dict[str, dict[str, Any]] = {}
+
+    def read(job: "Job") -> "Source":
+        if record:
+            record.begin(job)
+        return Source(job.source).load()
 
     def work(job: "Job", source: "Source", tell: "Parts") -> "Restored":
         tiles = 1
@@ -165,9 +177,29 @@ def _restore(
         return f"{told}, PSNR {fact['input_psnr']:.2f} -> {fact['psnr']:.2f} dB" if "psnr" in fact else told
 
     start = time.perf_counter()
-    rows = run_files(todo, lambda job: Source(job.source).load(), work, write, "restored", details_of, raises=raises)
+    problems = _draw_lost_sheets(skipped, compare) if compare else []
+    rows = run_files(todo, read, work, write, "restored", details_of, raises=raises)
     rows = [{**row, **facts.get(row["source"], {})} for row in rows]
-    return {"rows": rows, "skipped": len(skipped), "seconds": time.perf_counter() - start}
+    if record:
+        try:
+            record.finish()
+        except SerpentError as error:
+            problems.append(str(error))
+    return {"rows": rows, "problems": problems, "skipped": len(skipped), "seconds": time.perf_counter() - start}
+
+
+def _draw_lost_sheets(jobs: "Sequence[Job]", compare: "Callable[[Job], dict[str, float]]") -> list[str]:
+    """Draw the comparisons that are missing of images that are done: a stop came between. Returns what failed."""
+    problems = []
+    for job in jobs:
+        if job.refused or (sheet := sheet_of(job)).exists():
+            continue
+        try:
+            compare(job)
+            say(f"{job.target} -> {sheet} (drawn)")
+        except SerpentError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _check_companions(restorer: "Restorer", mask: Path | None, reference: Path | None) -> None:
@@ -193,7 +225,7 @@ def _of_this_process(device: str) -> str:
 
 def _version(weights: Path | None) -> list[Any] | None:
     """What tells a weights file from another of the same name."""
-    if weights is None:
+    if weights is None or not weights.exists():
         return None
     status = weights.stat()
     return [str(weights.absolute()), status.st_size, status.st_mtime_ns]
@@ -208,10 +240,15 @@ def _sum_up(everybody: list[dict[str, Any]], as_json: bool) -> None:
     megapixels = sum(row["width"] * row["height"] for row in restored) / 1e6
     speed = megapixels / seconds if seconds else 0.0
     counts = {"restored": len(restored), "failed": failed, "skipped": skipped}
+    problems = [problem for own in everybody for problem in own["problems"]]
     if as_json:
         sums = {"megapixels": megapixels, "seconds": seconds, "megapixels_per_second": speed}
         print(json.dumps(finite({**counts, **sums, "images": rows}), allow_nan=False))
     elif len(rows) > 1 or skipped:
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         say(f"{told}; {megapixels:.1f} megapixels in {seconds:.1f} s, {speed:.2f} a second")
+    for problem in problems[: None if failed else -1]:
+        say(f"serpent: error: {problem}")
     raise_if_failed(rows, "restored")
+    if problems:
+        raise SerpentError(problems[-1])

@@ -54,7 +54,7 @@ class Pack:
     """A packed set that is open for reading: `records`, and pixels that are read from the disk when they are used.
 
     Raises ImageError: no such file, another kind of file or format, cut short, or a manifest that is damaged. Damaged
-    pixels are found by `check`.
+    pixels are found when an image is first used, or by `check`.
     """
 
     def __init__(self, path: str | Path):
@@ -67,6 +67,7 @@ class Pack:
             raise ImageError(f"{path}: cannot be read: {reason(error)}") from None
         ends = np.cumsum([record.size for record in self.records]) + len(HEADER)
         self._starts = [len(HEADER), *ends.tolist()]
+        self._known_whole = bytearray(len(self.records))
 
     def __reduce__(self) -> tuple[type["Pack"], tuple[Path]]:
         """A copy maps the file again: pickled or copied as an array it would be as large as the file."""
@@ -79,7 +80,7 @@ class Pack:
         return [PackedImage(self, index) for index in range(len(self))]
 
     def pixels(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8 of an image: a part of the mapped file, which cannot be written to."""
+        """(H, W, 3) uint8 of an image, not compared with its hash: a part of the mapped file, not to be written to."""
         record = self.records[index]
         return self._bytes[self._starts[index] : self._starts[index + 1]].reshape(record.height, record.width, 3)
 
@@ -100,7 +101,13 @@ class Pack:
 
     def is_whole(self, index: int) -> bool:
         """Whether the pixels of an image are those that were packed."""
-        return hashlib.sha256(self.pixels(index).data).hexdigest() == self.records[index].sha256
+        whole = hashlib.sha256(self.pixels(index).data).hexdigest() == self.records[index].sha256
+        self._known_whole[index] = whole
+        return whole
+
+    def was_whole(self, index: int) -> bool:
+        """The same of an image that was found whole before; any other is compared now."""
+        return bool(self._known_whole[index]) or self.is_whole(index)
 
     def _read_manifest(self, file: BinaryIO) -> list[Record]:
         size = os.fstat(file.fileno()).st_size
@@ -160,5 +167,10 @@ class PackedImage:
 
     @property
     def pixels(self) -> np.ndarray:
-        """(H, W, 3) uint8, not to be written to."""
+        """(H, W, 3) uint8, not to be written to; compared with their hash the first time that they are asked for.
+
+        Raises ImageError where they are not those that were packed.
+        """
+        if not self.pack.was_whole(self.index):
+            raise ImageError(f"{self}: is damaged; pack the images again")
         return self.pack.pixels(self.index)

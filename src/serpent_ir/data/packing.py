@@ -14,6 +14,7 @@ from PIL import Image
 from serpent_ir.data.files import list_images, read_pixels
 from serpent_ir.data.pack import HEADER, SUFFIX, PackedImage, Record, footer_of
 from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.file_state import FileState
 from serpent_ir.image_decoders import reason
 from serpent_ir.writing import whole_file
 
@@ -33,14 +34,13 @@ def write_pack(
     Args:
         sources: an image is named by its path below its source, with the source's own name before it where there are
             several.
-        output: FILE.serpent. It appears whole or not at all: it is written as FILE.serpent.part, which a call that was
-            killed leaves behind and the next one begins anew.
+        output: FILE.serpent. It appears whole or not at all, as `whole_file` does it.
         size: the shorter side of each image is reduced to so many pixels (Lanczos); by default all keep theirs.
         progress: called with (images done, images in all).
 
     Raises:
         UsageError: another suffix, a size under 1, a source without images.
-        ImageError: an image that cannot be read, or is smaller than `size`.
+        ImageError: an image that cannot be read, is smaller than `size`, or changed while it was read.
         SerpentError: the file cannot be written.
     """
     if output.suffix != SUFFIX:
@@ -51,22 +51,25 @@ def write_pack(
 
     def decoded(item: tuple[Path | PackedImage, str]) -> tuple[np.ndarray, Record]:
         image, name = item
-        if isinstance(image, PackedImage) and not image.pack.is_whole(image.index):
-            raise ImageError(f"{image}: is damaged; pack the images again")  # here its checksum would be right
+        file = image.pack.path if isinstance(image, PackedImage) else image
+        before = FileState.of(file)
         pixels = np.ascontiguousarray(_reduced(read_pixels(image), size, image))
+        if before:
+            before.check(file)
         height, width, _ = pixels.shape
         return pixels, Record(name, height, width, hashlib.sha256(pixels.data).hexdigest())
 
     records: list[Record] = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(output, aside=f"{output.name}.part") as file:
+        with whole_file(output) as file:
             file.write(HEADER)
             for pixels, record in in_threads(decoded, images):
                 file.write(pixels.data)
                 records.append(record)
                 progress(len(records), len(images))
             file.write(footer_of(records))
+        output.with_name(f"{output.name}.part").unlink(missing_ok=True)  # what a killed call of an older version left
     except OSError as error:
         raise SerpentError(f"{output}: cannot be written ({reason(error)}); make room or choose another -o") from None
     return records

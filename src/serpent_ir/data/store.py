@@ -32,6 +32,7 @@ class ImageStore:
 
     def __init__(self, files: Sequence[Path | PackedImage], device: torch.device, memory: Memory = "auto"):
         self.device = device
+        self._packed = {i: file for i, file in enumerate(files) if isinstance(file, PackedImage)}
         self._images = _read(files)
         self.sizes = np.array([image.shape[:2] for image in self._images], dtype=np.int64)
         """(n, 2): height and width of each."""
@@ -43,8 +44,10 @@ class ImageStore:
         elif self.memory == "device":
             self._upload(total)
         elif self.memory == "host":
-            self._images = [np.array(image) if isinstance(image, np.memmap) else image for image in self._images]
-        self._packed = {i: file for i, file in enumerate(files) if self._images and isinstance(file, PackedImage)}
+            whole = in_threads(self._checked, range(len(files)))
+            self._images = [np.array(image) if isinstance(image, np.memmap) else image for image in whole]
+        if self.memory != "stream":
+            self._packed = {}
         self._readers = self._new_readers()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class ImageStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._images = [self._packed[i].pixels if image is None else image for i, image in enumerate(self._images)]
+        self._images = [_mapped(self._packed[i]) if image is None else image for i, image in enumerate(self._images)]
         self._readers = self._new_readers()
 
     def _new_readers(self) -> ThreadPoolExecutor | None:
@@ -75,7 +78,7 @@ class ImageStore:
         def copy(first: int, step: int) -> None:
             for i in range(first, len(images), step):
                 top, left = begins[i]
-                pixels[i] = self._images[images[i]][top : top + height, left : left + width]
+                pixels[i] = self._checked(images[i])[top : top + height, left : left + width]
 
         copying: list[Future[None]] = []
         if self._readers is None:
@@ -102,6 +105,10 @@ class ImageStore:
         rows = start + torch.arange(height, device=self.device) * stride
         return self._flat[rows[:, :, None] + torch.arange(width, device=self.device)]
 
+    def _checked(self, index: int) -> np.ndarray:
+        """The pixels of an image; those of a packed set are compared with their hash when they are first used."""
+        return self._packed[index].pixels if index in self._packed else self._images[index]
+
     def _upload(self, total: int) -> None:
         """Move the pixels of all images into one tensor (pixels, 3) on the device."""
         sizes = self.sizes.prod(1)
@@ -110,7 +117,7 @@ class ImageStore:
         begin = 0
         while begin < len(sizes):
             end = max(begin + 1, int(np.searchsorted(self._starts, self._starts[begin] + _CHUNK // 3)))
-            chunk = np.concatenate([image.reshape(-1, 3) for image in self._images[begin:end]])
+            chunk = np.concatenate([image.reshape(-1, 3) for image in in_threads(self._checked, range(begin, end))])
             self._flat[self._starts[begin] :][: len(chunk)] = torch.from_numpy(chunk)
             begin = end
         self._images = []
@@ -127,13 +134,17 @@ def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
     """The pixels of each; files are decoded, packed images are not read yet."""
     images: list[np.ndarray] = []
     decoded, limit = 0, host_available() / _processes()  # each of them reads all
-    for file, pixels in zip(files, in_threads(read_pixels, files), strict=True):
+    for file, pixels in zip(files, in_threads(_mapped, files), strict=True):
         images.append(pixels)
         if isinstance(file, Path):
             decoded += pixels.nbytes
             if decoded > 0.9 * limit:
                 raise UsageError(f"{file}: the images before it fill the memory; `serpent data pack` their folder")
     return images
+
+
+def _mapped(image: Path | PackedImage) -> np.ndarray:
+    return image.pack.pixels(image.index) if isinstance(image, PackedImage) else read_pixels(image)
 
 
 def _choose(total: int, device: torch.device) -> Memory:

@@ -231,7 +231,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises SerpentError where it cannot be written; the old file stays.
     """
     try:
-        with whole_file(path, aside=f"{path.name}.part") as file:
+        with whole_file(path) as file:
             file.write(content)
     except OSError as error:
         reason = error.strerror or str(error)
