@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 from image_files import ICC, draw, exif, same
-from serpent_ir import image_decoders
+from serpent_ir import decoding
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.image import Picture, read_image, write_image
 from serpent_ir.image_encoders import encode
@@ -95,7 +95,7 @@ def test_errors_of_reading(tmp_path, monkeypatch):
     check(tmp_path / "text.png", "not an image")
     write_image(tmp_path / "big.png", Picture(draw()))
     write_image(tmp_path / "big.tif", Picture(draw(np.uint16)))
-    monkeypatch.setattr(image_decoders, "MAX_PIXELS", 23 * 37 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 23 * 37 - 1)
     check(tmp_path / "big.png", "37x23 px, over the bound")
     check(tmp_path / "big.tif", "37x23 px, over the bound")
     monkeypatch.undo()

@@ -126,7 +126,8 @@ class TiffRows:
         self._tiff = tifffile.TiffFile(file)
         page = self._page = self._tiff.pages.first.aspage()
         samples, extra = page.samplesperpixel, tuple(page.extrasamples)
-        usual = page.planarconfig == 1 and page.imagedepth == 1 and page.compression in (1, *_DEFLATE)
+        usual = page.imagewidth > 0 and page.imagelength > 0 and page.planarconfig == 1 and page.imagedepth == 1
+        usual = usual and page.compression in (1, *_DEFLATE)
         usual = usual and page.predictor in (1, 2) and page.fillorder == 1
         usual = usual and page.photometric == (1 if samples <= 2 else 2) and page.bitspersample in (8, 16)
         usual = usual and page.dtype in (np.uint8, np.uint16) and (samples, extra) in _LAYOUTS

@@ -1,0 +1,46 @@
+"""What decoders share: the bound on sizes, and OpenCV. Used by `image_decoders.py` and the modules of TIFF."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serpent_ir.errors import ImageError
+from serpent_ir.memory import host_available
+
+MAX_PIXELS = 2**30
+"""Largest image read, in pixels: 32768 x 32768. Above Pillow's own bound, since large images are a use of this package;
+the bound that is left keeps a small hostile file from filling the memory."""
+
+_DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and ours
+
+
+def check_size(width: int, height: int, depth: int = 1) -> None:
+    """Raise ImageError for an image without pixels, over the bound, or too large for the memory that is free."""
+    if not (width > 0 and height > 0):
+        raise ImageError(f"is damaged: it says that it is {width}x{height} px; get the file again")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"is {width}x{height} px, over the bound of {MAX_PIXELS} pixels; cut it into parts first")
+    need = width * height * depth * _DECODING
+    if need > 1 << 28 and need > (free := host_available()):
+        raise ImageError(
+            f"is {width}x{height} px: opening it takes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "cut it into parts first"
+        )
+
+
+def with_opencv(data: bytes) -> NDArray[Any]:
+    """Decode to RGB order. OpenCV returns the part it could read of a damaged file: check before with Pillow."""
+    import cv2
+
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what matters is raised below
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if array is None:
+        raise ImageError("is not an image that Pillow or OpenCV reads")
+    if array.ndim == 3 and array.shape[2] >= 3:
+        array = array[..., [2, 1, 0, *range(3, array.shape[2])]]
+    return array
