@@ -246,6 +246,55 @@ def test_which_calls_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept.graphs) == 1
 
 
+def test_graphs_follow_a_model_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event is of the device that it was first recorded on; PyTorch refuses it on another."""
+    current = torch.device("cpu")
+
+    class Stream:
+        def __init__(self):
+            self.device = current
+
+        def wait_event(self, event: "Event") -> None:
+            pass  # allowed across devices
+
+    class Event:
+        device = None
+
+        def record(self, stream: Stream) -> None:
+            self.device = self.device or stream.device
+            if self.device != stream.device:
+                raise RuntimeError("event device does not match recording stream's device")
+
+        def synchronize(self) -> None:
+            pass
+
+    class Input:
+        def record_stream(self, stream: Stream) -> None:
+            pass
+
+        def copy_(self, x: Tensor) -> None:
+            pass
+
+    class Graph(FakeGraph):
+        def __init__(self, run, x: Tensor, pool: object):
+            super().__init__(run, x, pool)
+            self.graph, self.input, self.output = self, Input(), x
+
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(graphs, "_Graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    kept = graphs.Graphs()
+    for weights, name in enumerate(("cpu", "meta", "cpu")):
+        current = torch.device(name)
+        for shape in ((1, 3, 8, 8), (2, 3, 8, 8)):
+            for _ in range(3):
+                result = kept(lambda x: x, torch.zeros(shape, device=current), key=None, weights=[weights])
+                assert result.shape == shape
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
     """Not from the default generator, which cannot be used while a graph is being captured."""
     return torch.rand(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
@@ -278,6 +327,27 @@ def test_replays_follow_input_weights_and_shape(monkeypatch: pytest.MonkeyPatch)
     agrees()
     model.encoder[0][0].register_forward_hook(lambda module, args, y: 2 * y)
     agrees()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices: a model is moved between two")
+@pytest.mark.gpu
+def test_a_model_moves_from_one_gpu_to_another_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference from graphs, and training, wherever the model is and whatever device is the current one."""
+    model = stir(create_model("serpent_b", blocks=(1, 1)))
+    images = [draw(1, 3, 64, 64), draw(2, 3, 32, 48)]
+    for name in ("cuda:0", "cuda:1", "cpu", "cuda:1", "cuda:0"):
+        model.to(name)
+        for image in images:
+            image = image.to(name)
+            expected = plainly(model, image, None).detach()
+            with torch.no_grad():
+                for _ in range(4):  # as it is, captured, replayed
+                    torch.testing.assert_close(model(image), expected, rtol=1e-2, atol=1e-2)
+            ours = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+            plain = torch.autograd.grad(plainly(model, image, None).square().sum(), list(model.parameters()))
+            for a, b in zip(ours, plain, strict=True):
+                assert (a - b).abs().max() <= 0.02 * b.abs().max()
+    assert any(graphs.of(model).graphs.values())
 
 
 @needs_gpu

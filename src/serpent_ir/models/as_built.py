@@ -1,18 +1,20 @@
 """Whether the fused kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
 
-Hooks, exchanged or wrapped layers, parametrised weights, tracing and counting all get the plain definition. The check
-of a network is repeated at every call, so its lists are kept and compared; they hold no reference to the network.
+Hooks, exchanged or wrapped layers, parametrised weights, other settings of a layer, tracing and counting all get the
+plain definition. A module is compared with what the constructor of its class makes. The check of a network is repeated
+at every call, so its lists are kept and compared; they hold no reference to the network.
 """
 
 import functools
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, repeat
-from operator import contains, is_
-from typing import Any
+from operator import attrgetter, contains, is_
+from typing import Any, NamedTuple
 
 import torch
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -52,77 +54,175 @@ def _has_triton(device: torch.device) -> bool:
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def product_dtype(module: Any, x: Tensor) -> torch.dtype | None:
-    """The dtype of the module's products with x, as autocast says; None where the plain path has to serve."""
-    parts = _parts.get(module)
-    weight = next(module.parameters(), x) if parts is None else parts.parameters[0]
+def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype of the products of a checked module with x, as autocast says; None where the plain path serves."""
+    of_weights = dtypes(module)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     else:
-        dtype = x.dtype if x.dtype == weight.dtype else None
-    fits = dtype in DTYPES and x.dtype in (dtype, torch.float32) and weight.dtype in DTYPES
-    return dtype if fits and weight.device == x.device else None
+        dtype = x.dtype if of_weights == {x.dtype} else None
+    fits = dtype in DTYPES and x.dtype in (dtype, torch.float32) and of_weights.issubset(DTYPES)
+    return dtype if fits else None
+
+
+class _Kind(NamedTuple):
+    """What is known of a class of modules."""
+
+    settings: Callable[[nn.Module], Any]  # the attributes that its `forward` reads, beside parameters and modules
+    argument: Callable[[Any, Tensor], Hashable] | None  # of its constructor, for a module and its input
+
+
+_LINEAR = nn.Linear.forward
+_kinds: dict[type[nn.Module], _Kind] = {}
+_functions: list[tuple[type[nn.Module], str, Any]] = [(nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward)]
+"""What computes the known classes, as it was when they became known: classes can be given another `forward`, too."""
+
+
+def know(
+    kind: type[nn.Module],
+    *settings: str,
+    argument: Callable[[Any, Tensor], Hashable] | None = None,
+) -> None:
+    """Make a class known as one that the kernels stand in for. What is of another class gets the plain definition.
+
+    Args:
+        kind: a subclass does not count.
+        settings: names of what its `forward` reads beside parameters and modules.
+        argument: for a class that is checked: what its constructor takes, read from a module and an input. It makes a
+            second one, with which the first is compared.
+    """
+    _kinds[kind] = _Kind(attrgetter(*settings) if settings else _nothing, argument)
+    _functions.append((kind, "forward", kind.forward))
+
+
+def _nothing(module: nn.Module) -> None:
+    return None
+
+
+know(nn.Linear)
+know(nn.Conv2d, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+know(nn.Sequential)
+know(nn.ModuleList)
+know(Rearrange, "pattern", "axes_lengths")
+
+
+class _Form(NamedTuple):
+    """A module without its numbers: what two of one form have in common computes the same."""
+
+    kind: type[nn.Module]
+    settings: Any
+    shapes: dict[str, torch.Size | None]
+    children: dict[str, "_Form"]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Form":
+        shapes = {name: None if p is None else p.shape for name, p in module._parameters.items()}
+        children = {name: cls.of(child) for name, child in module._modules.items() if child is not None}
+        return cls(type(module), _kinds[type(module)].settings(module), shapes, children)
+
+    def fits(self, module: nn.Module | None) -> bool:
+        """Whether a module has this form. One that stands in several places is looked at in each."""
+        return (
+            type(module) is self.kind
+            and _kinds[self.kind].settings(module) == self.settings
+            and {name: None if p is None else p.shape for name, p in module._parameters.items()} == self.shapes
+            and list(module._modules) == list(self.children)  # the order counts where modules are called in turn
+            and all(
+                form.fits(child) for form, child in zip(self.children.values(), module._modules.values(), strict=True)
+            )
+        )
+
+
+@functools.lru_cache(64)
+def _form(kind: type[nn.Module], argument: Hashable) -> _Form | None:
+    """What the constructor of a class makes of an argument; None where that is nothing."""
+    try:
+        with torch.device("meta"):
+            return _Form.of(kind(argument))
+    except Exception:  # a configuration of another network: whatever it holds
+        return None
 
 
 class _Parts:
     """What a module is made of, in flat lists that are quick to compare: a call of a small network takes 0.6 ms."""
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, argument: Hashable):
         modules = list(root.modules())
         below = modules[1:]
+        self.argument = argument
         tables: list[dict] = [table for m in modules for table in (m._modules, m._parameters)]
         self.tables = [table for table in tables if table]
         self.contents = list(self._contents())
         self.below, self.kinds = below, list(map(type, below))
+        self.set = [
+            (kind.settings, m) for m in below if (kind := _kinds.get(type(m))) and kind.settings is not _nothing
+        ]
         self.own = [m.__dict__ for m in below]
+        self.attributes = sum(map(len, self.own))
         self.empty = [table for table in tables if not table] + [
             h for m in below for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-        biased = [m for m in below if type(m) is nn.Linear and m.bias is not None]
-        self.plain = (
-            all(self._plain(m) for m in modules)
-            and biased == ([root.head] if "head" in root._modules else [])
-            and set(map(type, self.parameters)) == {nn.Parameter}
-        )
+        self.hooked, self.forwards = any(self.empty), self._forwards()
+        self.settings, self.readable = self._settings(root), all(map(_is_readable, self.parameters))
+        self.places = self._places()
+        self.dtypes = {p.dtype for p in self.parameters}
+        self.devices = {p.device for p in self.parameters}
+        self.plain = self._plain(root)
 
-    @staticmethod
-    def _plain(m: nn.Module) -> bool:
-        weights = {k for k, v in m._parameters.items() if v is not None}
-        return type(m) in _kinds() and getattr(m, "padding_mode", "zeros") == "zeros" and weights in _kinds()[type(m)]
+    def _plain(self, root: nn.Module) -> bool:
+        form = _form(type(root), self.argument)
+        return (
+            form is not None
+            and form.fits(root)
+            and not self.hooked
+            and not any(callable(getattr(type(m), name, None)) for m in self.below for name in m.__dict__)
+            and self.readable
+            and all(map(_is_dense, self.parameters))
+            and len(self.devices) == 1
+        )
 
     def _contents(self) -> Iterator[nn.Module | Tensor | None]:
         return chain.from_iterable(map(dict.values, self.tables))
 
-    def unchanged(self) -> bool:
+    def _settings(self, root: nn.Module) -> list[Any]:
+        return [_kinds[type(root)].settings(root), *(get(m) for get, m in self.set)]
+
+    def _places(self) -> list[Any]:
+        """Where each parameter lies, and what else shows that it was given other data."""
+        if not self.readable:
+            return []
+        looks = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
+        return list(chain.from_iterable(map(look, self.parameters) for look in looks))
+
+    def _forwards(self) -> list[bool]:
+        return list(map(contains, self.own, repeat("forward")))
+
+    def unchanged(self, root: nn.Module, argument: Hashable) -> bool:
         return (
-            sum(map(len, self.tables)) == len(self.contents)
+            argument == self.argument
+            and sum(map(len, self.tables)) == len(self.contents)
             and all(map(is_, self._contents(), self.contents))
-            and not any(self.empty)
+            and any(self.empty) == self.hooked
             and list(map(type, self.below)) == self.kinds
-            and not any(map(contains, self.own, repeat("forward")))
+            and sum(map(len, self.own)) == self.attributes
+            and self._forwards() == self.forwards
+            and self._settings(root) == self.settings
+            and self._places() == self.places
         )
 
-    def pointers(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.parameters))
+
+def _is_readable(p: Tensor) -> bool:
+    """Whether a parameter is numbers in memory: no subclass (quantized, sharded), not sparse."""
+    return type(p) is nn.Parameter and p.layout == torch.strided
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Contiguous, or in the order of channels_last as `model.to(memory_format=...)` leaves weights of convolutions."""
+    return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
 _parts: "weakref.WeakKeyDictionary[nn.Module, _Parts]" = weakref.WeakKeyDictionary()
-
-
-@functools.cache
-def _kinds() -> dict[type[nn.Module], list[set[str]]]:
-    """The kinds of modules that the kernels know, and the parameters that each may have."""
-    from serpent_ir.models import serpent
-
-    scan = {"dt_weight", "dt_bias", "A_log", "D"}
-    both: set[str] = {"weight", "bias"}
-    none: set[str] = set()
-    return {
-        serpent.Serpent: [none], serpent.VSSBlock: [none], serpent.SS2D: [scan], serpent.LayerNorm: [both],
-        nn.Linear: [both, {"weight"}], nn.Conv2d: [both], nn.Sequential: [none], nn.ModuleList: [none],
-        serpent.Rearrange: [none],
-    }  # fmt: skip
 
 
 _GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
@@ -133,16 +233,44 @@ _GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
 )
 
 
-def check(root: nn.Module) -> bool:
-    """Whether no part of a module was exchanged, wrapped, hooked or given another `forward`, nor forward-mode
-    derivatives are being taken, which kernels would drop."""
-    if any(_GLOBAL_HOOKS) or forward_ad._current_level >= 0:
+def check(root: nn.Module, x: Tensor) -> bool:
+    """Whether a module is what its class makes for such an input, on its device, and nothing was exchanged.
+
+    That is no layer, shape, setting or `forward`, of a module or a class; no wrapper and no hook; and no forward-mode
+    derivatives are being taken, which kernels would drop. Modules and parameters may stand in several places.
+    """
+    kind = _kinds.get(type(root))
+    if kind is None or kind.argument is None or any(_GLOBAL_HOOKS) or forward_ad._current_level >= 0 or x.ndim != 4:
         return False
+    if any(getattr(of, name) is not function for of, name, function in _functions):
+        return False
+    argument = kind.argument(root, x)
     parts = _parts.get(root)
-    if parts is None or not parts.unchanged():
-        parts = _parts[root] = _Parts(root)
-        return parts.plain and parts.unchanged()
-    return parts.plain
+    if parts is None or not parts.unchanged(root, argument):
+        parts = _parts[root] = _Parts(root, argument)
+    return parts.plain and x.device in parts.devices
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one with a bias as PyTorch makes it, so that its weights may be used without it."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer._parameters.get("weight")) is type(layer._parameters.get("bias")) is nn.Parameter
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in layer.__dict__
+        and not any(_GLOBAL_HOOKS)
+        and nn.Linear.forward is _LINEAR
+    )
+
+
+def dtypes(root: nn.Module) -> set[torch.dtype]:
+    """Of the parameters of a checked module."""
+    return _parts[root].dtypes
+
+
+def places(root: nn.Module) -> list[Any]:
+    """Where the parameters of a checked module lie: another list where one of them was given other data."""
+    return _parts[root].places
 
 
 def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -160,8 +288,3 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
         return backward(ctx, *grads)
 
     return checked
-
-
-def pointers(root: nn.Module) -> list[int]:
-    """Where the parameters of a checked module lie."""
-    return _parts[root].pointers()

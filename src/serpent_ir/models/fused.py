@@ -63,7 +63,7 @@ class Kept(NamedTuple):
 
 def serves(module: "Serpent | VSSBlock", x: Tensor) -> bool:
     """Whether `vss_block` takes a block and its input, or `serpent` a network and its images."""
-    return as_built.runs_on(x) and as_built.product_dtype(module, x) is not None and as_built.check(module)
+    return as_built.runs_on(x) and as_built.check(module, x) and as_built.product_dtype(module, x) is not None
 
 
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def serpent(model: "Serpent", image: Tensor) -> Tensor:
 
     if image.device.type != "cuda" or positions > CAPTURED or torch.cuda.is_current_stream_capturing():
         return run(image)
-    return graphs.of(model)(run, image, key=(dtype,), weights=as_built.pointers(model))
+    return graphs.of(model)(run, image, key=(dtype,), weights=as_built.places(model))
 
 
 def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
 
     half = dtype in HALF
     stacks = [*model.encoder, model.bottleneck, *model.decoder]
-    blocks = [block for stack in stacks for block in stack.children()]
+    blocks = [block for stack in stacks for block in stack]  # not `children`, which names one that stands twice once
     ready = iter(_weights(blocks, dtype))
     weights = [[next(ready) for _ in stack] for stack in stacks]
     levels = len(model.down)
@@ -277,9 +277,10 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
     """The gradients of a block's input and, in the order of `_parameters`, of its parameters."""
     from serpent_ir.ops import triton_conv, triton_norm
 
-    if not getattr(_thread, "awake", False):
+    awake = _thread.__dict__.setdefault("awake", set())
+    if x.device not in awake:
         torch.zeros(1, device=x.device)  # cuBLAS complains where it is the first to run in one of autograd's threads
-        _thread.awake = True
+        awake.add(x.device)
 
     uz, u, proj, y = kept
     dtype, d = u.dtype, u.shape[-1]

@@ -58,11 +58,11 @@ class Graphs:
         self.lock = Lock()
         self.graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, or cannot be captured
         self.uncapturable: set[Hashable] = set()
-        self.weights: list[int] = []
+        self.weights: list[Any] = []
         self.done: torch.cuda.Event | None = None
 
-    def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[int]) -> Tensor:
-        """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` the addresses it reads."""
+    def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[Any]) -> Tensor:
+        """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` where what it reads lies."""
         precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
         key = (x.shape, x.dtype, x.device, precisions, key)
         with self.lock, torch.cuda.device_of(x):
@@ -82,6 +82,7 @@ class Graphs:
     def _clear(self) -> None:
         if self.done is not None:
             self.done.synchronize()  # a graph's memory goes once it has run
+            self.done = None  # it is of one device, and the weights may have gone to another
         self.graphs.clear()
         self.uncapturable.clear()
 

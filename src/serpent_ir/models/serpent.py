@@ -24,7 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import fused, strips, taped
+from serpent_ir.models import as_built, fused, strips, taped
 from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.ops import ss2d
 
@@ -79,14 +79,25 @@ class SS2D(nn.Module):
         self.in_proj = nn.Linear(c, 2 * d_inner, bias=False)
         self.conv = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, K * (self.dt_rank + 2 * self.d_state), bias=False)
-        self.dt_weight = nn.Parameter(torch.empty(K, d_inner, self.dt_rank).uniform_(-1, 1) * self.dt_rank**-0.5)
-        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], and A = -1..-N in every channel, as in Mamba.
-        dt = torch.exp(torch.empty(K, d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(K, d_inner, 1))
-        self.D = nn.Parameter(torch.ones(K, d_inner))
+        self.dt_weight = nn.Parameter(torch.empty(K, d_inner, self.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(K, d_inner))
+        self.A_log = nn.Parameter(torch.empty(K, d_inner, self.d_state))
+        self.D = nn.Parameter(torch.empty(K, d_inner))
+        self.reset_parameters()
         self.norm = LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, c, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters of the scan: softplus(dt_bias) is log-uniform in [1e-3, 1e-1], and A = -1..-N in every
+        channel, as in Mamba."""
+        if self.D.is_meta:  # there is nothing to fill, and PyTorch would import its compiler for it
+            return
+        self.dt_weight.uniform_(-1, 1).mul_(self.dt_rank**-0.5)
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log())
+        self.D.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, d_inner) each
@@ -172,3 +183,14 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         out = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
         out = image[:, :3] + out if self.residual else out.to(image.dtype)
         return out[..., :height, :width]
+
+
+def _config_of(model: Serpent, x: Tensor) -> SerpentConfig | None:
+    fits = type(model.config) is SerpentConfig and x.shape[1] == model.config.in_channels
+    return model.config if fits else None
+
+
+as_built.know(LayerNorm, "normalized_shape", "eps")
+as_built.know(SS2D)
+as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
+as_built.know(Serpent, "config", "size_multiple", "residual", argument=_config_of)

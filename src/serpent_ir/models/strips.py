@@ -25,7 +25,10 @@ STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a sec
 
 def serves(block: "VSSBlock", x: Tensor) -> bool:
     """Whether `vss_block` takes a block and its input. Counting sees its operators, and may look on."""
-    return not torch.is_grad_enabled() and as_built.runs_or_counts(x, DEVICES) and as_built.check(block)
+    if torch.is_grad_enabled() or not as_built.runs_or_counts(x, DEVICES) or not as_built.check(block, x):
+        return False
+    dtypes = as_built.dtypes(block)
+    return len(dtypes) == 1 and (x.dtype in dtypes or torch.is_autocast_enabled("cpu"))
 
 
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
 from serpent_ir.image import pad_to_multiple
+from serpent_ir.models import as_built
 from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.models.serpent import LayerNorm
 
@@ -173,6 +174,8 @@ class WindowAttention(nn.Module):
         heads_dim = x.shape[-1] // self.heads
         if not (more := -heads_dim % HEAD_MULTIPLE.get(x.device.type, 1)):
             return self.qkv(x)
+        if not as_built.is_plain_linear(self.qkv):  # exchanged, wrapped or hooked: it is called, and its result padded
+            return F.pad(self.qkv(x).unflatten(-1, (-1, heads_dim)), (0, more)).flatten(-2)
         weight = F.pad(rearrange(self.qkv.weight, "(heads d) c -> heads d c", d=heads_dim), (0, 0, 0, more))
         bias = F.pad(rearrange(self.qkv.bias, "(heads d) -> heads d", d=heads_dim), (0, more))
         return F.linear(x, weight.flatten(0, 1), bias.flatten())

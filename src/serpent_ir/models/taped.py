@@ -27,8 +27,9 @@ def serves(block: "VSSBlock", x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.shape[-1] % 8 == 0
         and not cpu.unavailable()
-        and {x.dtype} == {p.dtype for p in block.parameters()} == {torch.float32}
-        and as_built.check(block)
+        and x.dtype == torch.float32
+        and as_built.check(block, x)
+        and as_built.dtypes(block) == {torch.float32}
     )
 
 
