@@ -123,7 +123,8 @@ class _Form(NamedTuple):
     def fits(self, module: nn.Module | None) -> bool:
         """Whether a module has this form. One that stands in several places is looked at in each."""
         return (
-            type(module) is self.kind
+            module is not None
+            and type(module) is self.kind
             and _kinds[self.kind].settings(module) == self.settings
             and {name: None if p is None else p.shape for name, p in module._parameters.items()} == self.shapes
             and list(module._modules) == list(self.children)  # the order counts where modules are called in turn
