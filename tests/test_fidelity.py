@@ -124,7 +124,8 @@ def test_lossless_formats_keep_every_pixel_and_all_metadata(suffix, dtype, mode,
     if metadata:
         assert new.icc_profile == ICC
         assert new.xmp == UPRIGHT
-        assert {274: 1, **tags_of(new.exif)} == {274: 1, **tags_of(old.exif)}
+        resolution = {282: 300, 283: 150, 296: 2} if suffix == ".webp" and old.dpi else {}
+        assert {274: 1, **tags_of(new.exif)} == {274: 1, **tags_of(old.exif), **resolution}
         assert tags_of(new.exif)[271] == "Maker"
         if suffix != ".webp":
             assert new.dpi == pytest.approx((150, 300) if orientation == 6 else (300, 150), rel=1e-4)
@@ -321,25 +322,13 @@ def test_files_in_memory_are_not_confused_by_their_suffix(tmp_path):
     np.testing.assert_array_equal(upright(tmp_path / "b.png", None), draw())
 
 
-def test_captions_of_iptc_are_left_out_with_a_word_and_ratings_are_kept(tmp_path):
-    caption = b"\x1c\x02\x78\x00\x07Caption"
-    tags = [(33723, "B", len(caption), caption, True), (18246, "H", 1, 4, True), (40094, "B", 4, b"k\0\0\0", True)]
+def test_ratings_of_a_tiff_are_kept(tmp_path):
+    tags = [(18246, "H", 1, 4, True), (40094, "B", 4, b"k\0\0\0", True)]
     tifffile.imwrite(tmp_path / "a.tif", draw(np.uint8), photometric="rgb", extratags=tags)
-    with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
-        picture = read_image(tmp_path / "a.tif")
-    write_image(tmp_path / "b.tif", picture)
+    write_image(tmp_path / "b.tif", read_image(tmp_path / "a.tif"))
     with tifffile.TiffFile(tmp_path / "b.tif") as after:
         kept = after.pages.first.aspage().tags
         assert (kept.valueof(18246), kept[40094].count) == (4, 4)
-    block = b"8BIM" + (0x0404).to_bytes(2, "big") + b"\0\0" + len(caption).to_bytes(4, "big") + caption
-    segment = b"Photoshop 3.0\0" + block
-    Image.fromarray(draw(np.uint8)).save(tmp_path / "a.jpg")
-    content = (tmp_path / "a.jpg").read_bytes()
-    app13 = b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment
-    (tmp_path / "a.jpg").write_bytes(content[:2] + app13 + content[2:])
-    with pytest.warns(UserWarning, match="has captions as IPTC; left out"):
-        read_image(tmp_path / "a.jpg")
-    assert read_rgb8(tmp_path / "a.jpg").shape[0] == 3  # in training there are none to lose, and nothing is said
 
 
 @pytest.mark.parametrize("what", ["exif", "xmp"])

@@ -140,7 +140,11 @@ def write_image(path: str | Path, picture: Picture) -> None:
     with replacing(path) as file:
         file.write(data)
     if lost := image_encoders.left_out(picture, suffix):
-        warnings.warn(f"{path}: {suffix} cannot hold {', '.join(lost)}; write .png to keep everything", stacklevel=2)
+        other = image_encoders.advice(picture)
+        remedy = f"; write {other} to keep everything" if other else ""
+        warnings.warn(f"{path}: {suffix} cannot hold {', '.join(lost)}{remedy}", stacklevel=2)
+    if "motion_video" in picture.carried and image_encoders.fate("motion_video", suffix) == "kept":
+        warnings.warn(f"{path}: the video of the motion photo is kept as it was, not restored", stacklevel=2)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from serpent_ir.decoding import MAX_PIXELS as MAX_PIXELS
 from serpent_ir.decoding import check_size, with_opencv
 from serpent_ir.errors import ImageError
 from serpent_ir.forks import Lock, in_child
-from serpent_ir.image_metadata import metadata_of, png_texts
+from serpent_ir.image_metadata import metadata_of
+from serpent_ir.image_png import alpha_of_png
 from serpent_ir.picture import Picture
 from serpent_ir.tiff_samples import read_samples
 
@@ -42,10 +43,11 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
     kept, orientation = {}, 1
     if image is not None:
         check_size(*image.size)
-        if (frames := getattr(open_header(data), "n_frames", 1)) > 1:
+        if image.format == "EPS":  # Pillow would have Ghostscript run it, which may take any time
+            raise ImageError("is PostScript, a program that draws; export it as PNG")
+        # Those of a JPEG are told with the rest of what follows its image.
+        if (frames := getattr(open_header(data), "n_frames", 1)) > 1 and image.format != "MPO":
             notes.append(f"holds {frames} images; the first is taken")
-        if (bits := _bits(data, image)) > 8:
-            notes.append(f"has {bits} bits; 8 of them are kept")
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
         kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
@@ -59,9 +61,14 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
     if not tiff:
         kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
     grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # a PGM is scaled to 16 bits
-    if data.startswith(_PNG):
-        kept["png_texts"] = png_texts(data)
-    if data.startswith(_PNG) and data[24] == 16:  # IHDR's bit depth
+    deep = None
+    if (bits := _bits(data, image)) > 8:
+        deep = _decode_deep(data, image, bits)
+        if deep is None:
+            notes.append(f"has {bits} bits; 8 of them are kept")
+    if deep is not None:
+        picture = deep
+    elif data.startswith(_PNG) and data[24] == 16:  # IHDR's bit depth
         picture = _decode_png16(data, image)
     elif grey16:
         picture = _picture(np.asarray(image).astype(np.uint16), mode="I;16", format=image.format)
@@ -75,6 +82,8 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
             image, kept["icc_profile"] = _from_cmyk(image, notes)
         array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
         picture = _picture(array, mode=mode, format=image.format)
+        if data.startswith(_PNG) and (alpha := alpha_of_png(data, picture.pixels)) is not None:
+            picture = replace(picture, alpha=alpha)
     return _upright(replace(picture, **kept), orientation), notes, lost
 
 
@@ -141,6 +150,28 @@ def _picture(array: NDArray[Any], *, mode: str, format: str | None) -> Picture:
     return Picture(pixels, alpha, mode=mode, format=format)
 
 
+def _decode_deep(data: bytes, image: Image.Image, bits: int) -> Picture | None:
+    """The 10 or 12 bits of an AVIF or HEIC as 16; None where nothing at hand reads them."""
+    array = None
+    if image.format == "AVIF":
+        try:
+            array = with_opencv(data)
+        except ImageError:
+            return None  # this OpenCV has no AVIF
+    elif image.format == "HEIF":
+        from pillow_heif import open_heif
+
+        heif = open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
+        heif = heif[heif.primary_index]
+        if heif.mode in ("RGB;16", "RGBA;16", "I;16"):
+            array = np.asarray(heif) >> (16 - bits)
+    if array is None or array.dtype != np.uint16 or array.shape[:2] != image.size[::-1]:
+        return None
+    most = 2**bits - 1
+    array = (np.minimum(array, most).astype(np.uint32) * 65535 + most // 2) // most
+    return _picture(array.astype(np.uint16), mode=image.mode, format=image.format)
+
+
 def _decode_png16(data: bytes, image: Image.Image) -> Picture:
     # Checksums and end of file, where OpenCV would warn on stderr and go on.
     cast(Image.Image, open_header(data)).verify()
@@ -150,8 +181,8 @@ def _decode_png16(data: bytes, image: Image.Image) -> Picture:
     grey, has_alpha = data[25] in (0, 4), data[25] in (4, 6)  # IHDR's colour type
     if grey and array.ndim == 3:
         array = array[..., [0, 3]]
-    elif grey and "transparency" in image.info:  # OpenCV drops the transparent level of a grey PNG
-        array = np.stack([array, np.where(array == image.info["transparency"], 0, 65535).astype(np.uint16)], -1)
+    elif (alpha := alpha_of_png(data, array[..., :3] if array.ndim == 3 else array)) is not None:
+        array = np.dstack([array[..., :3] if array.ndim == 3 else array, alpha])
         has_alpha = True
     return _picture(array, mode=("LA" if has_alpha else "I;16") if grey else image.mode, format="PNG")
 

@@ -10,8 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from serpent_ir import image_xmp
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import with_size
+from serpent_ir.image_carriers import CARRIERS, CONVERTED, TOLD, fate, not_kept
+from serpent_ir.image_colours import icc_of_cicp, icc_of_gamma, is_hdr
+from serpent_ir.image_jpeg import with_segments
+from serpent_ir.image_metadata import with_resolution, with_size
+from serpent_ir.image_png import chunk, with_chunks
 from serpent_ir.picture import Picture
 from serpent_ir.tiff import write_tiff
 
@@ -31,12 +36,13 @@ DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
 # Bytes of each that a JPEG has room for: they stand in one segment. (A profile is spread over several.)
 _JPEG_EXIF, _JPEG_XMP = 65533, 65504
-_XMP_NAME = b"XML:com.adobe.xmp\0\0\0\0\0"  # keyword; not compressed, no language, no translated keyword
+_FIELDS = ("icc_profile", "exif", "xmp", "dpi")
 
 
 def encode(picture: Picture, suffix: str) -> bytes:
     """The bytes of an image file in the format of a suffix of `SAVE_OPTIONS`."""
     check_sides(picture.pixels.shape[1], picture.pixels.shape[0], suffix)
+    picture = _fitting(picture, suffix)
     if suffix in (".tif", ".tiff"):
         buffer = io.BytesIO()
         shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
@@ -45,7 +51,6 @@ def encode(picture: Picture, suffix: str) -> bytes:
         strips = (_samples(picture, picture.pixels[p], _part(picture.alpha, p)) for p in parts)
         write_tiff(buffer, picture, strips, shape, picture.pixels.dtype)
         return buffer.getvalue()
-    picture = replace(picture, exif=with_size(picture.exif, picture.pixels.shape[1], picture.pixels.shape[0]))
     pixels, alpha = picture.pixels, None if suffix in _OPAQUE else picture.alpha
     if pixels.dtype == np.uint16 and suffix not in DEEP:
         pixels, alpha = (None if x is None else np.rint(x / 257).astype(np.uint8) for x in (pixels, alpha))
@@ -54,13 +59,58 @@ def encode(picture: Picture, suffix: str) -> bytes:
     array = array[..., 0] if array.shape[2] == 1 else array
     if suffix == ".png":
         data = _encode_png16(array) if array.dtype == np.uint16 else _encode_png(array)
-        return _with_chunks(data, picture)
-    profile = None if _profile_does_not_fit(picture, suffix) else picture.icc_profile
-    exif, xmp = (None if _too_long(picture, suffix, what) else getattr(picture, what) for what in ("exif", "xmp"))
-    options = dict(SAVE_OPTIONS[suffix], icc_profile=profile, exif=exif, xmp=xmp, dpi=picture.dpi)
+        about = {"icc": picture.icc_profile, "exif": picture.exif, "xmp": picture.xmp, "dpi": picture.dpi}
+        return with_chunks(data, is_grey=picture.is_grey, **about, **picture.carried)
+    fields = {name: value for name in _FIELDS if (value := getattr(picture, name)) is not None}
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, **{name: value for name, value in options.items() if value is not None})
-    return buffer.getvalue()
+    Image.fromarray(array).save(buffer, **SAVE_OPTIONS[suffix], **fields)
+    if suffix == ".avif":
+        return _with_numbers(buffer.getvalue(), picture.carried.get("cicp"))
+    return with_segments(buffer.getvalue(), picture.carried) if suffix in (".jpg", ".jpeg") else buffer.getvalue()
+
+
+def _fitting(picture: Picture, suffix: str) -> Picture:
+    """A picture with that alone which its format holds, and in the way in which it does."""
+    height, width = picture.pixels.shape[:2]
+    fields = {name: getattr(picture, name) for name in _FIELDS if fate(name, suffix) != TOLD}
+    carried = {name: value for name, value in picture.carried.items() if fate(name, suffix) != TOLD}
+    if _profile_does_not_fit(picture, suffix):
+        fields["icc_profile"] = None
+    if not fields.get("icc_profile"):
+        fields["icc_profile"] = _made_profile(carried, suffix)
+    if picture.dpi and fate("dpi", suffix) == CONVERTED:
+        fields |= {"exif": _exif_with_dpi(picture), "dpi": None}
+    if fields.get("exif"):
+        fields["exif"] = with_size(fields["exif"], width, height)
+    if xmp := picture.xmp:
+        xmp, _ = image_xmp.without_claims(xmp, set(carried))
+        fields["xmp"] = image_xmp.with_size(xmp, width, height)
+    for name in ("exif", "xmp"):
+        if _too_long(fields.get(name), suffix, name):
+            fields[name] = None
+    if not fields.get("xmp"):
+        carried.pop("extended_xmp", None)
+    return replace(picture, **{**dict.fromkeys(_FIELDS), **fields}, carried=carried)
+
+
+def _made_profile(carried: dict[str, Any], suffix: str) -> bytes | None:
+    """An ICC profile of colours that are given otherwise, for a format that cannot say them so."""
+    if "cicp" in carried:
+        return icc_of_cicp(carried["cicp"]) if fate("cicp", suffix) == CONVERTED else None
+    return icc_of_gamma(carried["gamma"]) if "gamma" in carried and fate("gamma", suffix) == CONVERTED else None
+
+
+def _exif_with_dpi(picture: Picture) -> bytes | None:
+    try:
+        return with_resolution(picture.exif, picture.dpi or (72, 72))
+    except (struct.error, KeyError):  # damaged data, which `left_out` names
+        return picture.exif
+
+
+def _with_numbers(data: bytes, cicp: bytes | None) -> bytes:
+    """An AVIF file that says its primaries and transfer by numbers; Pillow always writes those of sRGB."""
+    place = data.find(b"colrnclx") + 8
+    return data if cicp is None or place < 8 else data[:place] + struct.pack(">HH", *cicp[:2]) + data[place + 4 :]
 
 
 def check_sides(width: int, height: int, suffix: str) -> None:
@@ -72,28 +122,45 @@ def check_sides(width: int, height: int, suffix: str) -> None:
 
 def left_out(picture: Picture, suffix: str) -> list[str]:
     """What of a picture the format cannot hold, in words."""
-    lost = []
-    if suffix in _OPAQUE and picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
-        lost.append("transparency")
-    if suffix not in DEEP and picture.pixels.dtype == np.uint16:
-        lost.append("16 bits")
+    there = {name for name in _FIELDS if getattr(picture, name)} | set(picture.carried)
+    if picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
+        there.add("alpha")
+    if picture.pixels.dtype == np.uint16:
+        there.add("deep")
+    if picture.icc_profile or ("gamma" in there and icc_of_gamma(picture.carried["gamma"]) is None):
+        there.discard("gamma")  # says nothing, or what the profile says better
+    if picture.icc_profile and suffix != ".bmp":
+        there.discard("cicp")
+    if "aspect" in there and len(set(picture.carried["aspect"])) == 1:
+        there.discard("aspect")
+    lost = not_kept(there, suffix)
     if _profile_does_not_fit(picture, suffix):
-        lost.append("an ICC profile for grey")
-    lost += [f"{what.upper()} data of over 64 KB" for what in ("exif", "xmp") if _too_long(picture, suffix, what)]
-    if suffix == ".bmp":
-        lost += ["the ICC profile"] * bool(picture.icc_profile) + ["EXIF data"] * bool(picture.exif)
-        lost += ["XMP data"] * bool(picture.xmp)
+        is_grey = (picture.icc_profile or b"")[16:20] == b"GRAY"
+        lost.append(f"an ICC profile for {'grey' if is_grey else 'other samples'}")
+    for name in ("exif", "xmp"):
+        lost += [f"{name.upper()} data of over 64 KB"] * _too_long(getattr(picture, name), suffix, name)
+    if "cicp" in there and fate("cicp", suffix) == CONVERTED:
+        if icc_of_cicp(picture.carried["cicp"]) is None:
+            lost.append(CARRIERS["cicp"].words)
+        elif is_hdr(picture.carried["cicp"]):
+            lost.append("HDR but by an ICC profile, which few viewers understand")
     return lost
 
 
+def advice(picture: Picture) -> str:
+    """A format that holds all of a picture, to be named where another one does not; "" where none does."""
+    return next((suffix for suffix in (".png", ".tif", ".jpg") if not left_out(picture, suffix)), "")
+
+
 def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:
-    """WebP has no grey, and Pillow's AVIF none either: what they write is colour."""
-    return suffix in (".webp", ".avif") and (picture.icc_profile or b"")[16:20] == b"GRAY"
+    """A profile for grey beside colour, and one for neither. WebP and Pillow's AVIF write grey as colour."""
+    space = (picture.icc_profile or b"")[16:20]
+    as_grey = picture.is_grey and suffix not in (".webp", ".avif")
+    return suffix != ".bmp" and (space in (b"CMYK", b"Lab ") or (space == b"GRAY" and not as_grey))
 
 
-def _too_long(picture: Picture, suffix: str, what: str) -> bool:
-    most = {"exif": _JPEG_EXIF, "xmp": _JPEG_XMP}[what]
-    return suffix in (".jpg", ".jpeg") and len(getattr(picture, what) or b"") > most
+def _too_long(value: bytes | None, suffix: str, name: str) -> bool:
+    return suffix in (".jpg", ".jpeg") and len(value or b"") > {"exif": _JPEG_EXIF, "xmp": _JPEG_XMP}[name]
 
 
 def _part(alpha: NDArray[Any] | None, part: slice) -> NDArray[Any] | None:
@@ -122,27 +189,7 @@ def _encode_png16(array: NDArray[Any]) -> bytes:
         rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
         rows = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1)  # each row begins with its filter, none
         header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
-        body = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.tobytes())) + _chunk(b"IEND", b"")
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
         return b"\x89PNG\r\n\x1a\n" + body
     order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}
     return cv2.imencode(".png", array if array.ndim == 2 else array[..., order[array.shape[2]]])[1].tobytes()
-
-
-def _with_chunks(data: bytes, picture: Picture) -> bytes:
-    """A PNG with its metadata put in after the header."""
-    chunks = []
-    if picture.icc_profile:
-        chunks.append(_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(picture.icc_profile)))
-    if picture.dpi:
-        per_metre = (min(round(value / 0.0254), 2**31 - 1) for value in picture.dpi)
-        chunks.append(_chunk(b"pHYs", struct.pack(">IIB", *per_metre, 1)))
-    if picture.exif:
-        chunks.append(_chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
-    if picture.xmp:
-        chunks.append(_chunk(b"iTXt", _XMP_NAME + picture.xmp))
-    end_of_header = 33  # signature and IHDR
-    return b"".join([data[:end_of_header], *chunks, picture.png_texts, data[end_of_header:]])
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

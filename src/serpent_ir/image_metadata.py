@@ -1,15 +1,22 @@
 """What an image file says beside its pixels: EXIF, ICC profile, XMP, resolution. Read here for `image_decoders.py`.
 
-Nothing here raises for damaged metadata: it must not cost the image. A note says what is left out.
+`image_carriers.CARRIERS` is the list of all that is looked for. Nothing here raises for damaged metadata: it must not
+cost the image. A note says what is left out.
 """
 
 import math
-import re
 import struct
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
+
+from serpent_ir import image_xmp
+from serpent_ir.image_carriers import kept_by_none
+from serpent_ir.image_heif import carried_by_heif
+from serpent_ir.image_jpeg import after_the_image, carried_by_jpeg, iptc_of
+from serpent_ir.image_png import SIGNATURE, carried_by_png
 
 SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 XMP_TAG = 700
@@ -18,10 +25,8 @@ _ORIENTATION = ExifTags.Base.Orientation
 # rating, and Windows' title, comment, author, keywords, subject); the others describe how that one file is laid out.
 RATINGS, XP = (18246, 18249), tuple(range(40091, 40096))
 _EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432, *RATINGS, *XP)
-_IPTC_TAG, _IPTC_OF_PHOTOSHOP = 33723, 0x0404  # in a TIFF; in a JPEG's APP13
-_XMP_ORIENTATION = re.compile(rb"""(<(?:tiff:)?Orientation>\s*|tiff:Orientation=["'])([1-8])""")
-# Chunks of a PNG that say how its samples are to be seen, and what a person wrote; XMP is among the last kind.
-_PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tEXt", b"zTXt", b"iTXt")
+IPTC_TAG, _PHOTOSHOP_TAGS = 33723, (34377, 37724)
+_WEBP_KNOWN = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP ")
 
 
 def metadata_of(
@@ -33,31 +38,124 @@ def metadata_of(
     should know of what is left out, `notes` of what changes how the pixels are seen.
     """
     exif, orientation, xmp, icc, dpi = None, 1, None, None, None
+    fields: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
+    file.seek(0)
+    is_tiff = image is None or image.format == "TIFF"
+    data = b"" if is_tiff else file.read()
     try:
         if image is None:
             tags = Image.Exif()
-            file.seek(0)
             tags.load_from_fp(file)
             icc, dpi = tags.get(34675), _dpi_of_tags(tags)
         else:
-            tags = image.getexif()
+            fields, carried = _carried(image, data)
             # A profile of a space that is left, such as CMYK, would be wrong for the RGB pixels.
-            icc = None if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else image.info.get("icc_profile")
-            xmp, dpi = image.info.get("xmp"), _dpi(image.info.get("dpi"))
-        photoshop = image.info.get("photoshop") if image is not None else None
-        if tags.get(_IPTC_TAG) or (isinstance(photoshop, dict) and photoshop.get(_IPTC_OF_PHOTOSHOP)):
-            lost.append("has captions as IPTC; left out, what EXIF and XMP say of them is kept")
-        orientation = tags.get(_ORIENTATION, 1)
-        if image is None or image.format == "TIFF":
+            icc = image.info.get("icc_profile") or fields.get("icc_profile")
+            icc = None if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else icc
+            xmp, dpi = image.info.get("xmp") or fields.get("xmp"), _dpi(image.info.get("dpi"))
+            tags = image.getexif()
+        if is_tiff:
+            carried |= _carried_by_tiff(tags)
             exif, xmp = _exif_of_tiff(tags), tags.get(XMP_TAG)
-        elif image.info.get("exif"):
-            exif = _upright_exif(image.info["exif"])
+        elif image is not None and (exif := image.info.get("exif") or fields.get("exif")):
+            tags = Image.Exif()
+            tags.load(exif)
+            exif = _upright_exif(exif)
+        orientation = tags.get(_ORIENTATION) or image_xmp.orientation(xmp)
     except Exception:  # Pillow raises anything for damaged tags
         notes.append("its EXIF data is damaged and left out")  # the orientation, too
         exif = None
-    xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) else None
-    dpi = dpi[::-1] if dpi and orientation in (5, 6, 7, 8) else dpi
-    return {"icc_profile": icc or None, "exif": exif, "xmp": xmp, "dpi": dpi}, orientation
+    xmp, gone = _tidy_xmp(xmp, data, carried, turned=orientation in range(2, 9))
+    if "damaged_xmp" in gone:
+        lost.append("its XMP data is damaged and left out")
+    if told := kept_by_none({*carried, *gone}):
+        lost.append(f"has {', '.join(told)}; left out")
+    if orientation in (5, 6, 7, 8):
+        dpi = dpi and dpi[::-1]
+        carried |= {"aspect": carried["aspect"][::-1]} if "aspect" in carried else {}
+    carried = {name: what for name, what in carried.items() if name not in gone and not kept_by_none([name])}
+    return {"icc_profile": icc or None, "exif": exif, "xmp": xmp, "dpi": dpi, "carried": carried}, orientation
+
+
+def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `Picture`, and entries of `Picture.carried`, that Pillow does not give. Nothing of a damaged part."""
+    try:
+        if data.startswith(SIGNATURE):
+            return carried_by_png(data)
+        if data.startswith(b"\xff\xd8"):
+            return {}, carried_by_jpeg(data)
+        if data[4:8] == b"ftyp":
+            return {}, carried_by_heif(data, has_icc=bool(image.info.get("icc_profile")))
+        if data[:4] == b"RIFF":
+            return {}, _carried_by_webp(data)
+    except (struct.error, IndexError, KeyError, ValueError):
+        return {}, {}
+    comment = image.info.get("comment")
+    return {}, {"comment": comment} if isinstance(comment, bytes) and comment else {}
+
+
+def _carried_by_webp(data: bytes) -> dict[str, Any]:
+    carried, place = {}, 12
+    while place + 8 <= len(data):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind not in _WEBP_KNOWN:
+            carried["content_credentials" if kind == b"C2PA" else "app_segments"] = b""
+        place += 8 + size + size % 2
+    return carried
+
+
+def _carried_by_tiff(tags: Image.Exif) -> dict[str, Any]:
+    """Entries of `Picture.carried` that stand in a TIFF's tags."""
+    carried: dict[str, Any] = {}
+    iptc = _bytes_of(tags.get(IPTC_TAG), tags.endian)
+    other, layers = (_bytes_of(tags.get(tag), tags.endian) for tag in _PHOTOSHOP_TAGS)
+    within, other = iptc_of(other)
+    if iptc := iptc or within:
+        carried["iptc"] = iptc
+    if other or layers:
+        carried["photoshop"] = b""
+    density = _dpi((tags.get(282), tags.get(283)))
+    if tags.get(296) == 1 and density not in (None, (1, 1)):
+        x, y = (Fraction(side).limit_denominator(1000) for side in density or ())
+        carried["aspect"] = (x.numerator * y.denominator, y.numerator * x.denominator)
+    return carried
+
+
+def _bytes_of(value: Any, order: str | None) -> bytes:
+    """A tag's bytes, which some programs give as numbers of 32 bits."""
+    if isinstance(value, bytes):
+        return value
+    value = (value,) if isinstance(value, int) else value
+    if not isinstance(value, tuple) or not all(isinstance(part, int) for part in value):
+        return b""
+    return bytes(value) if max(value) < 256 else struct.pack(f"{order or '<'}{len(value)}I", *value)
+
+
+def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -> tuple[bytes | None, set[str]]:
+    """XMP data that says the picture is upright and claims nothing that is gone; and what it claimed of that.
+
+    What follows a JPEG's image is looked for here, since XMP says where; `carried` gets it.
+    """
+    gone: set[str] = set()
+    xmp = image_xmp.upright(xmp) if isinstance(xmp, bytes) else None
+    video = gap = 0
+    if data.startswith(b"\xff\xd8"):
+        found, start = after_the_image(data, xmp and image_xmp.video_start(xmp, len(data)))
+        carried |= found
+        video = len(data) - start if start else 0
+        gap = len(found.get("motion_video", b"")) - video if video else 0
+    if "extended_xmp" in carried:
+        _, claims = image_xmp.without_claims(carried["extended_xmp"][1], ())
+        if claims or xmp is None or carried["extended_xmp"][0] not in xmp:
+            del carried["extended_xmp"]
+            gone |= claims | {"further_xmp"}
+    if xmp is None:
+        return None, gone
+    kept = {"motion_video", "extended_xmp"} & set(carried)
+    xmp, claimed = image_xmp.without_claims(xmp, kept, video=video, gap=gap, turned=turned)
+    gone |= {"lost_video" if name == "motion_video" else name for name in claimed}
+    return xmp, gone
 
 
 def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
@@ -98,6 +196,29 @@ def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
         return exif
 
 
+def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
+    """EXIF data that gives a resolution: its first directory is written anew at the end, all else stays in its place.
+
+    Raises struct.error or KeyError where the data are damaged.
+    """
+    exif = exif or b"Exif\0\0MM\0*\0\0\0\x08" + bytes(6)
+    start, order, directory = _first_directory(exif)
+    (count,) = struct.unpack_from(order + "H", exif, start + directory)
+    begin = start + directory + 2
+    entries = [exif[place : place + 12] for place in range(begin, begin + 12 * count, 12)]
+    entries = [entry for entry in entries if struct.unpack(order + "H", entry[:2])[0] not in (282, 283, 296)]
+    exif += bytes(len(exif) % 2)
+    values = len(exif) - start
+    for index, value in enumerate(dpi):
+        exif += struct.pack(order + "II", min(round(value * 1000), 2**32 - 1), 1000)
+        entries.append(struct.pack(order + "HHII", 282 + index, 5, 1, values + 8 * index))
+    entries.append(struct.pack(order + "HHIHH", 296, 3, 1, 2, 0))
+    entries.sort(key=lambda entry: struct.unpack(order + "H", entry[:2]))
+    made = bytearray(exif)
+    struct.pack_into(order + "I", made, start + 4, len(exif) - start)
+    return bytes(made) + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)
+
+
 def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
     """EXIF data with other values of whole numbers, in the first directory and that of EXIF, where they are there."""
     start, order, first = _first_directory(exif)
@@ -122,18 +243,6 @@ def _first_directory(exif: bytes) -> tuple[int, str, int]:
     return start, order, *struct.unpack_from(order + "I", exif, start + 4)
 
 
-def png_texts(data: bytes) -> bytes:
-    """The chunks of a PNG that a restored one should have too, as they stand in the file."""
-    kept, place = [], 8
-    while place + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        kind, end = data[place + 4 : place + 8], place + 12 + length
-        if kind in _PNG_KEPT and end <= len(data) and b"XML:com.adobe.xmp" not in data[place + 8 : place + 32]:
-            kept.append(data[place:end])
-        place = end
-    return b"".join(kept)
-
-
 def _dpi(value: Any) -> tuple[float, float] | None:
     try:
         x, y = (float(part) for part in value)
@@ -143,6 +252,6 @@ def _dpi(value: Any) -> tuple[float, float] | None:
 
 
 def _dpi_of_tags(tags: Image.Exif) -> tuple[float, float] | None:
-    dpi = _dpi((tags.get(282), tags.get(283)))
+    dpi = _dpi((tags.get(282), tags.get(283))) if tags.get(296) != 1 else None
     centimetres = tags.get(296, 2) == 3
     return (dpi[0] * 2.54, dpi[1] * 2.54) if dpi and centimetres else dpi

@@ -1,6 +1,8 @@
 """What an image file holds: `Picture`, which the decoders make, the networks change and the encoders write."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ class Picture:
         exif: EXIF data as Pillow saves it.
         xmp: the XMP packet.
         dpi: horizontal and vertical resolution in pixels per inch.
-        png_texts: chunks of a PNG that a PNG is written with again: texts, gamma, primaries.
+        carried: what else the file carried and some format keeps, by its name in `image_carriers.CARRIERS`.
     """
 
     pixels: Pixels
@@ -35,7 +37,7 @@ class Picture:
     exif: bytes | None = None
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
-    png_texts: bytes = b""
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_grey(self) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import RATINGS, SUB_IFDS, XMP_TAG, XP, with_size
+from serpent_ir.image_metadata import IPTC_TAG, RATINGS, SUB_IFDS, XMP_TAG, XP, with_size
 from serpent_ir.picture import Picture
 from serpent_ir.tiling import Span
 
@@ -45,12 +45,16 @@ def write_tiff(
     extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
     if about.xmp:
         extra.append((XMP_TAG, "B", len(about.xmp), about.xmp, True))
+    if iptc := about.carried.get("iptc"):
+        extra.append((IPTC_TAG, "B", len(iptc), iptc, True))
     options: dict[str, Any] = {"compression": "zlib", "predictor": True, "metadata": None, "software": False}
     options |= {"photometric": "rgb" if samples > 2 else "minisblack", "extratags": extra}
     if samples > 1:
         options |= {"planarconfig": "contig", "extrasamples": ["unassalpha"] * (samples in (2, 4))}
     if about.dpi:
         options |= {"resolution": about.dpi, "resolutionunit": "INCH"}
+    elif aspect := about.carried.get("aspect"):
+        options |= {"resolution": aspect, "resolutionunit": "NONE"}
     rows = max(1, min(height, _STRIP // max(1, nbytes // height)))
     with tifffile.TiffWriter(file, bigtiff=nbytes > _CLASSIC, byteorder="<") as writer:
         writer.write(
