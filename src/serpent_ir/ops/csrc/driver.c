@@ -19,20 +19,34 @@ extern const scan_kernels scan_kernels_generic;
 extern const scan_kernels scan_kernels_x86_64_v2, scan_kernels_x86_64_v3, scan_kernels_x86_64_v4;
 #endif
 
-const scan_kernels *kernels_at(int level) {
-    const scan_kernels *found[4] = {&scan_kernels_generic};
-    int count = 1;
 #if defined(SERPENT_X86_LEVELS)
-    /* The features that CMakeLists.txt compiles each level for. */
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2"))
-        found[count++] = &scan_kernels_x86_64_v2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &scan_kernels_x86_64_v3;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-        found[count++] = &scan_kernels_x86_64_v4;
+#include <cpuid.h>
+
+/* The highest of the levels 0 to 3 that the processor has and the system saves the registers of, with the features that
+ * CMakeLists.txt compiles each for. Asked of the processor itself: __builtin_cpu_supports needs a table of the compiler's
+ * runtime, which zig's lacks. */
+static int x86_level(void) {
+    enum { SSSE3 = 1 << 9, FMA = 1 << 12, SSE4 = 3 << 19, OSXSAVE = 1 << 27 };               /* leaf 1, ecx */
+    enum { AVX2 = 1 << 5, AVX512 = 1 << 16 | 1 << 17 | 1 << 30, AVX512VL = (int)(1u << 31) }; /* leaf 7, ebx: F, DQ, BW */
+    enum { YMM = 0x6, ZMM = 0xe6 };                                                           /* XCR0 */
+    unsigned a, b, c, d, saved = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (SSSE3 | SSE4)) != (SSSE3 | SSE4)) return 0;
+    if (c & OSXSAVE) __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    unsigned fma = c & FMA;
+    if (!fma || (saved & YMM) != YMM || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2)) return 1;
+    unsigned wide = (unsigned)AVX512 | (unsigned)AVX512VL;
+    return (b & wide) == wide && (saved & ZMM) == ZMM ? 3 : 2;
+}
 #endif
-    return level >= 0 && level < count ? found[level] : NULL;
+
+const scan_kernels *kernels_at(int level) {
+#if defined(SERPENT_X86_LEVELS)
+    const scan_kernels *const found[] = {&scan_kernels_generic, &scan_kernels_x86_64_v2, &scan_kernels_x86_64_v3,
+                                         &scan_kernels_x86_64_v4};
+    return level >= 0 && level <= x86_level() ? found[level] : NULL;
+#else
+    return level == 0 ? &scan_kernels_generic : NULL;
+#endif
 }
 
 EXPORT int serpent_scan_abi(void) { return ABI; }
