@@ -10,16 +10,21 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether an installation is still the right one; Python sources are not copied by it.
 INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/csrc/*)
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-all wheels clean
 
 help:
 	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
 	@echo "make test    format, lint, types, layers and tests"
+	@echo "make test-all   the same with slow doubles of tests: every level, platform and capability"
+	@echo "make wheels  the wheels of all platforms, in dist/, built on this machine"
 	@echo "make clean   remove $(VENV), demo/ and caches"
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), TORCH=\"$(TORCH)\""
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py demo
+
+test-all: MARKED := -m ""
+test-all: test
 
 test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
@@ -27,7 +32,10 @@ test: $(VENV)/.dev-installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 # A thread for each process: several processes with as many threads as cores wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
+
+wheels: $(VENV)/.dev-installed
+	$(BIN)/python tools/wheels.py dist
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

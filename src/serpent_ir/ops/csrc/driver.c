@@ -41,9 +41,12 @@ static int x86_level(void) {
 
 const scan_kernels *kernels_at(int level) {
 #if defined(SERPENT_X86_LEVELS)
+    static int known; /* the highest level and one, once asked: under a hypervisor each cpuid takes microseconds */
+    int highest = __atomic_load_n(&known, __ATOMIC_RELAXED) - 1;
+    if (highest < 0) __atomic_store_n(&known, (highest = x86_level()) + 1, __ATOMIC_RELAXED);
     const scan_kernels *const found[] = {&scan_kernels_generic, &scan_kernels_x86_64_v2, &scan_kernels_x86_64_v3,
                                          &scan_kernels_x86_64_v4};
-    return level >= 0 && level <= x86_level() ? found[level] : NULL;
+    return level >= 0 && level <= highest ? found[level] : NULL;
 #else
     return level == 0 ? &scan_kernels_generic : NULL;
 #endif
