@@ -14,6 +14,7 @@ from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
+from serpent_ir.models.wrappers import unwrapped
 from serpent_ir.passes import device_name, device_of, pick_precision
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
@@ -88,6 +89,7 @@ def evaluate_network(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """As `evaluate`, for a network that is already on its device."""
+    network = unwrapped(network)
     degradation = create_degradation(task)
     device = device_of(network)
     dtype = pick_precision(precision, device)

@@ -26,6 +26,7 @@ from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
+from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import check_task
 
 FORMATS = ("onnx", "pt2")
@@ -85,7 +86,8 @@ def export_network(
     """Write a network as an ONNX or pt2 file, run the file, and compare it with the network.
 
     Args:
-        model: a network on the CPU, in evaluation mode, with `config` (`task`, `in_channels`) and `size_multiple`.
+        model: a network on the CPU, in evaluation mode, with `config` (`task`, `in_channels`) and `size_multiple`; or
+            what wraps one (`models.wrappers`).
         output: the file; it appears whole or not at all, and only if it computes what the network does.
         format: "onnx" or "pt2".
         dynamic: height and width are free; otherwise both are `size`.
@@ -108,13 +110,15 @@ def export_network(
         raise UsageError(f"{output}: is a folder; name a file" if output.is_dir() else f"{output}: no such folder")
     if (suffix := output.suffix.lower().removeprefix(".")) in FORMATS and suffix != format:
         raise UsageError(f"{output}: ends in .{suffix}, and the format is {format}; choose --format {suffix}")
-    if (scale := getattr(model, "scale", 1)) != 1:
+    model = unwrapped(model, compiled=True)
+    rules = network_of(model)
+    if (scale := getattr(rules, "scale", 1)) != 1:
         raise UsageError(f"a network that makes images {scale} times larger by itself cannot be exported")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     task = _WholeTask(model)
     # What the graph of an ONNX file computes for smaller images is right for Serpent, though PyTorch promises less.
-    least = 1 if format == "onnx" and isinstance(model, Serpent) else task.least
+    least = 1 if format == "onnx" and isinstance(rules, Serpent) else task.least
     sizes = [(size, size)]
     if dynamic:
         sizes += [(least, least), (size // 2 + least, size // 3 + least), (task.multiple * 2, task.multiple * 3)]
@@ -155,13 +159,14 @@ class _WholeTask(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        config = network.config
+        rules = network_of(network)
+        config = rules.config
         self.network = network
         self.task = str(getattr(config, "task", ""))
         self.degradation: Degradation | None = create_degradation(self.task) if self.task else None
         self.scale = self.degradation.scale if self.degradation else 1
         self.channels = int(getattr(config, "in_channels", 3))
-        self.multiple = int(getattr(network, "size_multiple", 1))
+        self.multiple = int(getattr(rules, "size_multiple", 1))
         # PyTorch treats maps of one pixel apart: the smallest map of a free size has two.
         self.least = self.multiple // self.scale + 1
 

@@ -15,6 +15,7 @@ from serpent_ir.errors import UsageError
 from serpent_ir.forks import Lock
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
+from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import (
     Work,
     available_devices,
@@ -69,7 +70,9 @@ def restore(
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;
             or a tensor (3, H, W) or (B, 3, H, W), uint8 or float. Floats are in [0, 1] (noise may leave it a little).
         model: maps (B, 3, H, W) to the same; its `config.task` names the degradation that it undoes. It is put in
-            evaluation mode and back. Or the name of weights, which are then read for this one image.
+            evaluation mode and back. DataParallel and the like are taken off; of another module that holds one of our
+            networks, as a LightningModule does, that one says task and sizes. Or the name of weights, which are then
+            read for this one image.
         tile: "auto", "none" or None (whole, whatever it takes), or the side of a tile in pixels of the output.
         tile_overlap: pixels of the output that neighbouring tiles share, at least.
         device: "auto" is where the model is; by another name (`cpu`, `cuda`, `cuda:1`, `mps`) the model is moved there,
@@ -84,7 +87,8 @@ def restore(
 
     Raises:
         UsageError: another kind, shape, dtype, mode or scale, or an option that cannot be; it says what was expected.
-        SerpentError: the image does not fit in the memory of the device.
+            A wrapper that holds only a share of the weights (FSDP), or networks of several tasks.
+        SerpentError: the image does not fit in the memory of the device, or the network made another size than it says.
     """
     restorer = Restorer(model, tile=tile, tile_overlap=tile_overlap, device=device, precision=precision)
     return restorer(image, mask=mask, progress=progress)
@@ -118,12 +122,13 @@ class Restorer:
     ):
         if isinstance(model, str):
             model = create_model(model, pretrained=True).to(pick_device(device))
-        elif device != "auto":
-            model = model.to(pick_device(device))
+        else:
+            model = unwrapped(model)
+            model = model if device == "auto" else model.to(pick_device(device))
         pick_precision(precision, device_of(model))
         if (channels := _channels_of(model)) not in (1, 3):
             raise UsageError(f"restore: this network takes {channels} channels; an image file has three")
-        returned = getattr(getattr(model, "config", None), "out_channels", channels)
+        returned = getattr(getattr(network_of(model), "config", None), "out_channels", channels)
         if returned != channels:
             raise UsageError(
                 f"restore: this network returns {returned} channels for {channels}: no image of the same kind"
@@ -332,7 +337,7 @@ def _channels_of(model: nn.Module) -> int:
     """Input channels beyond those that the task brings."""
     degradation = undone_by(model)
     brought = 0 if degradation is None else degradation.channels - 3
-    return getattr(getattr(model, "config", None), "in_channels", 3) - brought
+    return getattr(getattr(network_of(model), "config", None), "in_channels", 3) - brought
 
 
 def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool) -> np.ndarray:

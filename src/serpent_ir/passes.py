@@ -16,6 +16,7 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.forks import Lock, in_child
 from serpent_ir.memory import SHARE, available, is_out_of_memory, network_bytes
 from serpent_ir.models import preset_of
+from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.tiling import Axis, Span, blend, cut
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,8 +65,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def undone_by(model: nn.Module) -> Degradation | None:
-    """The degradation that a network's weights undo, None where it names none."""
-    task = getattr(getattr(model, "config", None), "task", "")
+    """The degradation that a network's weights undo, None where it names none. One inside of a wrapper counts."""
+    task = getattr(getattr(network_of(model), "config", None), "task", "")
     return create_degradation(task) if task else None
 
 
@@ -83,7 +84,11 @@ def check_task(model: nn.Module, weights: Path | None) -> None:
 def scale_of(model: nn.Module) -> int:
     """How many times larger than its image a restored one is: the task may ask for it, or the network do it itself."""
     degradation = undone_by(model)
-    return getattr(model, "scale", 1) * (1 if degradation is None else degradation.scale)
+    return _own_scale(model) * (1 if degradation is None else degradation.scale)
+
+
+def _own_scale(model: nn.Module) -> int:
+    return getattr(network_of(model), "scale", 1)
 
 
 def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
@@ -91,22 +96,34 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
 
     The result is `model.scale` times larger where a network has that. A network for grey images gets each of three
     channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in
-    float32 and under bfloat16 autocast on a CUDA device. Raises SerpentError where the memory of the device does not
-    suffice.
+    float32 and under bfloat16 autocast on a CUDA device. Of what wraps a network see `models.wrappers`. Raises
+    SerpentError where the memory of the device does not suffice, or the result has another size.
     """
+    model = unwrapped(model)
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
     dtype = pick_precision(precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
         x = x.to(parameter)
-        if x.shape[1] == 3 and _takes_grey(model):
-            return _each_channel(model, x).float()
-        return model(x).float()
+        restored = _each_channel(model, x).float() if x.shape[1] == 3 and _takes_grey(model) else model(x).float()
+    _check_size(model, x, restored)
+    return restored
+
+
+def _check_size(model: nn.Module, x: Tensor, restored: Tensor) -> None:
+    """Raise SerpentError where a network made another size than it says."""
+    scale = _own_scale(model)
+    (height, width), (made_height, made_width) = x.shape[-2:], restored.shape[-2:]
+    if (made_height, made_width) != (scale * height, scale * width):
+        raise SerpentError(
+            f"{type(model).__name__} made {made_width}x{made_height} px of {width}x{height}, and its scale is {scale}; "
+            "give the network itself, or one that says its `scale`"
+        )
 
 
 def _takes_grey(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "in_channels", 3) == 1
+    return getattr(getattr(network_of(model), "config", None), "in_channels", 3) == 1
 
 
 def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
@@ -166,6 +183,7 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
     Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
     or values that are not finite. What `check_tiles` refuses must not come here.
     """
+    model = unwrapped(model)
     degradation, scale, multiple = undone_by(model), scale_of(model), _multiple(model)
     height, width = work.height * scale, work.width * scale
     side = _side(model, work, height, width, multiple)
@@ -222,7 +240,7 @@ def _strips(
     model: nn.Module, work: Work, degradation: Degradation | None, rows: Axis, columns: Axis
 ) -> Iterator[Tensor]:
     device = device_of(model)
-    own = getattr(model, "scale", 1)  # what is cut is the output
+    own = _own_scale(model)  # what is cut is the output
     count, done = len(rows.spans) * len(columns.spans), 0
 
     def tile(across: Span, along: Span) -> Tensor:
@@ -269,7 +287,7 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
     while side > least:
         rows_of_tiles = 24 * work.batch * side * width if device.type != "cuda" else 0  # put together on the CPU
         tile = _network_pixels(model, work.batch, side, side)
-        if network_bytes(model, tile, device, dtype) + rows_of_tiles <= SHARE * free:
+        if network_bytes(network_of(model), tile, device, dtype) + rows_of_tiles <= SHARE * free:
             break
         side = max(least, side * 7 // 8 // multiple * multiple)
     if side >= max(height, width):
@@ -285,13 +303,13 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
 def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tuple[int, int]:
     device = device_of(model)
     pixels = _network_pixels(model, work.batch, height, width)
-    need = network_bytes(model, pixels, device, pick_precision(work.precision, device))
+    need = network_bytes(network_of(model), pixels, device, pick_precision(work.precision, device))
     return need, available(device)
 
 
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:
     """Of the network's padded input, for an output of this size."""
-    own, multiple = getattr(model, "scale", 1), getattr(model, "size_multiple", 1)
+    own, multiple = _own_scale(model), getattr(network_of(model), "size_multiple", 1)
     batch *= 3 if _takes_grey(model) else 1
     return batch * _up(height // own, multiple) * _up(width // own, multiple)
 
@@ -299,7 +317,7 @@ def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> in
 def _multiple(model: nn.Module) -> int:
     """What tiles begin at multiples of, in pixels of the output."""
     degradation = undone_by(model)
-    own = getattr(model, "size_multiple", 1) * getattr(model, "scale", 1)
+    own = getattr(network_of(model), "size_multiple", 1) * _own_scale(model)
     return math.lcm(own, 1 if degradation is None else degradation.scale)
 
 

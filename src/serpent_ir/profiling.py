@@ -14,6 +14,7 @@ from serpent_ir.figures import error_of, short
 from serpent_ir.measure import Cell, Worker
 from serpent_ir.memory import available
 from serpent_ir.models import create_model
+from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.ops.cpu import NORM_GATE
 from serpent_ir.passes import device_name, pick_device, pick_precision
 
@@ -43,7 +44,8 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
     counts the zeros that it adds to its heads too.
     """
 
-    norm_each = getattr(model, "layer_norm_macs", LAYER_NORM_MACS)
+    model = unwrapped(model, compiled=True)
+    norm_each = getattr(network_of(model), "layer_norm_macs", LAYER_NORM_MACS)
 
     def layer_norm_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
         return 2 * norm_each * torch.Size(x_shape).numel()

@@ -1,0 +1,79 @@
+"""Networks inside of other modules: what trains, compiles, averages or shares them out.
+
+Such a module has no `config`, `scale` or `size_multiple` of its own, or another thing by that name, so that a network
+of `sr8` in it would be run without upsampling. The rules are therefore read from the network inside (`network_of`).
+What only shares out work is taken off (`unwrapped`); anything else that holds a network is called as it is, since it
+may do more. What cannot be run for one image is refused by name.
+"""
+
+import torch
+from torch import nn
+
+from serpent_ir.errors import UsageError
+from serpent_ir.models.restormer import Restormer
+from serpent_ir.models.serpent import Serpent
+from serpent_ir.models.swinir import SwinIR
+from serpent_ir.models.unet import UNet
+
+NETWORKS = (Serpent, UNet, SwinIR, Restormer)
+# Names of classes, so that none is imported: where a network is in use its wrapper's module is loaded anyway.
+_TAKEN_OFF = ("DataParallel", "DistributedDataParallel", "AveragedModel")
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_COMPILED = "OptimizedModule"
+
+
+def unwrapped(model: nn.Module, *, compiled: bool = False) -> nn.Module:
+    """The module inside of DataParallel, DistributedDataParallel and AveragedModel, however deep; others as they are.
+
+    What `torch.compile` returned is taken off if `compiled`, or around another wrapper. What holds a network otherwise,
+    as a LightningModule does, is returned as it is; `network_of` tells its rules.
+
+    Raises:
+        UsageError: a wrapper that holds only a share of the weights (FSDP, DeepSpeed), or TorchScript of a network.
+    """
+    names = [kind.__name__ for kind in type(model).__mro__]
+    if wrapper := next((name for name in names if name in _SHARDED), ""):
+        raise UsageError(_sharded(wrapper))
+    if names[0] == _COMPILED:
+        original = getattr(model, "_orig_mod", model)
+        inside = unwrapped(original, compiled=compiled)
+        return inside if compiled or inside is not original else model
+    if any(name in _TAKEN_OFF for name in names) and isinstance(module := getattr(model, "module", None), nn.Module):
+        return unwrapped(module, compiled=compiled)
+    if type(next(model.parameters(), None)).__name__ == "DTensor":
+        raise UsageError(_sharded("DTensor"))
+    if isinstance(model, torch.jit.ScriptModule):
+        made_of = {getattr(module, "original_name", "") for module in model.modules()}
+        if kind := next((kind.__name__ for kind in NETWORKS if kind.__name__ in made_of), ""):
+            raise UsageError(f"a TorchScript of {kind} does not say which task it is for; give the network itself")
+    return model
+
+
+def _sharded(wrapper: str) -> str:
+    return f"a {wrapper} holds a share of the weights; gather its state dict and load it into a network of its own"
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network whose `config`, `scale` and `size_multiple` are the rules of a module: itself, or the one inside.
+
+    A module that has a `scale` or `size_multiple` of its own is a network in its own right.
+
+    Raises:
+        UsageError: networks of several rules are inside; it names them.
+    """
+    if isinstance(model, NETWORKS):
+        return model
+    if any(name in vars(model) or hasattr(type(model), name) for name in ("scale", "size_multiple")):
+        return model
+    inside = {name: module for name, module in model.named_modules() if isinstance(module, NETWORKS)}
+    if len({_rules(network) for network in inside.values()}) > 1:
+        names = ", ".join(inside)
+        raise UsageError(
+            f"{type(model).__name__} holds several networks ({names}) of different rules; give one of them"
+        )
+    return next(iter(inside.values()), model)
+
+
+def _rules(network: nn.Module) -> tuple[object, ...]:
+    fields = [getattr(network.config, field, None) for field in ("task", "in_channels", "out_channels")]
+    return (*fields, getattr(network, "scale", 1), getattr(network, "size_multiple", 1))
