@@ -65,7 +65,6 @@ def test_second_derivatives_in_float32(backend):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, in jvp
 def test_forward_mode_is_right_or_refused():
     """The kernels have no forward-mode derivatives, and would drop them without a word."""
     u, *others = make_inputs(1, 3, 4, 2, 3, 2, torch.float64)

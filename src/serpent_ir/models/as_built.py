@@ -275,7 +275,8 @@ def places(root: nn.Module) -> list[Any]:
 
 
 def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A backward that no second one can go through: where a graph of it is wanted it raises RuntimeError.
+    """A backward that no second one can go through: where a graph of it is wanted it raises RuntimeError, and where
+    many gradients are taken at once (`is_grads_batched`), of which kernels know nothing.
 
     `once_differentiable` would not: its node that raises is passed by where gradients of the input alone are asked for.
     """
@@ -285,6 +286,11 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "second derivatives (create_graph=True) of a Serpent need float64: model.double(), and the image too"
+            )
+        functorch = torch._C._functorch
+        if any(functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g) for g in grads):
+            raise RuntimeError(
+                "batched gradients (is_grads_batched, vectorize=True) of a Serpent need float64, or torch.func.jacrev"
             )
         return backward(ctx, *grads)
 

@@ -15,6 +15,7 @@ from serpent_ir.models import as_built
 from serpent_ir.models.products import product, product_onto
 from serpent_ir.ops import ss2d
 from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
+from serpent_ir.ops.dense import on_one_device
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
@@ -34,6 +35,7 @@ def serves(block: "VSSBlock", x: Tensor) -> bool:
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     """block(x) for x (B, H, W, c), which `serves` has passed."""
     inner = block.ss2d
+    on_one_device(x, *block.parameters())  # PyTorch's products do not ask
     x = x.contiguous()
     normed = block.norm(x)
     weight_u, weight_z = inner.in_proj.weight.chunk(2)

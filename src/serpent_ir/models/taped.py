@@ -12,6 +12,7 @@ from torch import Tensor
 from serpent_ir.models import as_built
 from serpent_ir.models.products import product, product_backward, product_onto
 from serpent_ir.ops import cpu
+from serpent_ir.ops.dense import on_one_device
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
@@ -36,6 +37,7 @@ def serves(block: "VSSBlock", x: Tensor) -> bool:
 def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
     """block(x) for x (B, H, W, c), which `serves` has passed; differentiable once."""
     s = block.ss2d
+    on_one_device(x, *block.parameters())  # PyTorch's products do not ask
     return _Block.apply(
         x.contiguous(), block.norm.eps, s.norm.eps,
         block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, s.conv.bias, s.x_proj.weight,
@@ -52,7 +54,7 @@ class _Block(torch.autograd.Function):
         before_conv, z = (product(normed, half) for half in in_proj.chunk(2))
         u = cpu.conv_silu(before_conv, conv, conv_bias, padding=1)
         proj = product(u, x_proj).unflatten(-1, (4, -1))
-        y, states = cpu.forward_keeping(u, proj, *(p.contiguous() for p in scan))
+        y, states = cpu.forward_keeping(u, proj, *scan)
         gated = cpu.gate(y, y_weight, y_bias, y_eps, z)
         out = torch.empty_like(x)
         product_onto(x, gated, out_proj, out)
@@ -69,7 +71,7 @@ class _Block(torch.autograd.Function):
         d_gated = product_backward(grad, out_proj)
         dy, dz, d_y_weight, d_y_bias, gated = cpu.gate_backward(d_gated, y, y_weight, y_bias, ctx.y_eps, z)
         d_out_proj = torch.mm(_rows(grad).t(), _rows(gated))
-        du, d_proj, *d_scan = cpu.backward(dy, u, proj, *(p.contiguous() for p in scan), states=states)
+        du, d_proj, *d_scan = cpu.backward(dy, u, proj, *scan, states=states)
         d_proj = d_proj.flatten(0, 2).flatten(1)
         d_x_proj = torch.mm(d_proj.t(), _rows(u))
         du = _rows(du).addmm_(d_proj, x_proj).view_as(u)

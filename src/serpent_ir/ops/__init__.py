@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
+from serpent_ir.ops.dense import dense
 
 _MODULES = {
     "cpu": "serpent_ir.ops.cpu",
@@ -24,6 +25,8 @@ _MODULES = {
     "torch": "serpent_ir.ops.chunked",
 }
 BACKENDS = ("reference", *_MODULES)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KERNELS = ("cpu", "cuda", "triton")  # whose states are float32
 _LABELS = {"triton": "Triton", "torch": "PyTorch"}
 
 
@@ -47,21 +50,24 @@ def ss2d(
 
     Args:
         u: (B, H, W, d_inner), float64, float32, bfloat16 or float16.
-        proj: (B, H, W, 4, R + 2N), of u's dtype and device.
-        dt_weight: (4, d_inner, R).
+        proj: (B, H, W, 4, R + 2N), of u's dtype. All arguments lie on u's device, with any strides.
+        dt_weight: (4, d_inner, R). Parameters may have any of those dtypes, and are cast to that of the states.
         dt_bias: (4, d_inner).
         A_log: (4, d_inner, N).
         D: (4, d_inner).
-        backend: one of `BACKENDS`, or None to choose by device (see `default_backend`).
+        backend: one of `BACKENDS`, or None to choose by device (see `default_backend`). `cpu`, `cuda` and `triton`
+            take no float64, and only tensors on their kind of device.
 
     Returns:
         y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is. Where gradients are asked
-        for with `create_graph`, so that they can be differentiated again, the PyTorch path computes them. Forward-mode
-        derivatives (`torch.func.jvp`) come from the reference alone.
+        for with `create_graph`, so that they can be differentiated again, and within the transforms of `torch.func`
+        (`grad`, `vmap`, `jacrev` and what is made of them), the PyTorch path computes. Forward-mode derivatives
+        (`torch.func.jvp`, `jacfwd`) come from the reference alone.
 
     Raises:
         NotImplementedError: forward-mode derivatives of another backend.
-        ValueError: a shape, dtype or backend name that does not fit.
+        RuntimeError: the backend that was named cannot run on this machine.
+        ValueError: a shape, dtype, device or backend name that does not fit.
     """
     if u.ndim != 4 or proj.ndim != 5 or dt_weight.ndim != 3 or A_log.ndim != 3:
         raise ValueError(
@@ -71,6 +77,7 @@ def ss2d(
     batch, height, width, d = u.shape
     rank, state = dt_weight.shape[-1], A_log.shape[-1]
     expected = {
+        "u": (u, u.shape),
         "proj": (proj, (batch, height, width, 4, rank + 2 * state)),
         "dt_weight": (dt_weight, (4, d, rank)),
         "dt_bias": (dt_bias, (4, d)),
@@ -80,13 +87,15 @@ def ss2d(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"ss2d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != u.device:
+            raise ValueError(f"ss2d: u is on {u.device} but {name} on {tensor.device}; put all on one device")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"ss2d: {name} is {tensor.dtype}; it must be float64, float32, bfloat16 or float16")
     if u.dtype != proj.dtype:
         raise ValueError(f"ss2d: u is {u.dtype} but proj is {proj.dtype}; give both the same dtype")
-    if not u.is_floating_point():
-        raise ValueError(f"ss2d: u is {u.dtype}; it must be float64, float32, bfloat16 or float16")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
-    if backend == "reference":
+    if backend is not None:
+        _check_backend(backend, u)
+    if backend == "reference" and not u.is_meta:
         wide = torch.promote_types(u.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
             return reference.forward(*(x.to(wide) for x in (u, proj, dt_weight, dt_bias, A_log, D))).to(u.dtype)
@@ -94,7 +103,23 @@ def ss2d(
         forward_ad.unpack_dual(x).tangent is not None for x in (u, proj, dt_weight, dt_bias, A_log, D)
     ):
         raise NotImplementedError("ss2d: forward-mode derivatives (torch.func.jvp) need backend='reference'")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _module("torch").composed(u, proj, dt_weight, dt_bias, A_log, D)
     return torch.ops.serpent_ir.ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
+
+
+def _check_backend(name: str, u: Tensor) -> None:
+    """Raises where a backend that was asked for by name does not take u; of devices each speaks where it runs."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; valid: {', '.join(BACKENDS)}")
+    if name not in _KERNELS:
+        return
+    if u.dtype == torch.float64:
+        raise ValueError(
+            f"ss2d: backend {name!r} computes in float32; for float64 give backend='torch', or none to choose"
+        )
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise RuntimeError("ss2d: backend 'triton' needs Triton: pip install triton")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -105,24 +130,27 @@ def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
     """
     if dtype == torch.float64:
         return "torch"  # the kernels hold float32 states; double is asked for by tests alone
-    name, missing = _fast_backend(device.type)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    name, missing = _fast_backend(device)
     if missing:
         _warn_once(f"serpent_ir: {missing}; the slower {_LABELS[name]} scan serves {device.type} tensors")
     return name
 
 
 @functools.cache
-def _fast_backend(device_type: str) -> tuple[str, str]:
-    """The backend of a kind of device, and what is missing where that is not the fastest for it."""
-    if device_type == "cuda":
-        reason = _module("cuda").unavailable()
+def _fast_backend(device: torch.device) -> tuple[str, str]:
+    """The backend of a device, and what is missing where that is not the fastest for it. A host may have several kinds
+    of GPU, so each is asked."""
+    if device.type == "cuda":
+        reason = _module("cuda").unavailable(device)
         if not reason:
             return "cuda", ""
         return ("triton" if importlib.util.find_spec("triton") is not None else "torch"), reason
-    if device_type == "cpu":
+    if device.type == "cpu":
         reason = _module("cpu").unavailable()
         return ("torch", reason) if reason else ("cpu", "")
-    return "torch", f"no scan kernel for {device_type} devices"
+    return "torch", f"no scan kernel for {device.type} devices"
 
 
 @functools.cache
@@ -168,14 +196,14 @@ def _ss2d_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     given = (u, proj, dt_weight, dt_bias, A_log, D)
-    grads = _backend_module(backend, u).backward(grad_y.contiguous(), *_dense(*given))
+    grads = _backend_module(backend, u).backward(*dense(grad_y), *_dense(*given))
     return tuple(g.to(x.dtype) for g, x in zip(grads, given, strict=True))
 
 
 def _dense(u: Tensor, proj: Tensor, *params: Tensor) -> list[Tensor]:
     """Contiguous inputs with parameters in the dtype of the state, which is what every backend takes."""
     wide = torch.promote_types(u.dtype, torch.float32)
-    return [u.contiguous(), proj.contiguous(), *(p.to(wide).contiguous() for p in params)]
+    return dense(u, proj, *(p.to(wide) for p in params))
 
 
 @torch.library.register_fake("serpent_ir::ss2d")
@@ -197,7 +225,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_y):
     given = ctx.saved_tensors
     if torch.is_grad_enabled():  # a graph of the gradients is wanted (create_graph), which the kernels do not leave
-        grads = _module("torch").backward(grad_y.contiguous(), *_dense(*given))
+        grads = _module("torch").backward(*dense(grad_y), *_dense(*given))
         return (*(g.to(x.dtype) for g, x in zip(grads, given, strict=True)), None)
     return (*torch.ops.serpent_ir.ss2d_backward(grad_y, *given, ctx.backend), None)
 

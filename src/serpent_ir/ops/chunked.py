@@ -77,6 +77,22 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
     return y.to(u.dtype).view_as(u)
 
 
+def composed(*inputs: Tensor) -> Tensor:
+    """`forward` as a composition of PyTorch's operations that writes into none of its tensors, so that the transforms
+    of `torch.func` go through it. Takes parameters of any floating dtype; its tape holds every state."""
+    u, *_ = inputs
+    if not u.numel():
+        return u.clone()
+    wide = torch.promote_types(u.dtype, torch.float32)
+    u_flat, proj_flat, *params = (x.to(wide) for x in (u.flatten(1, 2), inputs[1].flatten(1, 2), *inputs[2:]))
+    shares: list[list[Tensor]] = [[] for _ in range(DIRECTIONS)]
+    for k, d in _pieces(u, inputs[4]):
+        order = scan_order(u.shape[1], u.shape[2], k, u.device)
+        shares[k].append(_one_direction(order, u_flat[..., d], proj_flat[:, :, k], *(p[k, d] for p in params)))
+    y = torch.stack([torch.cat(pieces, -1) for pieces in shares]).sum(0)
+    return y.to(u.dtype).view_as(u)
+
+
 def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Gradients with respect to the six inputs; the states are computed again, piece by piece."""
     u, proj, *params = inputs

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from serpent_ir.ops.dense import dense, on_one_device
+
 ABI = 5
 PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
@@ -155,6 +157,14 @@ def _pointers(tensors: tuple[Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
+def _ready(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as the library reads them: float32, contiguous, in the memory of the CPU."""
+    for x in tensors:
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            raise ValueError(f"ss2d: the backend 'cpu' reads float32 tensors on the CPU, not {x.dtype} on {x.device}")
+    return dense(*tensors)
+
+
 def _check(status: int) -> None:
     if status == 1:
         raise MemoryError("ss2d: not enough memory for the scan's states; give smaller images or batches")
@@ -163,7 +173,7 @@ def _check(status: int) -> None:
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """See `serpent_ir.ops.ss2d`: contiguous inputs, u and proj of any floating dtype, parameters float32."""
+    """See `serpent_ir.ops.ss2d`: u and proj of any floating dtype, parameters float32, all on the CPU."""
     return _forward(False, u.float(), proj.float(), dt_weight, dt_bias, A_log, D)[0].to(u.dtype)
 
 
@@ -175,7 +185,7 @@ def forward_keeping(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(keep: bool, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    library = _library()
+    library, inputs = _library(), tuple(_ready(*inputs))
     u, _, dt_weight, _, A_log, _ = inputs
     y, sizes = torch.empty_like(u), _sizes(u, dt_weight, A_log)
     states = large_pages(u.new_empty(library.states(sizes))) if keep else None
@@ -190,15 +200,14 @@ def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> t
     `forward_keeping` kept them."""
     library = _library()
     u, _, dt_weight, _, A_log, _ = inputs
-    wide = tuple(x.float() for x in inputs)
-    grad_y = grad_y.float()
+    grad_y, *wide = _ready(*(x.float() for x in (grad_y, *inputs)))
     if not u.numel():
         return tuple(torch.zeros_like(x) for x in inputs)
     grads = tuple(torch.empty_like(x) for x in wide)
     status = library.backward(
         *_how(library),
         _sizes(u, dt_weight, A_log),
-        _pointers(wide),
+        _pointers(tuple(wide)),
         None if states is None else states.data_ptr(),
         grad_y.data_ptr(),
         _pointers(grads),
@@ -211,7 +220,8 @@ def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> t
 def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
     """LayerNorm(y) * SiLU(z) over the last dimension, without a tape. z, which nobody else may need any more, is
     overwritten where the library does it in one pass, for contiguous float32 maps of a multiple of 16 channels."""
-    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (y, weight, bias, z))
+    on_one_device(y, weight, bias, z)
+    fits = all(x.dtype == torch.float32 for x in (y, weight, bias, z)) and z.is_contiguous()
     if unavailable() or not fits or y.shape[-1] % 16 or not y.numel():
         weight, bias = weight.to(y.dtype), bias.to(y.dtype)
         return F.layer_norm(y, weight.shape, weight, bias, eps).mul_(F.silu(z))
@@ -221,6 +231,7 @@ def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) ->
 
 def gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
     """As `norm_gate`, of maps that the library takes, leaving z as it is."""
+    y, weight, bias, z = _ready(y, weight, bias, z)
     library, out = _library(), torch.empty_like(y)
     _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), out.data_ptr()))
     return out
@@ -231,6 +242,7 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, z, weight and bias for that of `gate`, and its result again."""
     library = _library()
+    grad, y, weight, bias, z = _ready(grad, y, weight, bias, z)
     grad_y, grad_z, out, affine = (
         torch.empty_like(y),
         torch.empty_like(y),
@@ -256,7 +268,10 @@ NORM_GATE = torch.ops.serpent_ir.norm_gate
 @torch.library.impl("serpent_ir::norm_gate", "CPU")
 def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> None:
     library = _library()
-    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), z.data_ptr()))
+    y, weight, bias, gate = _ready(y, weight, bias, z)
+    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, gate), gate.data_ptr()))
+    if gate is not z:
+        z.copy_(gate)
 
 
 @torch.library.register_fake("serpent_ir::norm_gate")
@@ -269,7 +284,8 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
 
     x (B, H, W, d), weight (d, 1, 3, 3), `padding` rows of zeros above and below: (B, H - 2 + 2 padding, W, d).
     """
-    fits = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    on_one_device(x, weight, *([] if bias is None else [bias]))
+    fits = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if bias is None or unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
         x = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=len(weight))
         return F.silu(x).movedim(1, -1).contiguous()
@@ -282,7 +298,7 @@ CONV_SILU = torch.ops.serpent_ir.conv_silu
 
 @torch.library.impl("serpent_ir::conv_silu", "CPU")
 def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    library, taps = _library(), _taps(weight, bias)
+    library, (x, taps) = _library(), _ready(x, _taps(weight, bias))
     out = x.new_empty(_conv_shape(x, padding))
     sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
     if out.numel():
@@ -306,7 +322,7 @@ def _(x_shape, weight_shape, *args, out_shape: Any = None, **kwargs) -> int:
 
 def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias for that of `conv_silu` with padding 1, of maps that the library takes."""
-    library, taps = _library(), _taps(weight, bias)
+    library, (grad, x, taps) = _library(), _ready(grad, x, _taps(weight, bias))
     grad_x, grad_taps = torch.empty_like(x), torch.empty_like(taps)
     pointers = [t.data_ptr() for t in (x, taps, grad, grad_x, grad_taps)]
     _check(library.conv_backward(*_how(library), (ctypes.c_int64 * 5)(*x.shape, 1), *pointers))

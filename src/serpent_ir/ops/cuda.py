@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from serpent_ir.ops import nvrtc
+from serpent_ir.ops.dense import dense
 
 # Up to this many elements of u, rows and columns run side by side.
 SIDE_BY_SIDE = 1 << 23
@@ -125,9 +126,9 @@ def _triton() -> ModuleType | None:
     return importlib.import_module("serpent_ir.ops.triton_scan")
 
 
-def unavailable() -> str:
-    """Why this backend cannot run here; empty where it can."""
-    return nvrtc.unavailable()
+def unavailable(device: torch.device | None = None) -> str:
+    """Why this backend cannot run on a GPU, by default the current one; empty where it can."""
+    return nvrtc.unavailable(device)
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
@@ -303,7 +304,8 @@ def _combine(
 
 
 def cast(arrays: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous float32 arrays of one device in bfloat16 or float16, up to 64 by a launch."""
+    """Float32 arrays of one device in bfloat16 or float16, up to 64 by a launch."""
+    arrays = dense(*arrays)
     results = [torch.empty_like(x, dtype=dtype) for x in arrays]
     pairs = [(_aligned(x), result) for x, result in zip(arrays, results, strict=True) if x.numel()]
     with torch.cuda.device_of(arrays[0]):

@@ -70,11 +70,18 @@ _loaded: dict[tuple, Kernels] = {}
 
 
 def load(file: str, constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernels:
-    """The kernels of `cuda_src/<file>` with preprocessor constants; compiled once, then from disk or memory."""
+    """The kernels of `cuda_src/<file>` with preprocessor constants; compiled once, then from disk or memory.
+
+    Raises ValueError for a device that is no GPU, RuntimeError where the kernels cannot run on it.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"ss2d: the backend 'cuda' reads tensors on NVIDIA GPUs, not on {device}")
     index = torch.cuda.current_device() if device.index is None else device.index
     key = (file, constants, index)
     kernels = _loaded.get(key)
     if kernels is None:
+        if reason := unavailable(device):
+            raise RuntimeError(f"ss2d: the backend 'cuda' does not run on {device}: {reason}")
         with _lock:
             kernels = _loaded.get(key) or Kernels(file, constants, index)
             _loaded[key] = kernels
@@ -141,8 +148,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serpent-ir"
 
 
-def unavailable() -> str:
-    """Why kernels cannot be compiled here; empty where they can."""
+def unavailable(device: torch.device | None = None) -> str:
+    """Why kernels cannot be compiled here for a GPU, by default the current one; empty where they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for NVIDIA GPUs"
     try:
@@ -151,7 +158,7 @@ def unavailable() -> str:
     except OSError as error:
         return f"NVRTC or the CUDA driver is missing ({error})"
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         count = ctypes.c_int()
         nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
         known = (ctypes.c_int * count.value)()

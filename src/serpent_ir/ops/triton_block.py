@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serpent_ir.ops.dense import dense, even_rows, on_one_device
 from serpent_ir.ops.triton_norm import channel_row, pick, put_rows, row_tile, sigmoid, standardise
 
 # By channels c: rows of a tile, columns of the inner map made at a time, launch options; before the convolution and
@@ -148,7 +149,8 @@ def _padded(channels: int) -> int:
 
 
 def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
-    """LayerNorm(x) . matrix^T for x (..., c), contiguous, and matrix (n, c), in whose dtype the product is taken."""
+    """LayerNorm(x) . matrix^T for x (..., c) and matrix (n, c), in whose dtype the product is taken."""
+    x, weight, bias, matrix = dense(x, weight, bias, matrix)
     n, c = matrix.shape
     rows = x.numel() // c
     BM, BN, options = SMALL_TILE if rows <= SMALL_ROWS else pick(IN_TILES, c)
@@ -169,7 +171,10 @@ def _out_tile(rows: int, c: int) -> tuple[int, int, dict[str, int]]:
 
 
 def gated_product(x: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
-    """x + (LayerNorm(y) * SiLU(z)) . matrix^T; z may be a slice of channels of a contiguous map."""
+    """x + (LayerNorm(y) * SiLU(z)) . matrix^T; a slice of channels of a contiguous map z is not copied."""
+    x, y, weight, bias, matrix = dense(x, y, weight, bias, matrix)
+    on_one_device(x, z)
+    z = even_rows(z)
     c, d = matrix.shape
     rows = x.numel() // c
     BM, BD, options = _out_tile(rows, c)
@@ -188,13 +193,16 @@ def gate_product(
     y_norm: tuple[Tensor, Tensor, float], out_matrix: Tensor,
 ) -> Tensor:  # fmt: skip
     """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
+    x, y, z_matrix, out_matrix, weight, bias, y_weight, y_bias = dense(
+        x, y, z_matrix, out_matrix, *norm[:2], *y_norm[:2]
+    )
     c, d = out_matrix.shape
     rows = x.numel() // c
     BM, BD, options = _out_tile(rows, c)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         gate_product_kernel[(triton.cdiv(rows, BM),)](
-            x, y, *norm[:2], z_matrix, *y_norm[:2], out_matrix, out, rows, norm[2], y_norm[2],
+            x, y, weight, bias, z_matrix, y_weight, y_bias, out_matrix, out, rows, norm[2], y_norm[2],
             c=c, d=d, BM=BM, BC=_padded(c), BD=min(BD, _padded(d)), num_stages=1, **options,
         )  # fmt: skip
     return out

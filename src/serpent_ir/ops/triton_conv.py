@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serpent_ir.ops.dense import dense, even_rows, on_one_device
 from serpent_ir.ops.triton_block import matrix_tile
 from serpent_ir.ops.triton_norm import pick, processors, sigmoid, sum_shares
 
@@ -236,6 +237,10 @@ def _conv(
     batch, H, W, d = x.shape
     TW, BD, options = tile
     matrix, result = product or (taps, out)
+    on_one_device(x, taps, bias, out, matrix)
+    x = even_rows(x)
+    if forward:
+        bias, matrix = dense(bias, matrix)
     if product is None:
         BD = min(BD, triton.next_power_of_2(d))
     TH, across, down = _walks(x, TW, BD)
@@ -260,6 +265,8 @@ def _walks(x: Tensor, TW: int, BD: int) -> tuple[int, int, int]:
 
 def conv_silu_backward(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients before SiLU (a map; its `conv_transpose` is that of x), of the weight (d, 1, 3, 3) and of the bias."""
+    on_one_device(grad, x, taps)
+    (grad, bias), x = dense(grad, bias), even_rows(x)
     batch, H, W, d = x.shape
     TW, BD, options = BACKWARD_TILE
     BD = min(BD, triton.next_power_of_2(d))

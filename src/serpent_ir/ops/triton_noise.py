@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serpent_ir.ops.dense import on_one_device
+
 BLOCK, WARPS = 256, 4
 
 
@@ -52,12 +54,14 @@ def normal(
     keys: Tensor, origins: Tensor, sizes: Tensor, start: int, step: int, channels: int, height: int, width: int
 ) -> Tensor:
     """(B, channels, height, width) float32, as `ImageGenerators.randn` of these keys (B,), origins and sizes (B, 2)."""
+    on_one_device(keys, origins, sizes)
     if origins.stride() != sizes.stride() or origins.stride(1) != 1:
         origins, sizes = origins.contiguous(), sizes.contiguous()
     out = torch.empty((len(keys), channels, height, width), device=keys.device)
     grid = (triton.cdiv(height * width, BLOCK), len(keys))
     strides = keys.stride(0), origins.stride(0)
-    normal_kernel[grid](
-        out, keys, origins, sizes, *strides, start, height, width, channels, step, BLOCK, num_warps=WARPS
-    )
+    with torch.cuda.device_of(out):
+        normal_kernel[grid](
+            out, keys, origins, sizes, *strides, start, height, width, channels, step, BLOCK, num_warps=WARPS
+        )
     return out

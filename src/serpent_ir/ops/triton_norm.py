@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serpent_ir.ops.dense import dense, even_rows, on_one_device
+
 # Elements of a tile and warps; in the backward pass also programs for a multiprocessor, each with shares of gradients.
 FORWARD_TILE = (2048, 4)
 BACKWARD_TILE = (2048, 4, 4)
@@ -194,7 +196,8 @@ def _backward_tile(x: Tensor, rows: int, channels: int) -> tuple[dict[str, int],
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of x (..., c), contiguous, in `dtype`."""
+    """LayerNorm of x (..., c) in `dtype`."""
+    x, weight, bias = dense(x, weight, bias)
     c = x.shape[-1]
     rows = x.numel() // c
     out = x.new_empty(x.shape, dtype=dtype)
@@ -210,6 +213,7 @@ def layer_norm_backward(
     grad_normed: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of x + f(LayerNorm(x)): gradient of x; LayerNorm(x), written over grad_normed; gradients of weight and bias."""
+    grad_normed, grad_out, x, weight, bias = dense(grad_normed, grad_out, x, weight, bias)
     c = x.shape[-1]
     rows = x.numel() // c
     grad_x = torch.empty_like(x)
@@ -224,7 +228,10 @@ def layer_norm_backward(
 
 
 def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(y) * SiLU(z) for y (..., d), contiguous; z may be a slice of channels of a contiguous map."""
+    """LayerNorm(y) * SiLU(z) for y (..., d); a slice of channels of a contiguous map z is not copied."""
+    y, weight, bias = dense(y, weight, bias)
+    on_one_device(y, z)
+    z = even_rows(z)
     d = y.shape[-1]
     rows = y.numel() // d
     out, meta = torch.empty_like(y), _forward_tile(d)
@@ -238,7 +245,10 @@ def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def gate_backward(
     grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, grad_z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of y; `gate` again (written over grad); gradients of weight and bias. That of z goes into `grad_z`."""
+    """Gradient of y; `gate` again (written over grad); gradients of weight and bias. That of z goes into `grad_z`,
+    which has z's shape and rows as far apart."""
+    grad, y, weight, bias = dense(grad, y, weight, bias)
+    on_one_device(y, z, grad_z)
     d = y.shape[-1]
     rows = y.numel() // d
     grad_y = torch.empty_like(y)

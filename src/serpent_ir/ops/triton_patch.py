@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serpent_ir.ops.dense import dense
 from serpent_ir.ops.triton_block import matrix_tile
 
 # Positions of a tile, columns made at a time, warps.
@@ -138,8 +139,9 @@ def _padded(size: int) -> int:
 
 
 def embed(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of stride P of image (B, channels, H P, W P), contiguous, weight (D, channels, P, P), as
+    """The convolution of stride P of image (B, channels, H P, W P), weight (D, channels, P, P), as
     (B, H, W, D) in the dtype of the weight."""
+    image, weight, bias = dense(image, weight, bias)
     batch, channels, height, width = image.shape
     D, K, P = len(weight), weight[0].numel(), weight.shape[-1]
     H, W = height // P, width // P
@@ -154,7 +156,8 @@ def embed(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def merge(x: Tensor, weight: Tensor) -> Tensor:
-    """Patch merging of x (B, 2H, 2W, c), contiguous, by weight (n, 4c): (B, H, W, n)."""
+    """Patch merging of x (B, 2H, 2W, c) by weight (n, 4c): (B, H, W, n)."""
+    x, weight = dense(x, weight)
     batch, height, width, c = x.shape
     H, W, n = height // 2, width // 2, len(weight)
     rows, (BM, BN, warps) = batch * H * W, TILE
@@ -180,7 +183,9 @@ def merge(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
-    """Patch expanding of x (B, H, W, 2c) by weight (4c, 2c), added into skip (B, 2H, 2W, c), which is returned."""
+    """Patch expanding of x (B, H, W, 2c) by weight (4c, 2c), added into skip (B, 2H, 2W, c), which is returned (a copy
+    where it is not contiguous)."""
+    x, weight, skip = dense(x, weight, skip)
     batch, H, W, _ = x.shape
     c = skip.shape[-1]
     rows, (BM, BN, warps) = batch * H * W, TILE
@@ -207,6 +212,7 @@ def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
 def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor, residual: bool) -> Tensor:
     """The patches that the linear layer makes of x (B, H, W, D), as large as image (B, .., h, w), and with `residual`
     added to image[:, :3]."""
+    x, weight, bias, image = dense(x, weight, bias, image)
     batch, H, W, D = x.shape
     channels, height, width = image.shape[1:]
     P = round((len(weight) // 3) ** 0.5)

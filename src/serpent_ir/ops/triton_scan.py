@@ -147,8 +147,14 @@ def _totals(out: Tensor, p: Plan) -> Tensor:
     return out.new_empty((p.directions, *out.shape), dtype=torch.float32)
 
 
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" and isinstance(triton_forward.forward_kernel, triton.JITFunction):  # not interpreted
+        raise ValueError(f"ss2d: the backend 'triton' reads tensors on CUDA devices, not on {device}")
+
+
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, parameters in float32."""
+    _check_device(u.device)
     y = torch.empty_like(u)
     if not u.numel():
         return y

@@ -1,0 +1,118 @@
+"""A parameter of any strides, in every way through a block: the numbers are those of its values in float64."""
+
+import copy
+from collections.abc import Callable
+from operator import attrgetter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from serpent_ir.models import as_built, create_model, fused, strips, taped
+from serpent_ir.models.serpent import VSSBlock
+from serpent_ir.ops import cpu
+
+needs_library = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "built")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stepped": lambda x: torch.stack([x, x + 7], -1)[..., 0],
+    "turned": lambda x: x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1]),
+    "offset": lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "negated": lambda x: torch._neg_view(-x),
+}
+
+
+def make_block(channels: int, dtype: torch.dtype = torch.float32) -> VSSBlock:
+    torch.manual_seed(0)
+    block = VSSBlock(channels)
+    with torch.no_grad():
+        for p in block.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return block.to(dtype)
+
+
+def reform(module: nn.Module, name: str, form: str) -> None:
+    *path, last = name.split(".")
+    parent = attrgetter(".".join(path))(module) if path else module
+    setattr(parent, last, nn.Parameter(FORMS[form](getattr(parent, last).detach())))
+
+
+def exact(block: nn.Module, x: Tensor, grad: Tensor | None = None) -> list[Tensor]:
+    """The definition in float64, of contiguous copies."""
+    double = copy.deepcopy(block)
+    for name, p in block.named_parameters():
+        parent = attrgetter(name.rpartition(".")[0])(double) if "." in name else double
+        values = p.detach().resolve_neg().double().contiguous()
+        setattr(parent, name.rpartition(".")[2], nn.Parameter(values))
+    return run(double, x.detach().double().contiguous(), None if grad is None else grad.double())
+
+
+def run(block: nn.Module, x: Tensor, grad: Tensor | None = None) -> list[Tensor]:
+    if grad is None:
+        with torch.no_grad():
+            return [block(x)]
+    x = x.detach().requires_grad_()
+    y = block(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], grad)]
+
+
+def check(values: list[Tensor], expected: list[Tensor], tolerance: float, what: str) -> None:
+    for i, (value, want) in enumerate(zip(values, expected, strict=True)):
+        assert (value.double() - want).norm() <= tolerance * want.norm(), f"{what}: result {i}"
+
+
+@needs_library
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["strips", "taped"])
+def test_on_the_cpu(way: str, form: str) -> None:
+    """Each parameter by itself, then all, and the input."""
+    x, grad = torch.randn(2, 2, 5, 4, 16)
+    names = list(dict(make_block(16).named_parameters()))
+    for some in [*([name] for name in names), names]:
+        block = make_block(16)
+        for name in some:
+            reform(block, name, form)
+        given = FORMS[form](x) if some == names else x
+        with torch.set_grad_enabled(way == "taped"):
+            assert (taped if way == "taped" else strips).serves(block, given)
+        g = grad if way == "taped" else None
+        check(run(block, given, g), exact(block, given, g), 1e-5, str(some))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_in_the_fused_way(form: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    half = torch.float16
+    for dtype in (torch.float32, half):
+        block = make_block(8, dtype).to(DEVICE)
+        for name in dict(block.named_parameters()):
+            reform(block, name, form)
+        x, grad = torch.randn(2, 1, 3, 5, 8, device=DEVICE).to(dtype)
+        x = FORMS[form](x) if dtype == torch.float32 else x
+        g = grad if training else None
+        expected = exact(block, x, g)
+        with monkeypatch.context() as patch:
+            patch.setattr(as_built, "DEVICES", {DEVICE})
+            assert fused.serves(block, x)
+            values = run(block, x, g)
+        check(values, expected, 2e-4 if dtype == torch.float32 else 5e-2, str(dtype))
+
+
+def test_a_network_in_the_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedding, merging, expanding and the head."""
+    pytest.importorskip("triton")
+    model = create_model("serpent_b", dim=8, blocks=(1, 1)).to(DEVICE, torch.float16)
+    for name in dict(model.named_parameters()):
+        reform(model, name, "stepped")
+    image = torch.rand(1, 3, 13, 9, device=DEVICE).half()
+    expected = exact(model, image)
+    with monkeypatch.context() as patch:
+        patch.setattr(as_built, "DEVICES", {DEVICE})
+        with torch.no_grad():
+            assert fused.serves(model, image)
+            check([model(image)], expected, 2e-2, "network")
