@@ -8,16 +8,18 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from serpent_ir import __version__
 from serpent_ir.forks import Lock
+from serpent_ir.writing import whole_file
 
 SOURCES = Path(__file__).parent / "cuda_src"
 _INVALID_CONTEXT = 201
+_ALWAYS_SHARED = 48 << 10  # bytes of shared memory that every kernel may have
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -26,18 +28,21 @@ class Kernels:
 
     def __init__(self, file: str, constants: tuple[tuple[str, int], ...], device: int):
         self.device = device
-        cuda = _driver()
-        code = cubin(file, constants, torch.cuda.get_device_capability(device))
-        module = ctypes.c_void_p()
+        capability = torch.cuda.get_device_capability(device)
         with torch.cuda.device(device):
             _make_current(device)
-            _check(cuda.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-        self._module = module
-        self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+            code = cubin(file, constants, capability)
+            try:
+                self._module = _load_module(code)
+            except RuntimeError:  # of another driver's version, say; a new one that does not load is an error
+                self._module = _load_module(cubin(file, constants, capability, anew=True))
+        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._shared: dict[str, int] = {}  # bytes of shared memory that a kernel's launches may ask for
+        self._lock = Lock()
 
     def launch(self, name: str, grid: tuple[int, int, int], threads: int, shared: int, args: bytes) -> None:
         """Launch a kernel that takes one struct, on the current stream; `shared` is in bytes."""
-        function = self._functions.get((name, shared)) or self._function(name, shared)
+        function = self._functions[name] if shared <= self._shared.get(name, -1) else self._function(name, shared)
         struct = ctypes.create_string_buffer(args, len(args))
         params = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
@@ -49,12 +54,24 @@ class Kernels:
         _check(status, name)
 
     def _function(self, name: str, shared: int) -> ctypes.c_void_p:
-        function = ctypes.c_void_p()
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
-        if shared > 48 << 10:
-            _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), name)
-        self._functions[name, shared] = function
+        """The kernel, which may be launched with so much shared memory; the limit is the kernel's, and only rises."""
+        with self._lock:
+            function = self._functions.get(name)
+            if function is None:
+                function = ctypes.c_void_p()
+                _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
+                self._functions[name] = function
+                self._shared[name] = _ALWAYS_SHARED
+            if shared > self._shared[name]:
+                _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), name)
+                self._shared[name] = shared
         return function
+
+
+def _load_module(code: bytes) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+    return module
 
 
 def _make_current(device: int) -> None:
@@ -123,29 +140,41 @@ def _headers() -> list[Path]:
     return sorted(SOURCES.glob("*.cuh"))
 
 
-def cubin(file: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
-    """`compile_source`, or what it gave an earlier process."""
+def cubin(
+    file: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int], *, anew: bool = False
+) -> bytes:
+    """`compile_source`, or what it gave an earlier process; `anew` compiles whatever is kept.
+
+    A file of the cache is the SHA-256 of the code, then the code; one that does not agree with itself is made again.
+    """
     digest = hashlib.sha256(repr((file, constants, capability, nvrtc_version(), __version__)).encode())
     for source in (SOURCES / file, *_headers()):
         digest.update(source.read_bytes())
-    path = cache_folder() / f"{file.partition('.')[0]}-{digest.hexdigest()[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        code = compile_source(file, constants, capability)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-            temporary.write(code)
-        Path(temporary.name).replace(path)
-    except OSError:
-        pass  # a home that cannot be written costs the next process the compilation, no more
+    folder = cache_folder()
+    path = folder / f"{file.partition('.')[0]}-{digest.hexdigest()[:32]}.cubin" if folder else None
+    if path and not anew:
+        with suppress(OSError):
+            kept = path.read_bytes()
+            its_hash, code = kept[:32], kept[32:]
+            if hashlib.sha256(code).digest() == its_hash:
+                return code
+    code = compile_source(file, constants, capability)
+    if path:
+        with suppress(OSError):  # a home that cannot be written costs the next process the compilation, no more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as target:
+                target.write(hashlib.sha256(code).digest() + code)
     return code
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/serpent-ir, or ~/.cache/serpent-ir."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serpent-ir"
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/serpent-ir, or ~/.cache/serpent-ir; None for who has no home."""
+    if wanted := os.environ.get("XDG_CACHE_HOME"):
+        return Path(wanted) / "serpent-ir"
+    try:
+        return Path.home() / ".cache" / "serpent-ir"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in containers that run under any number
+        return None
 
 
 def unavailable(device: torch.device | None = None) -> str:
