@@ -287,7 +287,7 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
             raise RuntimeError(
                 "second derivatives (create_graph=True) of a Serpent need float64: model.double(), and the image too"
             )
-        functorch = torch._C._functorch
+        functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
         if any(functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g) for g in grads):
             raise RuntimeError(
                 "batched gradients (is_grads_batched, vectorize=True) of a Serpent need float64, or torch.func.jacrev"
