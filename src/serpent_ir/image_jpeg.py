@@ -156,8 +156,7 @@ def with_segments(data: bytes, about: Mapping[str, Any]) -> bytes:
         for part in _parts(packet, 65400):
             extra.append((0xE1, _EXTENDED + guid + struct.pack(">II", len(packet), place) + part))
             place += len(part)
-    if (comment := about.get("comment")) and len(comment) <= _SEGMENT:
-        extra.append((0xFE, comment))
+    extra += [(0xFE, part) for part in _parts(about.get("comment", b""), _SEGMENT)]
     made = bytearray(data)
     if (aspect := about.get("aspect")) and data[6:11] == b"JFIF\0":
         x, y = (side // math.gcd(*aspect) for side in aspect)

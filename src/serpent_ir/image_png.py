@@ -173,11 +173,18 @@ def with_chunks(data: bytes, *, icc: bytes | None, exif: bytes | None, xmp: byte
         text = b"\niptc\n%8d\n%s\n" % (len(iptc), iptc.hex().encode())
         made.append(chunk(b"zTXt", _RAW_PROFILE + b"iptc\0\0" + zlib.compress(text)))
     if comment := about.get("comment"):
-        text = comment.decode("utf-8", "replace").encode()
-        made.append(chunk(b"iTXt", b"Comment" + bytes(5) + text))
+        made.append(chunk(b"iTXt", b"Comment" + bytes(5) + _utf8(comment)))
     made += [about.get("png_texts", b""), about.get("png_chunks", b"")]
     end_of_header = 33  # signature and IHDR
     return b"".join([data[:end_of_header], *made, data[end_of_header:]])
+
+
+def _utf8(text: bytes) -> bytes:
+    """A comment as UTF-8; one that is not yet is taken for Latin-1, in which every byte is a letter."""
+    try:
+        return text.decode().encode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1").encode()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

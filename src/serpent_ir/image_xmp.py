@@ -42,6 +42,8 @@ _MIGHT_CLAIM = re.compile(
 _ORIENTATION = re.compile(rb"""(<(?:tiff:)?Orientation>\s*|tiff:Orientation\s*=\s*["'])([1-8])""")
 _WIDTH = re.compile(rb"""((?:exif:PixelXDimension|tiff:ImageWidth)(?:>\s*|\s*=\s*["']))(\d+)""")
 _HEIGHT = re.compile(rb"""((?:exif:PixelYDimension|tiff:ImageLength)(?:>\s*|\s*=\s*["']))(\d+)""")
+_CROPPED = re.compile(rb"""GPano:CroppedAreaImageWidthPixels(?:>\s*|\s*=\s*["'])(\d+)""")
+_PANORAMA = re.compile(rb"""(GPano:(?:CroppedArea|FullPano)[A-Za-z]+Pixels(?:>\s*|\s*=\s*["']))(\d+)""")
 
 
 def orientation(xmp: Any) -> int:
@@ -59,6 +61,8 @@ def with_size(xmp: bytes | None, width: int, height: int) -> bytes | None:
     """The packet with an image's size, where it gives one."""
     if xmp is None:
         return None
+    if (cropped := _CROPPED.search(xmp)) and (old := int(cropped[1])):  # a panorama: places within a sphere
+        xmp = _PANORAMA.sub(lambda match: match[1] + b"%d" % round(int(match[2]) * width / old), xmp)
     xmp = _WIDTH.sub(rb"\g<1>%d" % width, xmp)
     return _HEIGHT.sub(rb"\g<1>%d" % height, xmp)
 
