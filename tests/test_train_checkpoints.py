@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from serpent_ir.training.checkpoints import Checkpoints
+from serpent_ir.training.report import read_rows
 
 
 def test_the_policy_keeps_the_last_and_the_best(tmp_path):
@@ -51,3 +52,33 @@ def test_large_groups_are_cut_into_parts(tmp_path):
     found = Checkpoints(tmp_path, keep=1).newest(lambda line: None)
     assert found is not None
     assert all(torch.equal(found.groups["adam"][name], x) for name, x in tensors.items())
+
+
+def test_a_score_that_was_changed_counts_as_none(tmp_path):
+    kept = Checkpoints(tmp_path, keep=9)
+    paths = [kept.save(step, {"average": {"w": torch.zeros(2)}}, {"seconds": 0.0}) for step in (1, 2, 3)]
+    for path, psnr in zip(paths, (20.0, 30.0, 25.0), strict=True):
+        kept.score(path, {"psnr": psnr})
+    assert kept.best() == paths[1]
+    file = paths[0] / "score.json"
+    written = file.read_text()
+    deep = "[" * 100_000
+    changed = [written.replace("20.0", text) for text in ("99.0", "NaN", "1e999", "[]", '"99"', "null")]
+    for content in (*changed, "", "[]", "{}", "null", "99", deep, '{"psnr": true', '{"psnr": Infinity}', "{\xa0"):
+        file.write_text(content, encoding="latin-1")
+        assert kept.best() == paths[1], content[:50]
+        said = []
+        found = kept.newest(said.append)
+        assert found
+        assert found.score == {"psnr": 25.0}
+        assert said == [f"{file}: is damaged; this validation does not count"]
+    file.write_text('{"psnr": 99.0}')  # of a run before scores were sealed
+    assert kept.best() == paths[0]
+
+
+@pytest.mark.parametrize(
+    "odd", [b"\xa0", b"[]", b"{}", b"null", b'{"step": "1"}', b'{"step": 2, "loss": "x"}', b"\0" * 9]
+)
+def test_odd_lines_of_a_log_are_passed_over(odd, tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": null}\n' + odd + b'\n{"step": 3, "loss": 0.5}\n{"step"')
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [1, 3]

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from serpent_ir import create_degradation
 from serpent_ir.evaluate import evaluate
 from serpent_ir.models import WEIGHTS_DIR, create_model, load_weights
+from serpent_ir.models.seals import sealed
 
 CARD = """# {name}
 
@@ -128,7 +129,7 @@ def main() -> None:
     if "stopped" in training:
         raise SystemExit(f"{args.run}: stopped at step {training['stopped']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
-    file.write_bytes(save({key: tensor.half() for key, tensor in state.items()}, metadata))
+    file.write_bytes(sealed(save({key: tensor.half() for key, tensor in state.items()}, metadata)))
     network = create_model(recipe["model"], checkpoint_path=file)
     grid = measure(network, args.data[-1], args.run / "grid.jsonl") if recipe["task"] == "photo" else None
     evaluations = []

@@ -9,8 +9,9 @@ from serpent_ir.cli.shell import Json, print_table, shell_command
 def models(as_json: Json = False) -> None:
     """Print the networks, the weights with the PSNR of their cards, and the scan backend of each device here.
 
-    In JSON: `models`, a list of {name, params (raw count), tasks}; `weights`, a list of {name, evaluations} as in their
-    cards; and `backends`, device -> backend.
+    In JSON: `models`, a list of {name, params (raw count), tasks}; `weights`, a list of {name, sha256, evaluations} as
+    in their cards (loading compares the hash; files of `serpent train` have theirs within, those of others none); and
+    `backends`, device -> backend.
     """
     import torch
 
@@ -24,7 +25,7 @@ def models(as_json: Json = False) -> None:
         network, _, task = name.partition(".")
         tasks.setdefault(network, []).append(task)
         card = json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
-        weights.append({"name": name, "evaluations": card["evaluations"]})
+        weights.append({key: card[key] for key in ("name", "sha256", "evaluations")})
     rows = []
     for name in list_models():
         with torch.device("meta"):  # nothing is allocated or initialised

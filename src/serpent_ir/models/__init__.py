@@ -5,14 +5,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.memory import is_out_of_memory
-from serpent_ir.models.checkpoints import Shapes, fill, load_weights, shapes_of
+from serpent_ir.models.checkpoints import SHIPPED, Shapes, fill, load_weights, shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
@@ -39,7 +38,7 @@ FAMILIES = {SerpentConfig: "Serpent", UNetConfig: "U-Net", SwinIRConfig: "SwinIR
 TASK_CHANNELS = {"inpaint": 4}
 """Input channels that a task brings, where they are not the image's three."""
 
-WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
+WEIGHTS_DIR = SHIPPED
 DEFAULT_WEIGHTS = "serpent_l.photo"
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError
+from serpent_ir.models import seals
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the tensors of a state dict, by name."""
@@ -25,6 +26,9 @@ WRAPPERS = ("params_ema", "params", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "unet.")
 """What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
 
+SHIPPED = Path(__file__).parent.parent / "weights"
+"""The folder of the weights that ship."""
+
 NAMED = 20
 """Keys that a message names where most differ: more would fill the screen, and tell no more than that."""
 
@@ -32,6 +36,8 @@ NAMED = 20
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has. Of a
     `model.safetensors` the task may stand in the `config.json` beside it, as `save_pretrained` writes it.
+
+    Safetensors that this program wrote are compared with their hash (`seals`); files of others have none.
 
     Raises SerpentError: no such file, not readable, damaged, values that are not finite, or one that would run code
     when loaded.
@@ -54,10 +60,15 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         try:
             with safe_open(path, framework="pt") as file:
                 tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+            damage = seals.why_damaged(path, SHIPPED)
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
-        return _checked(tensors, path), {**_task_beside(path), **(metadata or {})}
+        if damage:
+            raise SerpentError(f"{path}: is damaged ({damage}); get the file again")
+        told = {**_task_beside(path), **(metadata or {})}
+        told.pop(seals.KEY, None)  # which would be wrong for whatever is made of this
+        return _checked(tensors, path), told
     if head[:2] == b"PK":
         _check_archive(path)
     elif head[:1] != b"\x80":  # as pickles begin that torch.save writes

@@ -5,7 +5,7 @@
         network.0.safetensors
         ...
         manifest.json             step and other facts, size and SHA-256 of every file, and a SHA-256 of itself
-        score.json                of the validation, where there was one
+        score.json                of the validation, where there was one, and a SHA-256 of itself
 
 A folder is written under another name, the manifest last, brought to the disk and then renamed. Nothing in it is ever
 executed: tensors and JSON alone.
@@ -13,6 +13,7 @@ executed: tensors and JSON alone.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -99,7 +100,8 @@ class Checkpoints:
 
     def score(self, path: Path, score: dict[str, Any]) -> None:
         """Note the validation of a checkpoint; the best PSNR is kept beside the last ones."""
-        replace_file(path / "score.json", json.dumps(score | self.of).encode())
+        body = score | self.of
+        replace_file(path / "score.json", json.dumps({**body, "sha256": _seal(body)}).encode())
         self._prune()
 
     def best(self) -> Path | None:
@@ -125,8 +127,11 @@ class Checkpoints:
         """The newest that is whole, None where there is none at all.
 
         A damaged one is said and passed over; it stays, by the name of `step-NUMBER.damaged`. Raises SerpentError where
-        all are damaged, and leaves them.
+        all are damaged, and leaves them. A score that is damaged is said, too, and counts as none.
         """
+        for path in self.paths():
+            if (score := path / "score.json").exists() and _score(path) is None:
+                say(f"{score}: is damaged; this validation does not count")
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
             try:
@@ -211,10 +216,14 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _score(path: Path) -> dict[str, Any] | None:
+    """What a validation found; None where there was none, or where it is not as it was written. Older runs did not seal
+    it."""
     try:
-        return json.loads((path / "score.json").read_bytes())
-    except (OSError, ValueError):
+        score = json.loads((path / "score.json").read_bytes())
+        whole = score.pop("sha256", None) in (None, _seal(score)) and math.isfinite(score["psnr"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+    return score if whole else None
 
 
 def _remove(path: Path) -> None:
@@ -236,20 +245,6 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None
-
-
-def with_sorted_metadata(content: bytes) -> bytes:
-    """A safetensors file's bytes with its metadata in the order of their names.
-
-    The library writes them in an order that differs from call to call, and runs of the same weights should leave files
-    of the same hash.
-    """
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -163,14 +163,23 @@ def duration(seconds: float) -> str:
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without one that a kill cut short."""
+    """The rows of a log, without what is none: a row that a kill cut short, or bytes that a damage left."""
     rows = []
-    for line in log.read_text().splitlines() if log.exists() else []:
+    for line in log.read_bytes().split(b"\n") if log.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and all(_is_right(key, value) for key, value in row.items()) and "step" in row:
+            rows.append(row)
     return rows
+
+
+def _is_right(key: str, value: Any) -> bool:
+    """Whether a row may hold it: numbers alone, or null for one that was not finite."""
+    if key == "step":
+        return isinstance(value, int)
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 def event_writer() -> Any:

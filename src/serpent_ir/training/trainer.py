@@ -18,6 +18,7 @@ from torch import Tensor
 from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation, with_light_jpeg
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models.seals import sealed
 from serpent_ir.passes import pick_precision
 from serpent_ir.recipe import Recipe, RecipeError, of_key
 from serpent_ir.training import report, room, stopping
@@ -27,7 +28,6 @@ from serpent_ir.training.checkpoints import (
     load_optimizer,
     optimizer_tensors,
     replace_file,
-    with_sorted_metadata,
 )
 from serpent_ir.training.lock import own_folder
 from serpent_ir.training.losses import create_loss
@@ -275,7 +275,7 @@ class Trainer:
         weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
         path = self.out / f"{name}.safetensors"
         # As bytes, since safetensors would make a file that its owner alone can read.
-        replace_file(path, with_sorted_metadata(save(weights, metadata)))
+        replace_file(path, sealed(save(weights, metadata)))
         return path
 
     def _generators(self) -> dict[str, Tensor]:
