@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from serpent_ir.cli import app
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.export import METADATA_FILE, TOLERANCE, export_network, portable_ss2d
+from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, export_network, portable_ss2d
 from serpent_ir.models import PRESETS, TASK_CHANNELS
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.ops import ss2d
@@ -161,3 +161,24 @@ def test_the_command(monkeypatch, tmp_path):
     assert "relative error" in result.stdout
     assert "size: any from 1x1 px up" in result.stdout
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(format, tmp_path):
+    """A limit on the size of files, which the system reports from within a write as it does a full disk."""
+    if sys.platform == "win32":
+        pytest.skip("limits of POSIX")
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = small_network()
+    (tmp_path / f"x.{format}").write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(
+            SerpentError, match=rf"x\.{format}: cannot be written \(File too large\); choose another -o$"
+        ):
+            export_network(model, tmp_path / f"x.{format}", format=format, size=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(f"x.{format}", b"old")]

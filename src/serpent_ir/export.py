@@ -7,9 +7,9 @@ What is written has been run, at four sizes, and compared with the network.
 """
 
 import functools
+import io
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +28,7 @@ from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import check_task
+from serpent_ir.writing import whole_file
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4
@@ -124,29 +125,23 @@ def export_network(
         sizes += [(least, least), (size // 2 + least, size // 3 + least), (task.multiple * 2, task.multiple * 3)]
     taken = f"any from {least}x{least} px up" if dynamic else f"exactly {size}x{size} px"
     metadata = {**task.metadata(), "size": taken, **(told or {})}
-    # torch.export insists on the suffix.
-    temporary = output.with_name(f".{os.getpid()}.tmp.{format}")
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), whole_file(output) as file:
             program = _program(task, dynamic, size)
-            if format == "onnx":
-                _save_onnx(program, temporary, metadata)
-                run = _onnx_runner(temporary)
-            else:
-                torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata)})
-                run = torch.export.load(temporary).module()
+            # Written from memory: PyTorch's own writers have no word of their own for a full disk.
+            content = (_onnx if format == "onnx" else _pt2)(program, metadata)
+            file.write(content)
+            file.flush()
+            run = (_onnx_runner if format == "onnx" else _pt2_runner)(content)
             checks = [_check(task, run, *shape) for shape in sizes]
-        worst = max(checks, key=lambda check: check.relative_error)
-        if not worst.relative_error <= TOLERANCE:
-            raise SerpentError(
-                f"{output}: differs from the network by {worst.relative_error:.1e} at {worst.width}x{worst.height} px "
-                f"(at most {TOLERANCE:.0e} is allowed), so it was not kept; try the other format"
-            )
-        temporary.replace(output)
+            worst = max(checks, key=lambda check: check.relative_error)
+            if not worst.relative_error <= TOLERANCE:
+                raise SerpentError(
+                    f"{output}: differs from the network by {worst.relative_error:.1e} at {worst.width}x{worst.height} "
+                    f"px (at most {TOLERANCE:.0e} is allowed), so it was not kept; try the other format"
+                )
     except OSError as error:
         raise SerpentError(f"{output}: cannot be written ({error.strerror or error}); choose another -o") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return metadata, checks
 
 
@@ -288,20 +283,30 @@ def _output(h: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor, A: Tensor)
     return [h, h @ C]
 
 
-def _save_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+def _onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
     onnx_program = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=["image"], output_names=["restored"]
     )
     assert onnx_program is not None
     onnx_program.model.metadata_props.update(metadata)
-    onnx_program.save(path, external_data=False)
+    return onnx_program.model_proto.SerializeToString()
 
 
-def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx_runner(content: bytes) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+def _pt2(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
+    return buffer.getvalue()
+
+
+def _pt2_runner(content: bytes) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(io.BytesIO(content)).module()
 
 
 def _check(task: _WholeTask, run: Callable[[Tensor], Tensor], height: int, width: int) -> Check:

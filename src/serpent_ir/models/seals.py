@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 KEY = "serpent_sha256"
 """Of the metadata. It is the SHA-256 of [header, metadata] without it, as sorted JSON, and of the bytes that follow."""
@@ -44,7 +45,7 @@ def why_damaged(path: Path, shipped: Path) -> str:
         return _why_not_as_written(file)
 
 
-def _why_not_as_written(file: BinaryIO) -> str:
+def _why_not_as_written(file: BufferedReader) -> str:
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     metadata = header.pop("__metadata__", {})
     expected = metadata.pop(KEY, "")
