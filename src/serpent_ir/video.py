@@ -1,41 +1,44 @@
-"""Videos: each frame through the same path as an image; sound, subtitles and timestamps as they came in."""
+"""Videos: each frame through the same path as an image; all else that the file holds goes along, or is told."""
 
 import contextlib
-import functools
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from serpent_ir import video_along as along
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.file_state import FileState
 from serpent_ir.image import replacing
 from serpent_ir.inference import Restorer
+from serpent_ir.video_carriers import Reading, Seen, lost, told
+from serpent_ir.video_frames import Frames, side_data
 
 if TYPE_CHECKING:
     import av
 
-CONTAINERS = {
-    ".mp4": ("mp4", "libx264"),
-    ".m4v": ("mp4", "libx264"),
-    ".mov": ("mov", "libx264"),
-    ".mkv": ("matroska", "libx264"),
-    ".webm": ("webm", "libvpx-vp9"),
-}
-"""Suffixes that are written, with FFmpeg's names of their format and of the encoder of their frames."""
-# Close to what cannot be told from the original; restored detail must survive the encoder.
-_QUALITY = {"libx264": {"crf": "16", "preset": "medium"}, "libvpx-vp9": {"crf": "20", "b": "0", "row-mt": "1"}}
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
+"""Suffixes that are written, with FFmpeg's names of their format."""
+
+_ADVISED = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", ".webm": "webm"}  # the one that holds most comes first
 _RATE = Fraction(25)  # frames a second, where a file does not say
-_ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of matrices from YUV to RGB
 
 
 def restore_video(
     source: Path, target: Path, restorer: Restorer, *, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Restore the first video stream of a file, and copy its sound and subtitles.
+    """Restore the first film of a file, and take along its sound, subtitles and what else it carries.
 
-    Frames keep their timestamps, colour matrix, bit depth and rotation, and are encoded as H.264 (VP9 in WebM). What
-    cannot be copied into the new container is refused before any work.
+    Frames keep their times and lengths (the earliest stream begins at zero, offsets between streams stay), colour
+    matrix, range and tags, sampling and bits, grey, alpha, rotation and HDR10's light data, as far as an encoder of the
+    container can: H.264, VP9 in WebM (AV1 for 10 bits), ProRes 4444 (.mov) and FFV1 (.mkv) for alpha. The two fields of
+    an interlaced frame are restored apart. Other streams, covers, attachments, chapters, flags and tags are copied;
+    subtitles of text are converted where they cannot be. One warning names all that was left out or converted, by what
+    can be read from the new file (`video_carriers.CARRIERS`). Sound and subtitles that this container cannot hold, but
+    another one can, are refused before any work.
 
     Args:
         source: any file that FFmpeg reads.
@@ -48,11 +51,10 @@ def restore_video(
 
     Raises:
         UsageError: PyAV is missing, another suffix, or source and target are one file.
-        SerpentError: no video, damaged, a stream that the container cannot hold, or not writable.
+        SerpentError: no video, damaged, sound or subtitles that need another container, or not writable.
     """
     try:
         import av
-        import av.logging as av_logging
         from av.error import FFmpegError
     except ModuleNotFoundError:
         raise UsageError("videos need PyAV: pip install 'serpent-ir[video]'") from None
@@ -65,138 +67,195 @@ def restore_video(
     if not target.parent.is_dir():
         raise UsageError(f"{target}: no such folder")
     before = FileState.of(source)
-    av_logging.set_level(av_logging.PANIC)  # what FFmpeg would print arrives as an error
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(av.open(str(source)))
-            if not file.streams.video:
-                raise SerpentError(f"{source}: holds no video")
-            with av.open(str(source)) as once_more:  # for what only a frame tells
-                first = next(once_more.decode(video=0), None)
+            film = along.film_of(file)
+            if film is None or film.codec_context is None:
+                raise SerpentError(f"{source}: holds no video" + (" that FFmpeg can decode" if film else ""))
+            first, times = _look_through(source, film.index)
         except FFmpegError as error:
             raise SerpentError(f"{source}: is no video, or damaged ({error.strerror})") from None
         if first is None:
             raise SerpentError(f"{source}: holds no frames")
-        frames = _Frames(first, restorer)
-        name, encoder = CONTAINERS[target.suffix.lower()]
-        with replacing(target) as new, av.open(new, "w", format=name) as made:
-            video = _add_video(made, file.streams.video[0], encoder, first, frames)
-            copied = _add_copies(made, file, source, target)
-            made.metadata.update(file.metadata)
-            try:
-                count = _transcode(file, made, video, copied, frames, progress)
-            except FFmpegError as error:
-                raise SerpentError(
-                    f"{source}: is damaged, or cannot be written as {target.suffix} ({error.strerror}); "
-                    "nothing was kept"
-                ) from None
-            if before:
-                before.check(source)
+        try:
+            work = _Work(source, target, film, first, times, restorer)
+            with replacing(target) as new:
+                count = work.write(new, progress)
+                line = work.told(new)
+                if before:
+                    before.check(source)
+        except FFmpegError as error:
+            raise SerpentError(
+                f"{source}: is damaged, or cannot be written as {target.suffix} ({error.strerror}); nothing was kept"
+            ) from None
+    if line:
+        warnings.warn(f"{target}: {line}", stacklevel=2)
     return count
 
 
-class _Frames:
-    """Frames to RGB, through the network, and back to what they were."""
+@dataclass(frozen=True)
+class _Times:
+    """When frames are shown, by their packets: how many, whether at one distance, and how long the last one stays."""
 
-    def __init__(self, first: "av.VideoFrame", restorer: Restorer):
-        from av.video.reformatter import Interpolation as Flags
-        from av.video.reformatter import VideoReformatter
+    count: int
+    even: bool
+    last: int
 
-        self.restorer = restorer
-        self.scale = restorer.scale
-        deep = first.format.components[0].bits > 8
-        self.rgb = "rgb48le" if deep else "rgb24"
-        self.size = first.width * self.scale, first.height * self.scale
-        # Encoders have a colour sample for two pixels; of an odd number they would lose a line.
-        chroma = "444" if any(side % 2 for side in self.size) or "444" in first.format.name else "420"
-        self.yuv = f"yuv{chroma}p" + ("10le" if deep else "")
-        unknown = first.colorspace == _UNSPECIFIED or first.format.is_rgb
-        self.matrix = (_ITU709 if first.height >= 720 else _ITU601) if unknown else int(first.colorspace)
-        self.range = 2 if int(first.color_range) == 2 else 1  # full, or from 16 to 235
-        # Without the last three a trip to RGB and back makes a frame darker by a level.
-        flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
-        self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
 
-    def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
-        """The frame restored, in the format of the encoder; it has no time yet."""
+class _Work:
+    """One file on its way into another."""
+
+    def __init__(
+        self, source: Path, target: Path, film: Any, first: "av.VideoFrame", times: _Times, restorer: Restorer
+    ):
+        self.film, self.first, self.times = film, first, times
+        self.container = CONTAINERS[target.suffix.lower()]
+        self.planned, self.any_codec = along.plan(film, self.container)
+        along.refuse(source, target, film, self.planned, _ADVISED)
+        self.frames = Frames(first, film, self.container, restorer)
+        self.seen = Seen()
+        self.shift = _beginning(film, [one.stream for one in self.planned if one.goes])
+
+    def write(self, new: BinaryIO, progress: Callable[[int, int], None] | None) -> int:
+        """Write the new file; returns the number of frames."""
+        sink, file = along.Sink(new), self.film.container
+        tags = along.file_tags(file)
+        options = along.options_for(tags, self.planned, self.container)
+        with along.open_for_writing(sink, self.container, any_codec=self.any_codec, options=options) as made:
+            made.metadata.update(tags)
+            made.set_chapters(along.chapters_of(file, self.shift))
+            video = None
+            for one in self.planned:
+                if one.stream is self.film:
+                    # Times of decoding run behind by some frames with B-frames, so that MP4 tells wrong lengths.
+                    video = self.frames.add_to(made, self.film, bframes=self.times.even, header=self.any_codec)
+                    along.describe(video, self.film, self.container)
+                    if matrix := side_data(self.first).get("DISPLAYMATRIX"):
+                        video.set_display_matrix(memoryview(matrix).cast("i")[:9])
+                else:
+                    along.add_stream(made, one, self.container)
+            count = self._transcode(made, video, sink, progress)
+        sink.check()
+        return count
+
+    def _transcode(self, made: Any, video: Any, sink: along.Sink, progress: Callable[[int, int], None] | None) -> int:
+        unit = self.film.time_base
+        length = round(1 / ((self.film.guessed_rate or _RATE) * unit))  # of a frame
+        total, count = self.film.frames or self.times.count, 0
+        lengths: dict[int, int] = {}
+        held: Any = None  # until the next one says how long it stays
+
+        def encode(frame: Any) -> None:
+            for packet in video.encode(frame):
+                packet.duration = lengths.pop(packet.pts, packet.duration)
+                made.mux(packet)
+            sink.check()
+
+        now, by = -length, round(self.shift / unit)
+        others = {one.stream.index: one for one in self.planned if one.goes}
+        decode = _decoder(self.film)
+        for packet in self.film.container.demux([self.film, *(one.stream for one in others.values())]):
+            if packet.stream_index == self.film.index:
+                for frame in decode(packet):
+                    # None: a bare stream has no times. Damaged ones may run backwards, which encoders refuse.
+                    now = max(now + 1, frame.pts - by) if frame.pts is not None else now + length
+                    self.seen.look(frame, count)
+                    restored = self.frames.restored(frame)
+                    restored.pts, restored.time_base = now, unit
+                    if held is not None:
+                        lengths[held.pts] = now - held.pts
+                        encode(held)
+                    held = restored
+                    count += 1
+                    if progress:
+                        progress(count, max(total, count) if total else 0)
+            elif packet.dts is not None and packet.stream_index in others:  # the one without is the end's
+                for new in along.packets_for(others[packet.stream_index], packet, self.shift, self.container):
+                    made.mux(new)
+                sink.check()
+        if held is not None:
+            lengths[held.pts] = self.times.last
+            encode(held)
+        encode(None)
+        return count
+
+    def told(self, new: BinaryIO) -> str:
+        """The line on what the file that was written lacks; empty where it has all."""
         import av
 
-        matrix = None if frame.format.is_rgb else self.matrix
-        before = self._reformat(frame, format=self.rgb, src_colorspace=matrix, src_color_range=self.range)
-        pixels: Any = self.restorer(before.to_ndarray())
-        after = av.VideoFrame.from_ndarray(pixels, format=self.rgb)
-        made = self._reformat(
-            after, format=self.yuv, dst_colorspace=self.matrix, src_color_range=2, dst_color_range=self.range
-        )
-        made.colorspace, made.color_range = self.matrix, self.range
-        return made
+        followed = [one for one in self.planned if one.goes and one.stream.type in ("video", "audio", "subtitle")]
+        before = Reading(self.film.container, self.film, [one.stream for one in followed], self.seen)
+        new.seek(0)
+        with av.open(new) as file:
+            film, seen = along.film_of(file), Seen()
+            for number, frame in enumerate(file.decode(film)):
+                seen.look(frame, number)
+                if number >= max(self.seen.first.values(), default=0):
+                    break
+            made = (*file.streams.video, *file.streams.audio, *file.streams.subtitles)
+            others = sorted((s for s in made if s is not film and not along.is_cover(s)), key=lambda s: s.index)
+            gone = lost(before, Reading(file, film, others, seen))
+        return told(self.planned, self.frames.lost(), gone)
 
 
-def _add_video(made: Any, old: Any, encoder: str, first: "av.VideoFrame", frames: _Frames) -> Any:
-    video = made.add_stream(encoder, rate=old.average_rate or _RATE, options=dict(_QUALITY[encoder]))
-    video.width, video.height = frames.size
-    video.pix_fmt = frames.yuv
-    context = video.codec_context
-    context.time_base = old.time_base
-    context.colorspace, context.color_range = frames.matrix, frames.range
-    context.color_primaries, context.color_trc = old.codec_context.color_primaries, old.codec_context.color_trc
-    if old.sample_aspect_ratio:
-        context.sample_aspect_ratio = old.sample_aspect_ratio
-    if first.rotation:
-        video.set_display_rotation(first.rotation)
-    video.metadata.update(old.metadata)
-    return video
+def _look_through(source: Path, index: int) -> tuple["av.VideoFrame | None", _Times]:
+    """The first frame of a stream, which tells what its file does not, and when all are shown, by their packets."""
+    import av
+
+    first, shown = None, []
+    with av.open(str(source)) as file:
+        film: Any = file.streams[index]
+        decode = _decoder(film, threads=False)
+        for packet in file.demux(film):
+            start = packet.dts if packet.pts is None else packet.pts
+            if start is not None and not packet.is_discard:
+                shown.append((start, packet.duration or 0))
+            if first is None:
+                first = next(iter(decode(packet)), None)
+        unit = film.time_base
+        shown.sort()
+        apart = [b - a for (a, _), (b, _) in pairwise(shown)]
+        length = round(1 / ((film.guessed_rate or _RATE) * unit))
+        even = not apart or max(apart) - min(apart) <= max(2, Fraction(3, 2000) / unit)
+        last = shown[-1][1] or length if shown else length
+        # Packets tell the distance in the order of decoding; where the track goes on for longer, the last frame stays.
+        if shown and (rest := _end(film) - shown[-1][0]) > 1.9 * last:
+            last = round(rest)
+        return first, _Times(len(shown), even and last <= 1.9 * max(apart, default=last), last)
 
 
-def _add_copies(made: Any, file: Any, source: Path, target: Path) -> dict[int, Any]:
-    """The streams that are copied as they are: index in the file -> stream in the one that is made."""
-    copied = {}
-    for stream in (*file.streams.audio, *file.streams.subtitles):
-        name = stream.codec_context.name if stream.codec_context else "unknown"
-        try:
-            new = made.add_stream_from_template(stream)
-        except (ValueError, RuntimeError):
-            raise SerpentError(
-                f"{source}: {target.suffix} cannot hold its {stream.type} ({name}); choose another suffix, as .mkv"
-            ) from None
-        new.metadata.update(stream.metadata)
-        copied[stream.index] = new
-    return copied
+def _end(film: Any) -> float:
+    """When a stream of video ends, in its unit, by what its file says; 0 where it says nothing."""
+    if film.duration:
+        return (film.start_time or 0) + film.duration
+    try:  # Matroska's, written as 00:01:02.345000000
+        hours, minutes, seconds = film.metadata.get("DURATION", "").split(":")
+        return float((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / film.time_base)
+    except ValueError:
+        return 0
 
 
-def _transcode(
-    file: Any,
-    made: Any,
-    video: Any,
-    copied: dict[int, Any],
-    frames: _Frames,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    old = file.streams.video[0]
-    old.thread_type = "AUTO"
-    total, count = _count(old), 0
-    length = round(1 / ((old.guessed_rate or _RATE) * old.time_base))  # of a frame
-    now = -length
-    for packet in file.demux([old, *(file.streams[index] for index in copied)]):
-        if packet.stream_index == old.index:
-            for frame in packet.decode():
-                now = now + length if frame.pts is None else frame.pts  # None: a bare stream has no timestamps
-                restored = frames.restored(frame)
-                restored.pts, restored.time_base = now, old.time_base
-                made.mux(video.encode(restored))
-                count += 1
-                if progress:
-                    progress(count, max(total, count) if total else 0)
-        elif packet.dts is not None:  # the one without is the end's
-            packet.stream = copied[packet.stream_index]
-            made.mux(packet)
-    made.mux(video.encode(None))
-    return count
+def _beginning(film: Any, others: list[Any]) -> Fraction:
+    """The time that becomes zero: that of the earliest stream. Sound before 0 is what decoders drop: it stays so."""
+    starts = [
+        stream.start_time * stream.time_base
+        for stream in (film, *others)
+        if stream.type in ("video", "audio") and stream.start_time is not None and not along.is_cover(stream)
+    ]
+    earliest = min(starts, default=Fraction(0))
+    return earliest if earliest > 0 or (film.start_time or 0) < 0 else Fraction(0)
 
 
-def _count(stream: Any) -> int:
-    """How many frames a stream has, by what its file says; 0 where it says nothing."""
-    if stream.frames:
-        return stream.frames
-    length = stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / 1e6
-    return round(length * stream.average_rate) if stream.average_rate else 0
+def _decoder(film: Any, *, threads: bool = True) -> Callable[[Any], list["av.VideoFrame"]]:
+    """What decodes a packet of a stream: FFmpeg's own decoders of VP8 and VP9 leave out alpha, libvpx has it."""
+    from av.codec.context import CodecContext
+
+    codec = film.codec_context
+    if codec.name in ("vp8", "vp9") and film.metadata.get("alpha_mode", film.metadata.get("ALPHA_MODE")) == "1":
+        other = CodecContext.create("libvpx" if codec.name == "vp8" else "libvpx-vp9", "r")
+        other.extradata = codec.extradata
+        return lambda packet: other.decode(packet if packet.size else None)
+    if threads:
+        codec.thread_type = "AUTO"
+    return lambda packet: packet.decode()

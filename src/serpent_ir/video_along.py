@@ -1,0 +1,308 @@
+"""What goes along with a video's frames: sound, subtitles, further streams, covers, attachments, chapters, tags."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from serpent_ir.errors import SerpentError
+
+_TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
+"""FFmpeg's names of formats -> what subtitles of text become where they cannot be copied."""
+
+_IMAGES = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png"), "bmp": ("cover.bmp", "image/bmp")}
+"""Codecs of covers -> name and MIME type that Matroska knows them by."""
+
+_OF_THE_OLD_FILE = {
+    *("major_brand", "minor_version", "compatible_brands", "encoder", "vendor_id", "duration", "alpha_mode", "bps"),
+    *("number_of_frames", "number_of_bytes", "source_id", "handler_name", "name", "title", "language", "location-eng"),
+}
+"""Tags that speak of the old file's bytes, or that are handled by name."""
+
+_CLASSIC = {
+    *("title", "artist", "album_artist", "album", "date", "comment", "genre", "copyright", "track", "disc", "show"),
+    *("description", "synopsis", "grouping", "lyrics", "composer", "creation_time", "location", "episode_id"),
+    *("network", "keywords", "timecode", "media_type", "hd_video", "gapless_playback", "compilation", "performer"),
+}
+"""Tags that MP4 and QuickTime hold as their players look for them; others go into a list of any keys in their place."""
+
+# Languages with two codes in ISO 639-2: FFmpeg's QuickTime muxer knows one of them, as the old Macintosh did.
+_MAC_LANGUAGES = {
+    **{"deu": "ger", "fre": "fra", "nld": "dut", "swe": "sve", "ell": "gre", "isl": "ice", "zho": "chi", "sqi": "alb"},
+    **{"rum": "ron", "cze": "ces", "slo": "slk", "mkd": "mac", "hye": "arm", "kat": "geo", "bod": "tib", "mya": "bur"},
+    "msa": "may",
+}
+
+
+def same_language(code: str) -> str:
+    """One code for a language of two in ISO 639-2."""
+    return _MAC_LANGUAGES.get(code, code)
+
+
+@dataclass
+class Along:
+    """A stream of the old file and what becomes of it.
+
+    Attributes:
+        stream: of the old file.
+        how: "film", "copy", "cover", "attachment", "no", or the codec that subtitles are converted to.
+        made: the stream of the new file that gets its packets, once there is one.
+    """
+
+    stream: Any
+    how: str
+    made: Any = None
+
+    @property
+    def goes(self) -> bool:
+        """Whether its packets go into the new file."""
+        return self.how not in ("film", "attachment", "no")
+
+    @property
+    def converted(self) -> bool:
+        """Whether they are subtitles of another codec there."""
+        return self.goes and self.how not in ("copy", "cover")
+
+    @property
+    def name(self) -> str:
+        """What the stream is, in words."""
+        stream = self.stream
+        if stream.type == "attachment" or is_cover(stream):
+            return f"attachment {stream.name}" if stream.type == "attachment" else "cover"
+        codec = stream.codec_context.name if stream.codec_context else getattr(stream, "name", None)
+        return f"{stream.type} ({codec or 'unknown'})"
+
+
+class Sink:
+    """A file for FFmpeg to write into. What goes wrong is kept for `check`: PyAV would print a traceback of it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._error = file, None
+
+    def write(self, data: bytes) -> int:
+        """Write, or do nothing once something went wrong."""
+        self._try(self._file.write, data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place; also tells where that is."""
+        return self._try(self._file.seek, offset, whence) or 0
+
+    def tell(self) -> int:
+        """The place to write at."""
+        return self._try(self._file.tell) or 0
+
+    def check(self) -> None:
+        """Raise the OSError that came up."""
+        if self._error:
+            raise self._error
+
+    def _try(self, function: Any, *args: Any) -> Any:
+        if self._error is None:
+            try:
+                return function(*args)
+            except OSError as error:
+                self._error = error
+        return None
+
+
+def open_for_writing(
+    sink: Any, container: str, *, any_codec: bool = False, options: dict[str, str] | None = None
+) -> Any:
+    """A container of FFmpeg to write.
+
+    With `any_codec` (Matroska) through FFmpeg's tee: PyAV asks the muxer what it takes by the strict rule, by which
+    Matroska has no sound of Windows Media or ADPCM, and the tee has no rule. It passes on everything but chapters, and
+    encoders must be told to write a header (`global_header`).
+    """
+    import av
+
+    if any_codec:
+        return av.open(f"[f={container}]out", "w", format="tee", io_open=lambda *_: sink)
+    return av.open(sink, "w", format=container, container_options=options)
+
+
+def is_cover(stream: Any) -> bool:
+    """Whether a stream of video is a picture beside the film."""
+    from av.stream import Disposition
+
+    return stream.type == "video" and bool(stream.disposition & Disposition.attached_pic)
+
+
+def film_of(file: Any) -> Any:
+    """The stream of video that is not a cover; None if there is none."""
+    return next((stream for stream in file.streams.video if not is_cover(stream)), None)
+
+
+def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
+    """Whether FFmpeg writes a file's beginning with such a stream."""
+    from av.error import FFmpegError
+
+    try:
+        made = open_for_writing(Sink(io.BytesIO()), container, any_codec=any_codec)
+        made.add_stream_from_template(stream, opaque=True)
+        made.start_encoding()
+    except (ValueError, RuntimeError, FFmpegError):
+        return False
+    with contextlib.suppress(FFmpegError):  # a file without packets
+        made.close()
+    return True
+
+
+def plan(film: Any, container: str) -> tuple[list[Along], bool]:
+    """What becomes of each stream of a film's file in a container, and whether it must be written with `any_codec`."""
+    import av.stream
+
+    result, any_codec = [], False
+    for stream in film.container.streams:
+        codec = stream.codec_context
+        how = "no"
+        if stream is film or stream.index == film.index:
+            stream, how = film, "film"
+        elif stream.discard == av.stream.Discard.all:
+            continue  # chapters, as MP4 has them
+        elif stream.type == "attachment":
+            how = "attachment" if container == "matroska" else "no"
+        elif is_cover(stream):
+            if codec is not None and codec.name in _IMAGES:
+                how = {"matroska": "attachment", "webm": "no"}.get(container, "cover")
+        elif stream.type == "data":
+            if stream.metadata.get("timecode") and container in ("mp4", "mov"):
+                continue  # the muxer makes one of the film's tag
+            how = "copy" if _holds(container, stream) else "no"
+        elif codec is not None:
+            if _holds(container, stream):
+                how = "copy"
+            elif container == "matroska" and _holds(container, stream, any_codec=True):
+                how, any_codec = "copy", True
+            elif stream.type == "subtitle" and codec.codec.text_sub:
+                how = _TEXT_CODECS[container]
+        result.append(Along(stream, how))
+    # FFmpeg's files have covers and attachments behind the tracks.
+    return sorted(result, key=lambda one: one.how in ("attachment", "cover")), any_codec
+
+
+def refuse(source: Path, target: Path, film: Any, planned: list[Along], containers: dict[str, str]) -> None:
+    """Raise SerpentError where sound or subtitles have no place in this container, but in another one."""
+
+    def without(ways: list[Along]) -> list[Along]:
+        return [one for one in ways if one.how == "no" and one.stream.type in ("audio", "subtitle")]
+
+    if lost := without(planned):
+        for suffix, container in containers.items():
+            if not without(plan(film, container)[0]):
+                raise SerpentError(
+                    f"{source}: {target.suffix} cannot hold its {lost[0].name}; choose another suffix, as {suffix}"
+                )
+
+
+def add_stream(made: Any, one: Along, container: str) -> None:
+    """Add a stream to a container as planned, with its tags and flags."""
+    from av.stream import Disposition
+
+    stream = one.stream
+    if one.how == "attachment":
+        name, kind = (
+            _IMAGES[stream.codec_context.name] if is_cover(stream) else ("attachment", "application/octet-stream")
+        )
+        name, kind = stream.metadata.get("filename") or name, stream.metadata.get("mimetype") or kind
+        new = made.add_attachment(name, kind, _picture(stream) if is_cover(stream) else stream.data)
+        if title := stream.metadata.get("title"):
+            new.metadata["title"] = title
+    elif one.how in ("copy", "cover"):
+        one.made = made.add_stream_from_template(stream, opaque=True)
+        describe(one.made, stream, container)
+        if one.how == "cover":
+            one.made.disposition = Disposition.attached_pic
+    elif one.goes:
+        one.made = made.add_stream(one.how)
+        one.made.time_base = Fraction(1, 1000)
+        stream.codec_context.open(strict=False)  # the header is there from then on
+        one.made.codec_context.subtitle_header = stream.codec_context.subtitle_header
+        describe(one.made, stream, container)
+
+
+def describe(new: Any, old: Any, container: str) -> None:
+    """Give a stream the tags and flags of another."""
+    new.disposition = old.disposition
+    tags: dict[str, Any] = tags_of(old.metadata)
+    if title := old.metadata.get("title") or old.metadata.get("name"):  # FFmpeg reads "name" where it wrote a title
+        tags["title"] = title
+    if language := old.metadata.get("language"):
+        tags["language"] = _MAC_LANGUAGES.get(language, language) if container == "mov" else language
+    if (handler := old.metadata.get("handler_name")) and container in ("mp4", "mov"):
+        tags["handler_name"] = handler
+    new.metadata.clear()
+    new.metadata.update(tags)
+
+
+def tags_of(metadata: dict[str, str]) -> dict[str, str]:
+    """The tags that hold for a restored file too, classic ones in lower case."""
+    kept = {}
+    for key, value in metadata.items():
+        plain = key.lower()
+        if plain not in _OF_THE_OLD_FILE and not plain.startswith("_statistics_") and not plain.startswith("bps-"):
+            kept[plain if plain in _CLASSIC else key] = value
+    return kept
+
+
+def file_tags(file: Any) -> dict[str, str]:
+    """The tags of a file that its restored version has, too."""
+    tags = tags_of(file.metadata)
+    if title := file.metadata.get("title") or file.metadata.get("TITLE"):
+        tags["title"] = title
+    return tags
+
+
+def options_for(tags: dict[str, str], planned: list[Along], container: str) -> dict[str, str]:
+    """What FFmpeg's muxer is told: tags of any key need another list, which has no covers."""
+    any_key = not all(key in _CLASSIC or key.startswith("location-") for key in tags)
+    if container in ("mp4", "mov") and any_key and not any(one.how == "cover" for one in planned):
+        return {"movflags": "use_metadata_tags"}
+    return {}
+
+
+def chapters_of(file: Any, shift: Fraction) -> list[dict[str, Any]]:
+    """The chapters, `shift` seconds earlier."""
+    moved = []
+    for chapter in file.chapters():
+        by = round(shift / chapter["time_base"])
+        moved.append(chapter | {"start": max(0, chapter["start"] - by), "end": max(0, chapter["end"] - by)})
+    return moved
+
+
+def _picture(stream: Any) -> bytes:
+    """The bytes of a cover, which FFmpeg gives as its stream's packet."""
+    import av
+
+    with av.open(str(stream.container.name), "r") as again:
+        return next(bytes(packet) for packet in again.demux(again.streams[stream.index]) if packet.size)
+
+
+def packets_for(one: Along, packet: Any, shift: Fraction, container: str) -> Iterator[Any]:
+    """The packets that become of one of the old file's, with its times `shift` seconds earlier."""
+    start = packet.dts if packet.pts is None else packet.pts
+    by = round(shift / packet.time_base)
+    new = packet
+    if one.converted:
+        subtitle = one.stream.codec_context.decode2(packet)
+        if subtitle is None or not len(subtitle):
+            return
+        new = one.made.codec_context.encode_subtitle(subtitle)
+        new.time_base, new.duration = packet.time_base, packet.duration
+        new.pts = new.dts = max(0, start - by)
+    elif one.how == "cover":
+        new.pts = new.dts = 0
+    elif one.stream.type == "subtitle":
+        new.pts = new.dts = max(0, start - by)
+    else:
+        # What an edit list cuts off is marked so in MP4; Matroska would play it, and the film later.
+        if packet.is_discard and container in ("matroska", "webm") and start - by + (packet.duration or 0) < 0:
+            return
+        new.dts -= by
+        new.pts = None if packet.pts is None else packet.pts - by
+    new.stream = one.made
+    yield new

@@ -1,0 +1,372 @@
+"""Frames of a video: from what the decoder gives through the network to what an encoder takes."""
+
+import functools
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serpent_ir.inference import Restorer
+from serpent_ir.picture import Picture
+
+if TYPE_CHECKING:
+    import av
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder of FFmpeg and what it takes.
+
+    Attributes:
+        name: FFmpeg's name.
+        options: close to what cannot be told from the original, for restored detail must survive the encoder.
+        chroma: its kinds of colour sampling.
+        bits: its bits a sample.
+        alpha: whether this entry is for frames with alpha.
+        grey: whether it takes frames without colour.
+        fields: whether it marks and codes interlaced frames.
+    """
+
+    name: str
+    options: dict[str, str] = field(default_factory=dict)
+    chroma: tuple[str, ...] = ("420", "422", "444")
+    bits: tuple[int, ...] = (8,)
+    alpha: bool = False
+    grey: bool = False
+    fields: bool = False
+
+
+_H264 = Encoder("libx264", {"crf": "16", "preset": "medium"}, bits=(8, 10), grey=True, fields=True)
+_PRORES = Encoder("prores_ks", {"profile": "4444"}, ("444",), (10,), alpha=True, fields=True)
+_FFV1 = Encoder("ffv1", {"level": "3"}, bits=(8, 10, 12, 16), alpha=True, fields=True)
+_VP9 = Encoder("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1"})
+# libvpx refuses alpha beside its alternate reference frames.
+_VP9_ALPHA = Encoder("libvpx-vp9", {**_VP9.options, "auto-alt-ref": "0"}, ("420",), alpha=True)
+_AV1 = Encoder("libsvtav1", {"crf": "18", "preset": "6"}, ("420",), (10,))
+ENCODERS = {
+    "mp4": (_H264,),
+    "mov": (_H264, _PRORES),
+    "matroska": (_H264, _FFV1),
+    "webm": (_VP9, _VP9_ALPHA, _AV1),
+}
+"""FFmpeg's names of formats -> the encoders for them, the usual one first."""
+
+_ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of matrices from YUV to RGB
+_MATRICES = {1, 4, 5, 6, 7, 9, 10}  # those that swscale converts
+_LIMITED, _FULL = 1, 2  # FFmpeg's numbers of ranges
+_FIELD_ORDERS = {2, 3, 4, 5}  # FFmpeg's numbers of the orders of fields; 1 is progressive, 0 unknown
+_GREY = {"gray": 8, "gray9le": 9, "gray10le": 10, "gray12le": 12, "gray14le": 14, "gray16le": 16}
+
+
+class Frames:
+    """Frames to RGB, through the network, and back to what they were, in the format of an encoder.
+
+    Args:
+        first: the first frame.
+        stream: its stream.
+        container: FFmpeg's name of the format that is written, a key of `ENCODERS`.
+        restorer: what each frame goes through, alone.
+
+    Attributes:
+        encoder: the one that takes most of what the frames hold.
+        told: what could not be kept, in words.
+    """
+
+    def __init__(self, first: "av.VideoFrame", stream: Any, container: str, restorer: Restorer):
+        from av.video.reformatter import Interpolation as Flags
+        from av.video.reformatter import VideoReformatter
+
+        self.told: list[str] = []
+        self.restorer, self.scale = restorer, restorer.scale
+        self.size = first.width * self.scale, first.height * self.scale
+        form = first.format
+        self.alpha = any(part.is_alpha for part in form.components)
+        self.grey = not self.alpha and form.name.startswith(("gray", "mono"))
+        self.rgb = ("rgba" if self.alpha else "rgb") + (
+            ("64le" if self.alpha else "48le") if form.components[0].bits > 8 else ("" if self.alpha else "24")
+        )
+        self.order = stream.codec_context.field_order
+        self.fields = first.interlaced_frame or self.order in _FIELD_ORDERS
+        self.encoder, self.yuv = self._encoder(form, ENCODERS[container])
+        self._colours(first)
+        self._hdr = _light(first)
+        self._transparent = False
+        # Without the last three a trip to RGB and back makes a frame darker by a level.
+        flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
+        self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
+
+    def _encoder(self, form: "av.VideoFormat", encoders: tuple[Encoder, ...]) -> tuple[Encoder, str]:
+        """The encoder that loses least, and the name of the pixels that it gets."""
+        bits = form.components[0].bits
+        wide, high = 8 // form.chroma_width(8), 8 // form.chroma_height(8)  # pixels to a sample of colour
+        chroma = "444" if self.grey or wide == 1 else "422" if high == 1 else "420"
+        odd = any(side % 2 for side in self.size)
+        if chroma != "444" and odd:  # encoders would lose a line
+            chroma = "444"
+        if chroma == "420" and self.fields and self.size[1] % 4:  # as above, of a field
+            chroma = "422"
+
+        def lost(encoder: Encoder) -> tuple[bool, bool, bool, bool]:
+            return (
+                encoder.alpha != self.alpha,
+                bits > max(encoder.bits),
+                chroma not in encoder.chroma and not (self.grey and encoder.grey),
+                min(encoder.bits) > bits,
+            )
+
+        takers = [one for one in encoders if one.alpha or not odd or "444" in one.chroma]
+        encoder = min(takers, key=lost)
+        depth = min((n for n in encoder.bits if n >= bits), default=max(encoder.bits))
+        kept = chroma if chroma in encoder.chroma else encoder.chroma[-1]
+        if depth < bits:
+            self.told.append(f"bits {depth} of {bits}")
+        if kept < chroma and not self.grey:
+            self.told.append(f"colour sampling 4:{kept[1]}:{kept[2]} of 4:{chroma[1]}:{chroma[2]}")
+        deep = "" if depth == 8 else f"{depth}le"
+        if self.grey and encoder.grey:
+            return encoder, f"gray{deep}"
+        return encoder, f"yuv{'a' if self.alpha and encoder.alpha else ''}{kept}p{deep}"
+
+    def _colours(self, first: "av.VideoFrame") -> None:
+        """Matrix and range: what the frames are read as, what is written, and what the file says."""
+        space = int(first.colorspace)
+        rgb = first.format.is_rgb
+        said = not rgb and not self.grey and space not in (0, _UNSPECIFIED)
+        before, after = _guess(first.width, first.height), _guess(*self.size)
+        self.matrix = space if said else after if rgb else before
+        self.tag = space if said else self.matrix if rgb else _UNSPECIFIED
+        if not said and not rgb and not self.grey and before != after:
+            # Players would guess by the new size; what was not said must be said, or colours change.
+            self.tag = before
+            self.told.append("that the matrix of its colours was not said (players would guess another now)")
+        if said and space not in _MATRICES:
+            self.told.append(f"exact colours (matrix {space} of ITU-T H.273 was taken for that of BT.601)")
+        if rgb:
+            self.told.append("RGB (now YUV 4:4:4)" if "444" in self.yuv else "RGB (now YUV)")
+        range_ = int(first.color_range)
+        # FFmpeg takes grey without a range for full, but finds YUV of 16 to 235 in a grey stream of H.264.
+        self.range_tag = range_ or (_FULL if self.grey else _LIMITED if rgb else 0)
+        if rgb:
+            self.range_tag = _LIMITED
+        self.range = _FULL if self.range_tag == _FULL else _LIMITED
+        self.source_range = _FULL if range_ == _FULL else _LIMITED
+
+    def add_to(self, made: Any, old: Any, *, bframes: bool, header: bool) -> Any:
+        """The stream that the frames are encoded into, with all that is said of their colours.
+
+        Args:
+            made: the container, not begun.
+            old: the stream that the frames came from.
+            bframes: False where the times of decoding must be those of showing.
+            header: whether the encoder's parameters belong into the file's header, which `made` does not say.
+        """
+        from av.codec.context import Flags
+
+        options = dict(self.encoder.options)
+        x264, av1 = self._hdr if self._hdr else ("", "")
+        if self.encoder.name == "libx264":
+            if self.fields:
+                options["weightp"] = "0"  # what interlaced coding lacks
+            if not bframes:
+                options["bf"] = "0"
+            if x264:
+                options["x264-params"] = x264
+        if self.encoder.name == "libsvtav1" and av1:
+            options["svtav1-params"] = av1
+        video = made.add_stream(self.encoder.name, rate=old.average_rate or 25, options=options)
+        video.width, video.height = self.size
+        video.pix_fmt = self.yuv
+        context = video.codec_context
+        context.time_base = old.time_base
+        context.colorspace, context.color_range = self.tag, self.range_tag
+        context.color_primaries, context.color_trc = old.codec_context.color_primaries, old.codec_context.color_trc
+        if old.sample_aspect_ratio:
+            context.sample_aspect_ratio = old.sample_aspect_ratio
+        if self.fields and self.encoder.fields:
+            context.flags |= Flags.interlaced_dct | Flags.interlaced_me
+            context.field_order = self.order if self.order in _FIELD_ORDERS else 2
+        if header:
+            context.flags |= Flags.global_header
+        return video
+
+    def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
+        """The frame restored, in the format of the encoder, with the side data of the old one; it has no time yet."""
+        if frame.interlaced_frame and frame.height > 1:
+            halves = [self._restored(_half(frame, parity)) for parity in (0, 1)]
+            made = self._reformat(frame, width=self.size[0], height=self.size[1], format=self.yuv)
+            made.make_writable()
+            for plane, *parts in zip(made.planes, *(half.planes for half in halves), strict=True):
+                rows = _rows(plane)
+                for parity, part in enumerate(parts):
+                    _fill(rows[parity::2], _rows(part))
+        else:
+            made = self._restored(frame)
+        made.colorspace, made.color_range = self.tag, self.range_tag
+        made.pict_type = 0  # the old file's would be forced on the encoder
+        return made
+
+    def _restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
+        width, height = frame.width * self.scale, frame.height * self.scale
+        if self.grey:
+            depth = _GREY.get(frame.format.name)
+            if depth is None:
+                frame, depth = self._reformat(frame, format="gray16le" if "48" in self.rgb else "gray"), 0
+            pixels = _samples(frame, depth or _GREY[frame.format.name])
+            restored = self.restorer(pixels)
+            if self.yuv.startswith("gray"):
+                made = self._reformat(frame, width=width, height=height, format=self.yuv)
+                made.make_writable()
+                _put(made, restored, _GREY[self.yuv])
+                return made
+            colours: Any = np.repeat(restored[..., None], 3, axis=2)
+            alpha = None
+            before = self._reformat(frame, format=self.rgb)
+            colourless = True
+        else:
+            matrix = None if frame.format.is_rgb else self.matrix
+            before = self._reformat(
+                frame,
+                format=self.rgb,
+                src_colorspace=matrix,
+                src_color_range=None if matrix is None else self.source_range,
+            )
+            pixels = _samples(before)
+            colourless = _without_colour(frame)
+            alpha = np.ascontiguousarray(pixels[..., 3]) if self.alpha else None
+            self._transparent |= alpha is not None and bool((alpha < np.iinfo(alpha.dtype).max).any())
+            picture = Picture(np.ascontiguousarray(pixels[..., :3]), alpha, mode="L" if colourless else "RGB")
+            done = self.restorer.picture(picture)
+            colours, alpha = done.pixels, done.alpha
+        after = before if self.scale == 1 else self._reformat(before, width=width, height=height)
+        after.make_writable()
+        whole = colours if alpha is None else np.dstack([colours, alpha])
+        _put(after, whole)
+        after.colorspace, after.color_range = 0, _FULL
+        made = self._reformat(
+            after, format=self.yuv, dst_colorspace=self.matrix, src_color_range=_FULL, dst_color_range=self.range
+        )
+        if colourless:
+            _take_colour_out(made)
+        return made
+
+    def lost(self) -> list[str]:
+        """What the frames lost on their way, once all have gone it."""
+        lost = list(self.told)
+        if self._transparent and not self.encoder.alpha:
+            lost.append("transparency (.mov, .mkv and .webm can hold it)")
+        if self.fields and not self.encoder.fields:
+            lost.append("the mark that it is interlaced")
+        return lost
+
+
+def side_data(frame: Any) -> dict[str, bytes]:
+    """What a frame carries beside its pixels, by PyAV's names of it."""
+    try:
+        return {one.type.name: bytes(one) for one in frame.side_data}
+    except ValueError:  # of a kind that this PyAV has no name for
+        return {}
+
+
+def _guess(width: int, height: int) -> int:
+    """The matrix of a video that does not say it, as players guess it: by its size."""
+    return _ITU709 if width >= 1280 or height > 576 else _ITU601
+
+
+def _rows(plane: Any) -> np.ndarray:
+    """The bytes of a plane, (rows, bytes to a row); they can be written if the frame can."""
+    return np.asarray(memoryview(plane)).view(np.uint8)[: plane.height * plane.line_size].reshape(plane.height, -1)
+
+
+def _fill(rows: np.ndarray, others: np.ndarray) -> None:
+    """Write rows of another plane; the last of them goes on where there are fewer."""
+    width = min(rows.shape[1], others.shape[1])
+    count = min(len(rows), len(others))
+    rows[:count, :width] = others[:count, :width]
+    rows[count:, :width] = others[-1, :width]
+
+
+def _half(frame: "av.VideoFrame", parity: int) -> "av.VideoFrame":
+    """A field of a frame: its even rows (parity 0) or its odd ones (1), of each plane."""
+    import av
+
+    half = av.VideoFrame(frame.width, (frame.height + 1 - parity) // 2, frame.format.name)
+    for plane, whole in zip(half.planes, frame.planes, strict=True):
+        _fill(_rows(plane), _rows(whole)[parity::2])
+    half.colorspace, half.color_range = frame.colorspace, frame.color_range
+    return half
+
+
+def _samples(frame: "av.VideoFrame", depth: int = 0) -> np.ndarray:
+    """The plane of RGB, RGBA or grey, (H, W) or (H, W, C), uint8 or uint16, scaled up from `depth` bits if given."""
+    parts = len(frame.format.components)
+    bits = frame.format.components[0].bits
+    kind = np.dtype(np.uint8 if bits == 8 else "<u2")
+    rows = _rows(frame.planes[0])[:, : frame.width * parts * kind.itemsize]
+    pixels = np.ascontiguousarray(rows).view(kind)
+    if parts > 1:
+        pixels = pixels.reshape(frame.height, frame.width, parts)
+    if depth and depth not in (8, 16):
+        return np.rint(pixels * (65535 / (2**depth - 1))).astype(np.uint16)
+    return pixels
+
+
+def _put(frame: "av.VideoFrame", pixels: np.ndarray, depth: int = 0) -> None:
+    """Write what `_samples` read."""
+    full = np.iinfo(pixels.dtype).max
+    if depth and 2**depth - 1 != full:
+        pixels = np.rint(pixels * ((2**depth - 1) / full)).astype(np.uint8 if depth == 8 else "<u2")
+    lines = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
+    _rows(frame.planes[0])[:, : lines.shape[1]] = lines
+
+
+def _colour_planes(frame: "av.VideoFrame") -> list[np.ndarray]:
+    """The samples of colour of planar YUV, a plane each; none for other formats."""
+    form = frame.format
+    if not form.name.startswith("yuv") or not form.is_planar or form.is_big_endian:
+        return []
+    kind = np.dtype(np.uint8 if form.components[1].bits == 8 else "<u2")
+    return [
+        _rows(plane)[:, : plane.width * kind.itemsize].view(kind)
+        for plane in (frame.planes[part.plane] for part in form.components[1:3])
+    ]
+
+
+def _without_colour(frame: "av.VideoFrame") -> bool:
+    """Whether planes of colour hold none: a film in black and white, or grey H.264 as FFmpeg decodes it."""
+    planes = _colour_planes(frame)
+    return bool(planes) and all((plane == 1 << frame.format.components[1].bits - 1).all() for plane in planes)
+
+
+def _take_colour_out(frame: "av.VideoFrame") -> None:
+    for plane in _colour_planes(frame):
+        plane[:] = 1 << frame.format.components[1].bits - 1
+
+
+def _light(frame: "av.VideoFrame") -> tuple[str, str] | None:
+    """The mastering display and light levels of HDR10, as parameters of x264 and of SVT-AV1; None without them."""
+    data = side_data(frame)
+    x264, av1 = [], []
+    if len(display := data.get("MASTERING_DISPLAY_METADATA", b"")) >= 88:
+        # AVMasteringDisplayMetadata: fractions of x and y of red, green, blue, white; of the darkest, the brightest
+        numbers = struct.unpack_from("=22i", display)
+        if numbers[20] and numbers[21] and all(numbers[1:20:2]):  # both halves are there
+            *places, dark, bright = (numbers[i] / numbers[i + 1] for i in range(0, 20, 2))
+            red, green, blue, white = zip(places[::2], places[1::2], strict=True)
+            named = zip("GBRW", (green, blue, red, white), strict=True)
+            named = [("WP" if name == "W" else name, x, y) for name, (x, y) in named]
+            x264.append(
+                "mastering-display="
+                + "".join(f"{name}({x * 50000:.0f},{y * 50000:.0f})" for name, x, y in named)
+                + f"L({bright * 10000:.0f},{dark * 10000:.0f})"
+            )
+            av1.append(
+                "mastering-display="
+                + "".join(f"{name}({x:.5f},{y:.5f})" for name, x, y in named)
+                + f"L({bright:.4f},{dark:.4f})"
+            )
+    if len(light := data.get("CONTENT_LIGHT_LEVEL", b"")) >= 8:
+        most, average = struct.unpack_from("=2I", light)
+        x264.append(f"cll={most},{average}")
+        av1.append(f"content-light={most},{average}")
+    return (":".join(x264), ":".join(av1)) if x264 else None
