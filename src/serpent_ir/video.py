@@ -187,7 +187,7 @@ class _Work:
         followed = [one for one in self.planned if one.goes and one.stream.type in ("video", "audio", "subtitle")]
         before = Reading(self.film.container, self.film, [one.stream for one in followed], self.seen)
         new.seek(0)
-        with av.open(new) as file:
+        with av.open(new, "r") as file:
             film, seen = along.film_of(file), Seen()
             for number, frame in enumerate(file.decode(film)):
                 seen.look(frame, number)
