@@ -10,12 +10,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether an installation is still the right one; Python sources are not copied by it.
 INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/csrc/*)
 
-.PHONY: help demo test test-all wheels clean
+.PHONY: help demo test test-all test-newest wheels clean
 
 help:
 	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
 	@echo "make test    format, lint, types, layers and tests"
 	@echo "make test-all   the same with slow doubles of tests: every level, platform and capability"
+	@echo "make test-newest   the tests with the newest PyTorch, or with another: TORCH=\"torch==2.9.*\""
 	@echo "make wheels  the wheels of all platforms, in dist/, built on this machine"
 	@echo "make clean   remove $(VENV), demo/ and caches"
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), TORCH=\"$(TORCH)\""
@@ -33,6 +34,15 @@ test: $(VENV)/.dev-installed
 	$(BIN)/lint-imports
 # A thread for each process: several processes with as many threads as cores wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
+
+# With the newest PyTorch that pip finds, in an environment of its own. With the lowest that the package takes:
+# make test-newest TORCH="torch==2.9.*". Anything that pip takes, as above: another index has CPU builds.
+test-newest: TORCH = torch
+test-newest:
+	rm -f .venv-newest/.torch-installed  # another may have come, or been asked for
+	$(MAKE) VENV=.venv-newest TORCH="--upgrade $(TORCH)" .venv-newest/.dev-installed
+	.venv-newest/bin/python -c 'import torch; print("PyTorch", torch.__version__)'
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
 
 wheels: $(VENV)/.dev-installed
 	$(BIN)/python tools/wheels.py dist
@@ -58,5 +68,5 @@ $(VENV)/.dev-installed: $(INSTALLED) | $(VENV)/.torch-installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-newest demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
