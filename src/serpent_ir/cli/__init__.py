@@ -16,6 +16,7 @@ from serpent_ir.cli.evaluate import evaluate as evaluate
 from serpent_ir.cli.train import train as train
 from serpent_ir.cli.data import data as data
 from serpent_ir.cli.models import models as models
+from serpent_ir.cli.env import env as env
 from serpent_ir.cli.export import export as export
 from serpent_ir.cli.demo import demo as demo
 from serpent_ir.cli.video import video as video

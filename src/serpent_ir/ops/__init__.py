@@ -138,6 +138,18 @@ def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
     return name
 
 
+def why_not(backend: str, device: torch.device) -> str:
+    """Why a backend cannot serve float32 tensors of a device, in one line; empty where it can."""
+    wanted = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}.get(backend, (device.type,))
+    if device.type not in wanted:
+        return f"for {', '.join(wanted)} devices"
+    if backend == "triton":
+        return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
+    if backend == "cuda":
+        return _module("cuda").unavailable(device)
+    return _module("cpu").unavailable() if backend == "cpu" else ""
+
+
 @functools.cache
 def _fast_backend(device: torch.device) -> tuple[str, str]:
     """The backend of a device, and what is missing where that is not the fastest for it. A host may have several kinds

@@ -40,6 +40,7 @@ class _Library:
     large_pages: Callable[[int, int], None]
     levels: list[str]
     openmp: int | None  # address of PyTorch's GOMP_parallel
+    file: Path
     process: int = field(default_factory=os.getpid)
     level: int = field(init=False)
 
@@ -84,7 +85,7 @@ def _load() -> tuple[_Library | None, str]:
     levels = []
     while (name := level(len(levels))) is not None:
         levels.append(name.decode())
-    library = _Library(**functions, levels=levels, openmp=_find_openmp())
+    library = _Library(**functions, levels=levels, openmp=_find_openmp(), file=found[0])
     if wanted := os.environ.get(LEVEL_VARIABLE):
         if wanted not in levels:
             return None, f"{LEVEL_VARIABLE}={wanted}: this machine runs {', '.join(levels)}"
@@ -135,6 +136,16 @@ def _library() -> _Library:
 def levels() -> list[str]:
     """Dispatch levels that this machine can run, the plainest first."""
     return list(_library().levels)
+
+
+def level() -> str:
+    """The level that runs."""
+    return _library().levels[_library().level]
+
+
+def library_file() -> Path:
+    """Where the library lies."""
+    return _library().file
 
 
 def use_level(name: str | None = None) -> None:

@@ -1,0 +1,109 @@
+"""serpent env."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from serpent_ir import __version__
+from serpent_ir.cli.shell import Json, shell_command
+
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "SERPENT_CPU_LEVEL", "TRITON_INTERPRET")
+"""Of the environment, what decides how the package runs."""
+
+
+@shell_command("Tell what a bug report needs: versions, devices, and which backend serves each device, and why.")
+def env(as_json: Json = False) -> None:
+    """Print what of this machine and its packages decides how serpent-ir runs. A home folder is written as `~`.
+
+    In JSON: `serpent_ir`, `python`, `platform` and `torch`, strings; `packages`, name -> version, null where it is not
+    installed; `devices`, a list of {name, product, backend, backends}, where `backends` says of each why it cannot
+    serve, "" where it can; `cpu_library`, {level, levels, file}, null without the library; `threads`; `cache`,
+    {folder, bytes}; `variables`.
+    """
+    import torch
+
+    from serpent_ir.inference import available_devices
+
+    told = {
+        "serpent_ir": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'}",
+        "packages": _packages(),
+        "devices": [_device(name) for name in available_devices()],
+        "cpu_library": _cpu_library(),
+        "threads": torch.get_num_threads(),
+        "cache": _cache(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+    if as_json:
+        print(json.dumps(told))
+        return
+    for key in ("serpent_ir", "python", "platform", "torch"):
+        print(f"{key.replace('_', '-')}: {told[key]}")
+    print("packages:", ", ".join(f"{name} {version or '-'}" for name, version in told["packages"].items()))
+    for device in told["devices"]:
+        print(f"{device['name']} ({device['product']}): the scan runs by {device['backend']}")
+        for backend, reason in device["backends"].items():
+            print(f"  {backend}: {reason or 'can serve'}")
+    library, cache = told["cpu_library"], told["cache"]
+    if library:
+        print(f"C library: {library['level']} of {', '.join(library['levels'])}; {library['file']}")
+    print(f"threads: {told['threads']}")
+    print(f"cache: {cache['folder'] or 'none: no home folder'}, {cache['bytes'] / 1e6:.1f} MB")
+    print("variables:", ", ".join(f"{name}={value}" for name, value in told["variables"].items()) or "none that matter")
+
+
+def _packages() -> dict[str, str | None]:
+    """Versions of what the package asks for, in its order; extras included, tools for developers not."""
+    names: dict[str, str | None] = {}
+    for requirement in importlib.metadata.requires("serpent-ir") or []:
+        if (name := re.match(r"[\w.-]+", requirement)) and not re.search(r"extra == .(dev|wheels|docs)", requirement):
+            names.setdefault(name.group().lower())
+    names.pop("serpent-ir", None)
+    names.setdefault("triton")
+    for name in names:
+        try:
+            names[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return names
+
+
+def _device(name: str) -> dict[str, Any]:
+    import torch
+
+    from serpent_ir.ops import BACKENDS, default_backend, why_not
+    from serpent_ir.passes import device_name
+
+    device = torch.device(name)
+    product = platform.processor() or platform.machine() if device.type == "cpu" else device_name(device)
+    backends = {backend: why_not(backend, device) for backend in BACKENDS}
+    return {"name": name, "product": product, "backend": default_backend(device), "backends": backends}
+
+
+def _cpu_library() -> dict[str, Any] | None:
+    from serpent_ir.ops import cpu
+
+    if cpu.unavailable():
+        return None
+    return {"level": cpu.level(), "levels": cpu.levels(), "file": _short(cpu.library_file())}
+
+
+def _cache() -> dict[str, Any]:
+    from serpent_ir.ops.nvrtc import cache_folder
+
+    folder = cache_folder()
+    files = [file for file in folder.rglob("*") if file.is_file()] if folder and folder.is_dir() else []
+    return {"folder": folder and _short(folder), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def _short(path: Path) -> str:
+    """A path without the name of the person whose home folder it lies in."""
+    home = os.path.expanduser("~")  # noqa: PTH111  raises nothing where there is no home
+    text = str(path)
+    return "~" + text[len(home) :] if home not in ("~", os.sep) and text.startswith(home + os.sep) else text
