@@ -19,10 +19,11 @@ from torch import Tensor
 
 from serpent_ir import image_encoders
 from serpent_ir.errors import ImageError, UsageError
-from serpent_ir.image_decoders import decode, reason
+from serpent_ir.image_decoders import TIFFS, decode, reason
 from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture as Picture
 from serpent_ir.picture import Pixels as Pixels
+from serpent_ir.tiff_pages import TiffPages, copies_left
 from serpent_ir.writing import whole_file
 
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
@@ -92,7 +93,7 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
             raise ImageError(f"{path}: is not a regular file; write it to one first")
         if path.stat().st_size > host_available():
             raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
-        data = path.read_bytes()
+        data, planes, left = _first_page(path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {reason(error)}") from error
     if not data:
@@ -100,16 +101,34 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
     if path.suffix.lower() in RAW_SUFFIXES:
         raise ImageError(f"{path}: is a camera's raw file; develop it first, best as a TIFF of 16 bits")
     try:
-        picture, notes, lost = decode(data)
+        picture, notes, lost = decode(data, planes)
     except MemoryError as error:
         raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # decoders meet damaged files with any type, struct.error and SyntaxError among them
         raise ImageError(f"{path}: is damaged or cut short ({reason(error)}); get the file again") from error
+    if planes > 1:
+        notes.insert(0, f"holds {planes} pages; the first is taken; --pages all restores each")
+    if left:
+        lost.append(copies_left(left))
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
     return picture, lost
+
+
+def _first_page(path: Path) -> tuple[bytes, int, int]:
+    """A file; or of a TIFF of several pages the first, with how many there are, and copies that are no pages."""
+    with path.open("rb") as file:
+        if file.read(4) in TIFFS:
+            file.seek(0)
+            try:
+                pages = TiffPages(file)
+                if len(pages) > 1 or pages.left or pages.is_big:
+                    return pages.page(0), len(pages), pages.left
+            except Exception:  # whatever is wrong, reading the file names it
+                pass
+    return path.read_bytes(), 1, 0
 
 
 def write_image(path: str | Path, picture: Picture) -> None:

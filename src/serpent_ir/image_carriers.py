@@ -61,6 +61,11 @@ CARRIERS: dict[str, Carrier] = {
     "extended_xmp": _row("extended XMP", kept=".jpg"),  # a packet whose GUID stands in `xmp`
     "motion_video": _row("the video of a motion photo", kept=".jpg"),  # all from the video on, to the end of the file
     "samsung_trailer": _row("Samsung's trailer", kept=".jpg"),  # its blocks and their directory
+    # Parts of Picture.tiff: at another size they are written as they are true of that
+    "stack": _row("a description of ImageJ or OME with its scale", kept=".tif"),
+    "geo": _row("its place on the map (GeoTIFF)", kept=".tif"),
+    "gdal": _row("GDAL's metadata", kept=".tif"),
+    "imagej": _row("ImageJ's labels, ranges and regions", kept=".tif"),
     # What no format keeps
     "gain_map": _row("a gain map (HDR)"),
     "depth_map": _row("a depth map"),

@@ -20,7 +20,8 @@ from serpent_ir.errors import ImageError
 from serpent_ir.forks import Lock, in_child
 from serpent_ir.image_metadata import metadata_of
 from serpent_ir.image_png import alpha_of_png
-from serpent_ir.picture import Picture
+from serpent_ir.picture import Picture, TiffRecord
+from serpent_ir.tiff_records import read_record
 from serpent_ir.tiff_samples import read_samples
 
 _PNG, TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -32,8 +33,10 @@ _bound_lock = Lock()
 _bounds: list[int | None] = []  # Pillow's own, while there is none in its place
 
 
-def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
+def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Picture, list[str], list[str]]:
     """The picture in a file, and what a person should know of how its pixels, and its metadata, were read.
+
+    `data` may be a page of a TIFF of so many `planes`; `whole` says that all of them will stay together.
 
     Raises ImageError for what is known to be wrong, and whatever a decoder raises for a damaged file.
     """
@@ -51,6 +54,7 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
     if tiff:
         # First: when Pillow loads the pixels of a TIFF it turns them upright.
         kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
+        kept["tiff"] = tiff_record(io.BytesIO(data), orientation, lost, planes, whole=whole)
         if read := read_samples(data, image, notes):
             picture = _picture(read[0], mode=read[1], format="TIFF")
             return _upright(replace(picture, **kept), orientation), notes, lost
@@ -87,12 +91,36 @@ def decode(data: bytes) -> tuple[Picture, list[str], list[str]]:
     return _upright(replace(picture, **kept), orientation), notes, lost
 
 
+def tiff_record(
+    file: BinaryIO, orientation: int, lost: list[str], planes: int = 1, *, whole: bool = False
+) -> TiffRecord | None:
+    """`Picture.tiff` of the first page of a TIFF; `lost` gets what is left out of it. Nothing of damaged tags."""
+    import tifffile
+
+    file.seek(0)
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            page = tiff.pages.first.aspage()
+            width, height = page.imagewidth, page.imagelength
+            turned = orientation in range(2, 9)
+            upright = (height, width) if orientation in range(5, 9) else (width, height)
+            record, left = read_record(page, planes, whole=whole, turned=turned, size=upright)
+    except Exception:  # tifffile raises anything for damaged tags
+        return None
+    lost += left
+    return record
+
+
 def open_header(data: bytes | BinaryIO) -> Image.Image | None:
     """Parse the header with Pillow; None if it knows no such format."""
+    start = data[:4] if isinstance(data, bytes) else data.read(4)
+    if start == b"MM\0+":  # Pillow takes it for a TIFF of 32-bit offsets
+        return None
     with _bound_lock:  # Pillow's bound is a global of its module; ours is checked by the caller
         _bounds.append(Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None
         file = io.BytesIO(data) if isinstance(data, bytes) else data
+        file.seek(0)
         try:
             return Image.open(file)
         except UnidentifiedImageError:

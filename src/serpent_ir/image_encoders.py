@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from serpent_ir.image_metadata import with_resolution, with_size
 from serpent_ir.image_png import chunk, with_chunks
 from serpent_ir.picture import Picture
 from serpent_ir.tiff import write_tiff
+from serpent_ir.tiff_records import names_of, tags_of
 
 _JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -42,13 +44,10 @@ _FIELDS = ("icc_profile", "exif", "xmp", "dpi")
 def encode(picture: Picture, suffix: str) -> bytes:
     """The bytes of an image file in the format of a suffix of `SAVE_OPTIONS`."""
     check_sides(picture.pixels.shape[1], picture.pixels.shape[0], suffix)
-    picture = _fitting(picture, suffix)
+    picture = fitting(picture, suffix)
     if suffix in (".tif", ".tiff"):
         buffer = io.BytesIO()
-        shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
-        rows = max(1, (1 << 22) // shape[1])
-        parts = (slice(top, top + rows) for top in range(0, shape[0], rows))
-        strips = (_samples(picture, picture.pixels[p], _part(picture.alpha, p)) for p in parts)
+        shape, strips = samples_of(picture)
         write_tiff(buffer, picture, strips, shape, picture.pixels.dtype)
         return buffer.getvalue()
     pixels, alpha = picture.pixels, None if suffix in _OPAQUE else picture.alpha
@@ -69,7 +68,7 @@ def encode(picture: Picture, suffix: str) -> bytes:
     return with_segments(buffer.getvalue(), picture.carried) if suffix in (".jpg", ".jpeg") else buffer.getvalue()
 
 
-def _fitting(picture: Picture, suffix: str) -> Picture:
+def fitting(picture: Picture, suffix: str) -> Picture:
     """A picture with that alone which its format holds, and in the way in which it does."""
     height, width = picture.pixels.shape[:2]
     fields = {name: getattr(picture, name) for name in _FIELDS if fate(name, suffix) != TOLD}
@@ -113,6 +112,14 @@ def _with_numbers(data: bytes, cicp: bytes | None) -> bytes:
     return data if cicp is None or place < 8 else data[:place] + struct.pack(">HH", *cicp[:2]) + data[place + 4 :]
 
 
+def samples_of(picture: Picture) -> tuple[tuple[int, int, int], Iterator[NDArray[Any]]]:
+    """The shape (H, W, samples) of what a TIFF holds of a picture, and its rows in parts."""
+    shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
+    rows = max(1, (1 << 22) // shape[1])
+    parts = (slice(top, top + rows) for top in range(0, shape[0], rows))
+    return shape, (_samples(picture, picture.pixels[p], _part(picture.alpha, p)) for p in parts)
+
+
 def check_sides(width: int, height: int, suffix: str) -> None:
     """Raise ImageError where a format cannot hold an image of this size, as is known before it is made."""
     most = _LONGEST.get(suffix, 0)
@@ -123,6 +130,7 @@ def check_sides(width: int, height: int, suffix: str) -> None:
 def left_out(picture: Picture, suffix: str) -> list[str]:
     """What of a picture the format cannot hold, in words."""
     there = {name for name in _FIELDS if getattr(picture, name)} | set(picture.carried)
+    there |= names_of(picture.tiff)
     if picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
         there.add("alpha")
     if picture.pixels.dtype == np.uint16:
@@ -139,6 +147,8 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
         lost.append(f"an ICC profile for {'grey' if is_grey else 'other samples'}")
     for name in ("exif", "xmp"):
         lost += [f"{name.upper()} data of over 64 KB"] * _too_long(getattr(picture, name), suffix, name)
+    if suffix in (".tif", ".tiff") and picture.tiff:
+        lost += left_at_size(picture)
     if "cicp" in there and fate("cicp", suffix) == CONVERTED:
         if icc_of_cicp(picture.carried["cicp"]) is None:
             lost.append(CARRIERS["cicp"].words)
@@ -150,6 +160,12 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
 def advice(picture: Picture) -> str:
     """A format that holds all of a picture, to be named where another one does not; "" where none does."""
     return next((suffix for suffix in (".png", ".tif", ".jpg") if not left_out(picture, suffix)), "")
+
+
+def left_at_size(picture: Picture) -> list[str]:
+    """Of what a TIFF alone can hold that which is not true of an image of another size."""
+    height, width = picture.pixels.shape[:2]
+    return tags_of(picture.tiff, (width, height), 1, 8, 1)[2] if picture.tiff else []
 
 
 def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:

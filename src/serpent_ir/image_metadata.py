@@ -17,6 +17,7 @@ from serpent_ir.image_carriers import kept_by_none
 from serpent_ir.image_heif import carried_by_heif
 from serpent_ir.image_jpeg import after_the_image, carried_by_jpeg, iptc_of
 from serpent_ir.image_png import SIGNATURE, carried_by_png
+from serpent_ir.tiff_descriptions import kind_of
 
 SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 XMP_TAG = 700
@@ -163,7 +164,7 @@ def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
     for tag, value in tags.items():
         if tag in SUB_IFDS:
             kept.get_ifd(tag).update(tags.get_ifd(tag))
-        elif tag in _EXIF_OF_TIFF:
+        elif tag in _EXIF_OF_TIFF and not (tag == 270 and kind_of(str(value).encode())):
             kept[tag] = value
     return kept.tobytes() if len(kept) or any(kept.get_ifd(tag) for tag in SUB_IFDS) else None
 

@@ -12,6 +12,25 @@ GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B")
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
+@dataclass(frozen=True)
+class TiffRecord:
+    """What a TIFF says of its pixels' size and place; at another size it is written as it is true of that.
+
+    Attributes:
+        size: of the image that it is true of, width first.
+        descriptions: texts of ImageDescription, as bytes.
+        resolution: XResolution and YResolution as fractions, and ResolutionUnit: 1 none, 2 inch, 3 cm.
+        tags: of GeoTIFF and GDAL: number, type as `struct` has it, count, value.
+        imagej: what stands in ImageJ's own tag: Labels, Ranges, LUTs, Info, ROI, Overlays, Properties.
+    """
+
+    size: tuple[int, int]
+    descriptions: tuple[bytes, ...] = ()
+    resolution: tuple[tuple[int, int], tuple[int, int], int] | None = None
+    tags: tuple[tuple[int, str, int, Any], ...] = ()
+    imagej: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An image and what must survive its restoration; `dataclasses.replace(picture, pixels=...)` swaps the pixels.
@@ -27,6 +46,7 @@ class Picture:
         xmp: the XMP packet.
         dpi: horizontal and vertical resolution in pixels per inch.
         carried: what else the file carried and some format keeps, by its name in `image_carriers.CARRIERS`.
+        tiff: what only a TIFF can hold.
     """
 
     pixels: Pixels
@@ -38,6 +58,7 @@ class Picture:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
     carried: Mapping[str, Any] = field(default_factory=dict)
+    tiff: TiffRecord | None = None
 
     @property
     def is_grey(self) -> bool:

@@ -10,11 +10,12 @@ import numpy as np
 from serpent_ir.errors import ImageError
 from serpent_ir.file_state import FileState
 from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
-from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, open_header
-from serpent_ir.image_encoders import check_sides
+from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, decode, open_header, tiff_record
+from serpent_ir.image_encoders import check_sides, fitting, left_at_size, samples_of
 from serpent_ir.image_metadata import metadata_of
 from serpent_ir.inference import Restorer, Samples
-from serpent_ir.tiff import TiffRows, write_tiff
+from serpent_ir.tiff import TiffOutput, TiffRows, write_tiff
+from serpent_ir.tiff_pages import TiffPages, copies_left
 from serpent_ir.tiling import Span
 
 LARGE = 1 << 25
@@ -45,9 +46,17 @@ class Source:
         except Exception:  # `picture` meets it again and gives it its name
             self.large = False
 
-    def load(self) -> "Source":
-        """Read the file now, if it is not large."""
-        if not self.large:
+    def _count(self) -> int:
+        """How many pages or frames there are; 1 where that cannot be told."""
+        try:
+            with self.path.open("rb") as file:
+                return len(TiffPages(file)) if self._tiff else getattr(open_header(file), "n_frames", 1)
+        except Exception:  # `picture` gives it its name
+            return 1
+
+    def load(self, pages: str = "first") -> "Source":
+        """Read the file now, if it is not large; or all pages of it are wanted, which are read one by one."""
+        if not self.large and (pages == "first" or self._count() == 1):
             self._picture = read_image(self.path)
         return self
 
@@ -58,12 +67,28 @@ class Source:
         return self._picture
 
     def restore(
-        self, restorer: Restorer, target: Path, progress: Callable[[int, int], None], mask: Path | None = None
+        self,
+        restorer: Restorer,
+        target: Path,
+        progress: Callable[[int, int], None],
+        mask: Path | None = None,
+        *,
+        pages: str = "first",
     ) -> "Restored":
         """Restore the image; what `Restored` still has to write is written by its `write`.
 
-        `mask` is an image file whose light pixels are missing, for weights of `inpaint`.
+        `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all":
+        each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
         """
+        if pages == "all" and (count := self._count()) > 1:
+            if not self._tiff:
+                raise ImageError(
+                    f"{self.path}: holds {count} images and is no TIFF, and --pages all is for those; leave it out to "
+                    "restore the first, or use serpent video"
+                )
+            if target.suffix.lower() not in (".tif", ".tiff"):
+                raise ImageError(f"{self.path}: holds {count} pages, which {target.suffix} does not; choose .tif by -o")
+            return _restore_pages(self, target, restorer, progress, _read_mask(mask))
         if mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff"):
             try:
                 return _restore_by_rows(self, target, restorer, progress)
@@ -115,6 +140,49 @@ class Restored:
             self._picture = None
 
 
+def _restore_pages(
+    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], mask: np.ndarray | None
+) -> Restored:
+    """Each page of a TIFF, in their order, of which one is in memory at a time."""
+    path = source.path
+    told: set[str] = set()
+
+    def tell(place: Path, text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warnings.warn(f"{place}: {text}", stacklevel=2)
+
+    with path.open("rb") as file, closing(TiffPages(file)) as pages, replacing(target) as new:
+        count, size = len(pages), (0, 0)
+        if pages.files > 1:
+            raise ImageError(f"{path}: is one of a set of OME's files, whose pages belong together; join them first")
+        if pages.left:
+            tell(path, copies_left(pages.left))
+        with TiffOutput(new, pages.nbytes() * restorer.scale**2) as output:
+            for number in range(count):
+                label = f"{path}: page {number + 1}"
+                try:
+                    picture, notes, lost = decode(pages.page(number), count, whole=True)
+                except ImageError as error:
+                    raise ImageError(f"{label}: {error}") from error
+                except Exception as error:  # decoders have no common type for damaged data
+                    raise ImageError(f"{label}: is damaged or cut short; get the file again") from error
+                for note in (*notes, *lost):
+                    tell(path, note)
+                size = size if number else picture.pixels.shape[:2]
+
+                def part(done: int, parts: int, number: int = number) -> None:
+                    progress(number * parts + done, count * parts)
+
+                restored = restorer.picture(picture, mask=mask, label=label, progress=part)
+                for what in left_at_size(restored):
+                    tell(target, f"without {what}")
+                shape, strips = samples_of(restored)
+                output.write(fitting(restored, ".tif"), strips, shape, restored.pixels.dtype, count - number)
+        source.check_unchanged()
+    return Restored(target, size[1], size[0], None)
+
+
 class _NotByRowsError(Exception):
     """A TIFF that has to be read whole."""
 
@@ -125,12 +193,16 @@ def _restore_by_rows(
     path, notes = source.path, []
     with path.open("rb") as header, path.open("rb") as file:
         try:
+            if file.read(4) == b"MM\0+":  # whose metadata Pillow misreads
+                raise _NotByRowsError
+            file.seek(0)
             rows = TiffRows(file)
         except Exception as error:  # whatever is wrong, reading it whole will name it
             raise _NotByRowsError from error
         if rows.height * rows.width > MAX_PIXELS:
             raise _NotByRowsError
-        kept, _ = metadata_of(open_header(header), header, notes, notes)
+        kept, orientation = metadata_of(open_header(header), header, notes, notes)
+        kept["tiff"] = tiff_record(header, orientation, notes)
         for note in notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
         about = Picture(np.empty((0, 0, 3), rows.dtype), mode="L" if rows.samples <= 2 else "RGB", **kept)

@@ -4,6 +4,7 @@ By tifffile: Pillow has no 16-bit colour, cannot write EXIF data into a compress
 """
 
 import logging
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,11 +19,13 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from serpent_ir.errors import ImageError
 from serpent_ir.image_metadata import IPTC_TAG, RATINGS, SUB_IFDS, XMP_TAG, XP, with_size
 from serpent_ir.picture import Picture
+from serpent_ir.tiff_records import tags_of
 from serpent_ir.tiling import Span
 
 _STRIP = 1 << 20  # bytes of a written strip before compression, about
 _CLASSIC = 2**32 - 2**26  # bytes of samples up to which offsets of 32 bits do
 _DEFLATE = (8, 32946)
+_DESCRIPTION = 270
 
 
 def write_tiff(
@@ -33,31 +36,63 @@ def write_tiff(
     Samples are grey or RGB, then alpha. The metadata is that of `about`. EXIF data that is damaged, or of an image
     beyond 4 GB, whose directories are others, is left out.
     """
-    import tifffile
+    with TiffOutput(file, math.prod(shape) * np.dtype(dtype).itemsize) as output:
+        output.write(about, strips, shape, dtype)
 
-    height, width, samples = shape
-    nbytes = height * width * samples * np.dtype(dtype).itemsize
-    tags = _tags(with_size(about.exif, width, height) if nbytes <= _CLASSIC else None)
-    sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
-    extra: list[Any] = [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
-    extra += [(tag, "H", 1, tags[tag], True) for tag in RATINGS if isinstance(tags.get(tag), int)]
-    extra += [(tag, "B", len(tags[tag]), tags[tag], True) for tag in XP if isinstance(tags.get(tag), bytes)]
-    extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
-    if about.xmp:
-        extra.append((XMP_TAG, "B", len(about.xmp), about.xmp, True))
-    if iptc := about.carried.get("iptc"):
-        extra.append((IPTC_TAG, "B", len(iptc), iptc, True))
-    options: dict[str, Any] = {"compression": "zlib", "predictor": True, "metadata": None, "software": False}
-    options |= {"photometric": "rgb" if samples > 2 else "minisblack", "extratags": extra}
-    if samples > 1:
-        options |= {"planarconfig": "contig", "extrasamples": ["unassalpha"] * (samples in (2, 4))}
-    if about.dpi:
-        options |= {"resolution": about.dpi, "resolutionunit": "INCH"}
-    elif aspect := about.carried.get("aspect"):
-        options |= {"resolution": aspect, "resolutionunit": "NONE"}
-    rows = max(1, min(height, _STRIP // max(1, nbytes // height)))
-    with tifffile.TiffWriter(file, bigtiff=nbytes > _CLASSIC, byteorder="<") as writer:
-        writer.write(
+
+class TiffOutput:
+    """A TIFF that is written page by page; `nbytes` are those of all samples, about. Used as a context."""
+
+    def __init__(self, file: BinaryIO, nbytes: int):
+        import tifffile
+
+        self._file, self._big = file, nbytes > _CLASSIC
+        self._writer = tifffile.TiffWriter(file, bigtiff=self._big, byteorder="<")
+        self._directories: list[dict[int, dict[int, Any]]] = []  # of EXIF and GPS, of each page
+
+    def __enter__(self) -> "TiffOutput":
+        return self
+
+    def __exit__(self, failed: Any, *_: Any) -> None:
+        self._writer.close()
+        if not failed and any(self._directories):
+            _append_directories(self._file, self._directories)
+
+    def write(
+        self,
+        about: Picture,
+        strips: Iterable[NDArray[Any]],
+        shape: tuple[int, int, int],
+        dtype: DTypeLike,
+        planes: int = 1,
+    ) -> None:
+        """Add a page, as `write_tiff` does. `planes` is how many the file will hold from this one on."""
+        height, width, samples = shape
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        tags = _tags(with_size(about.exif, width, height) if not self._big else None)
+        sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
+        extra, options = [], {}
+        if about.tiff:
+            tags.pop(_DESCRIPTION, None)
+            extra, options, _ = tags_of(about.tiff, (width, height), samples, np.dtype(dtype).itemsize * 8, planes)
+        if about.dpi and not options:
+            options = {"resolution": about.dpi, "resolutionunit": "INCH"}
+        elif (aspect := about.carried.get("aspect")) and not options:
+            options = {"resolution": aspect, "resolutionunit": "NONE"}
+        extra += [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
+        extra += [(tag, "H", 1, tags[tag], True) for tag in RATINGS if isinstance(tags.get(tag), int)]
+        extra += [(tag, "B", len(tags[tag]), tags[tag], True) for tag in XP if isinstance(tags.get(tag), bytes)]
+        extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
+        if about.xmp:
+            extra.append((XMP_TAG, "B", len(about.xmp), about.xmp, True))
+        if iptc := about.carried.get("iptc"):
+            extra.append((IPTC_TAG, "B", len(iptc), iptc, True))
+        options |= {"compression": "zlib", "predictor": True, "metadata": None, "software": False}
+        options |= {"photometric": "rgb" if samples > 2 else "minisblack", "extratags": extra}
+        if samples > 1:
+            options |= {"planarconfig": "contig", "extrasamples": ["unassalpha"] * (samples in (2, 4))}
+        rows = max(1, min(height, _STRIP // max(1, nbytes // height)))
+        self._writer.write(
             _compressed(strips, rows, np.dtype(dtype)),
             shape=shape if samples > 1 else shape[:2],
             dtype=dtype,
@@ -65,8 +100,7 @@ def write_tiff(
             iccprofile=about.icc_profile,
             **options,
         )
-    if sub_ifds:
-        _append_directories(file, sub_ifds)
+        self._directories.append(sub_ifds)
 
 
 def _tags(exif: bytes | None) -> Image.Exif:
@@ -98,18 +132,21 @@ def _compressed(parts: Iterable[NDArray[Any]], rows: int, dtype: np.dtype[Any]) 
             yield compress(rest)
 
 
-def _append_directories(file: BinaryIO, sub_ifds: dict[int, dict[int, Any]]) -> None:
-    """Put EXIF and GPS directories at the end of a TIFF and point its placeholder tags there."""
+def _append_directories(file: BinaryIO, directories: list[dict[int, dict[int, Any]]]) -> None:
+    """Put EXIF and GPS directories of each page at the end of a TIFF and point their placeholder tags there."""
     import tifffile
 
     file.seek(0)
+    entries = []
     with tifffile.TiffFile(file) as written:
-        entries = {tag: written.pages.first.aspage().tags[tag - 1].offset for tag in sub_ifds}
-    for tag, entry in entries.items():
+        for index, sub_ifds in enumerate(directories):
+            page = written.pages[index].aspage() if sub_ifds else None
+            entries += [(tag, page.tags[tag - 1].offset, ifd) for tag, ifd in sub_ifds.items() if page is not None]
+    for tag, entry, ifd in entries:
         end = file.seek(0, 2)
         start = end + end % 2
         directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=tag)
-        directory.update(sub_ifds[tag])
+        directory.update(ifd)
         file.write(b"\0" * (end % 2) + directory.tobytes(start))
         file.seek(entry)
         file.write(struct.pack("<HHII", tag, 4, 1, start))

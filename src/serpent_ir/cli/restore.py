@@ -40,6 +40,9 @@ def restore(
         Path | None,
         typer.Option(metavar="PATH", help="For inpaint: an image, white where pixels are missing; or a folder."),
     ] = None,
+    pages: Annotated[
+        str, typer.Option(metavar="first|all", help="Of a TIFF of several pages: the first, or all into one file.")
+    ] = "first",
     compare: Annotated[bool, typer.Option("--compare", help="Also write NAME-compare.png: before and after.")] = False,
     reference: Annotated[
         Path | None, typer.Option(metavar="PATH", help="With --compare: the true image, to measure; or a folder.")
@@ -63,6 +66,7 @@ def restore(
         skip_existing: leave out images whose output is there, whatever made it.
         manifest: leave out images that this file names as done with these settings, and note there what gets done.
         mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
+        pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
         compare: also write what `serpent_ir.compare` draws, beside each output.
         reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
@@ -82,6 +86,10 @@ def restore(
     rank, world = rank_and_world()
     if reference and not compare:
         raise UsageError("--reference is for --compare; give both")
+    if pages not in ("first", "all"):
+        raise UsageError(f"--pages {pages}: use first or all")
+    if compare and pages == "all":
+        raise UsageError("--compare shows the first page; use it without --pages all")
     planned = plan_files(inputs, output)
     if compare:
         check_sheets(planned)
@@ -103,6 +111,7 @@ def restore(
     _check_companions(restorer, mask, reference)
     settings = {"model": name, "weights": version, "tile": tile, "overlap": tile_overlap}
     settings |= {"mask": str(mask.absolute())} if mask else {}
+    settings |= {"pages": pages} if pages != "first" else {}
 
     def mask_of(job: "Job") -> Path | None:
         return companion(mask, job, output, "mask")
@@ -119,7 +128,7 @@ def restore(
             )
 
         beside = (mask_of, comparison if compare else None)
-        own = _restore(jobs, restorer, record, skip_existing, *beside, raises=not as_json)
+        own = _restore(jobs, restorer, record, skip_existing, *beside, pages, raises=not as_json)
     everybody = gather(own)
     if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
         _sum_up(everybody, as_json)
@@ -132,6 +141,7 @@ def _restore(
     skip_existing: bool,
     mask_of: "Callable[[Job], Path | None]",
     compare: "Callable[[Job], dict[str, float]] | None",
+    pages: str,
     *,
     raises: bool,
 ) -> dict[str, Any]:
@@ -150,7 +160,7 @@ def _restore(
     def read(job: "Job") -> "Source":
         if record:
             record.begin(job)
-        return Source(job.source).load()
+        return Source(job.source).load(pages)
 
     def work(job: "Job", source: "Source", tell: "Parts") -> "Restored":
         tiles = 1
@@ -160,7 +170,7 @@ def _restore(
             tiles = total
             tell(done, total)
 
-        restored = source.restore(restorer, job.target, count, mask_of(job))
+        restored = source.restore(restorer, job.target, count, mask_of(job), pages=pages)
         facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
         return restored
 
