@@ -182,7 +182,7 @@ def test_first_frame(suffix, tmp_path):
     file = tmp_path / f"a.{suffix}"
     options: dict = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(file, save_all=True, append_images=frames[1:], **options)
-    with pytest.warns(UserWarning, match=rf"a\.{suffix}: holds 3 images; the first is taken"):
+    with pytest.warns(UserWarning, match=rf"a\.{suffix}: holds 3 (images|pages); the first is taken"):
         assert np.array_equal(read_image(file).pixels, np.asarray(frames[0].convert("RGB")))
     if suffix == "tif":
         tifffile.imwrite(file, np.stack([draw(np.uint16, seed=seed) for seed in range(3)]), photometric="rgb")
