@@ -1,5 +1,6 @@
 """The CUDA and the Triton scan at real sizes, on a GPU."""
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("triton")
 
 from scan_checks import GPU, LEVELS, check_against_float64, draw_like, make, poison, shared_gpu
 
-from serpent_ir.ops import chunked, cuda, triton_scan
+from serpent_ir.ops import chunked, cuda, nvrtc, triton_scan
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 
@@ -58,3 +59,24 @@ def test_gradients_repeat_bit_for_bit(scan: ModuleType) -> None:
     grad_y = draw_like(inputs[0])
     for a, b in zip(scan.backward(grad_y, *inputs), scan.backward(grad_y, *inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_kernel_launched_with_less_shared_memory_is_launched_with_more_again() -> None:
+    """At N = 256 small and large maps both take more than every kernel may have, and not the same."""
+    large, small = (make((1, side, side, 64), 256, 2, torch.float32) for side in (512, 48))
+    first = cuda.forward(*large)
+    cuda.forward(*small)
+    assert torch.equal(cuda.forward(*large), first)
+
+
+def test_damaged_kernels_on_disk_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    inputs = make((1, 9, 7, 33), 3, 1, torch.float32)
+    results = []
+    for damage in (None, b"", b"\x7fELF"):
+        for path in tmp_path.rglob("*.cubin"):
+            path.write_bytes(b"" if damage is None else damage)
+        monkeypatch.setattr(nvrtc, "_loaded", {})
+        results.append(cuda.forward(*inputs))
+    assert len(list(tmp_path.rglob("*.cubin"))) >= 2
+    assert all(torch.equal(y, results[0]) for y in results)
