@@ -170,8 +170,8 @@ class _Work:
                     count += 1
                     if progress:
                         progress(count, max(total, count) if total else 0)
-            elif packet.dts is not None and packet.stream_index in others:  # the one without is the end's
-                for new in along.packets_for(others[packet.stream_index], packet, self.shift, self.container):
+            elif packet.size and (one := others.get(packet.stream_index)):  # the one without is the end's
+                for new in along.packets_for(one, packet, self.shift, self.container):
                     made.mux(new)
                 sink.check()
         if held is not None:
@@ -184,8 +184,9 @@ class _Work:
         """The line on what the file that was written lacks; empty where it has all."""
         import av
 
-        followed = [one for one in self.planned if one.goes and one.stream.type in ("video", "audio", "subtitle")]
-        before = Reading(self.film.container, self.film, [one.stream for one in followed], self.seen)
+        followed = [one.stream for one in self.planned if one.goes and one.stream.type != "data"]
+        followed = [stream for stream in followed if not along.is_cover(stream)]
+        before = Reading(self.film.container, self.film, followed, self.seen)
         new.seek(0)
         with av.open(new, "r") as file:
             film, seen = along.film_of(file), Seen()

@@ -72,7 +72,7 @@ class Along:
         stream = self.stream
         if stream.type == "attachment" or is_cover(stream):
             return f"attachment {stream.name}" if stream.type == "attachment" else "cover"
-        codec = stream.codec_context.name if stream.codec_context else getattr(stream, "name", None)
+        codec = stream.codec_context.codec.canonical_name if stream.codec_context else getattr(stream, "name", None)
         return f"{stream.type} ({codec or 'unknown'})"
 
 
@@ -170,8 +170,8 @@ def plan(film: Any, container: str) -> tuple[list[Along], bool]:
             if codec is not None and codec.name in _IMAGES:
                 how = {"matroska": "attachment", "webm": "no"}.get(container, "cover")
         elif stream.type == "data":
-            if stream.metadata.get("timecode") and container in ("mp4", "mov"):
-                continue  # the muxer makes one of the film's tag
+            if stream.metadata.get("timecode"):
+                continue  # the film has its tag
             how = "copy" if _holds(container, stream) else "no"
         elif codec is not None:
             if _holds(container, stream):
@@ -284,25 +284,26 @@ def _picture(stream: Any) -> bytes:
 
 def packets_for(one: Along, packet: Any, shift: Fraction, container: str) -> Iterator[Any]:
     """The packets that become of one of the old file's, with its times `shift` seconds earlier."""
+    new = packet
+    new.stream = one.made
+    if one.how == "cover":
+        new.pts = new.dts = 0
+        yield new
+        return
     start = packet.dts if packet.pts is None else packet.pts
     by = round(shift / packet.time_base)
-    new = packet
     if one.converted:
         subtitle = one.stream.codec_context.decode2(packet)
         if subtitle is None or not len(subtitle):
             return
         new = one.made.codec_context.encode_subtitle(subtitle)
-        new.time_base, new.duration = packet.time_base, packet.duration
-        new.pts = new.dts = max(0, start - by)
-    elif one.how == "cover":
-        new.pts = new.dts = 0
-    elif one.stream.type == "subtitle":
+        new.stream, new.time_base, new.duration = one.made, packet.time_base, packet.duration
+    # What an edit list cuts off is marked so in MP4; Matroska would play it, and the film later.
+    elif packet.is_discard and container in ("matroska", "webm") and start - by + (packet.duration or 0) < 0:
+        return
+    if one.stream.type == "subtitle":
         new.pts = new.dts = max(0, start - by)
     else:
-        # What an edit list cuts off is marked so in MP4; Matroska would play it, and the film later.
-        if packet.is_discard and container in ("matroska", "webm") and start - by + (packet.duration or 0) < 0:
-            return
-        new.dts -= by
+        new.dts = packet.dts - by
         new.pts = None if packet.pts is None else packet.pts - by
-    new.stream = one.made
     yield new

@@ -1,6 +1,7 @@
 """Frames of a video: from what the decoder gives through the network to what an encoder takes."""
 
 import functools
+import os
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -172,8 +173,10 @@ class Frames:
                 options["bf"] = "0"
             if x264:
                 options["x264-params"] = x264
-        if self.encoder.name == "libsvtav1" and av1:
-            options["svtav1-params"] = av1
+        if self.encoder.name == "libsvtav1":
+            os.environ.setdefault("SVT_LOG", "1")  # errors alone: it prints by itself
+            if av1:
+                options["svtav1-params"] = av1
         video = made.add_stream(self.encoder.name, rate=old.average_rate or 25, options=options)
         video.width, video.height = self.size
         video.pix_fmt = self.yuv

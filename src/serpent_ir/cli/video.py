@@ -10,7 +10,7 @@ from serpent_ir.cli.files import terminated_like_interrupted
 from serpent_ir.cli.shell import Device, Name, Weights, model_name, progress_of, say, shell_command
 
 
-@shell_command("Restore a video frame by frame. Sound, subtitles and timestamps are copied.")
+@shell_command("Restore a video frame by frame. What else it carries goes along, or is told in one line.")
 def video(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="A video file.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .mp4, .mov, .mkv or .webm.")],
