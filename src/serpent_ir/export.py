@@ -288,6 +288,10 @@ def _onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> by
         program, dynamo=True, verbose=False, input_names=["image"], output_names=["restored"]
     )
     assert onnx_program is not None
+    for node in onnx_program.model.graph.all_nodes():  # those of bodies of loops, too
+        # ONNX's tools expect a list of nothing to be left out; PyTorch writes one for scans without outputs.
+        for name in [name for name, attribute in node.attributes.items() if attribute.value == ()]:
+            del node.attributes[name]
     onnx_program.model.metadata_props.update(metadata)
     return onnx_program.model_proto.SerializeToString()
 

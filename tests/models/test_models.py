@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from serpent_ir import Serpent, create_model, list_models, load_model
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models import WEIGHTS_DIR
 
 
 def test_names():
@@ -76,3 +78,36 @@ def test_what_save_pretrained_wrote_keeps_its_task(tmp_path):
         load_model(file, task="sr8")
     (tmp_path / "config.json").write_text("[")
     assert load_model(file).config.task == ""
+
+
+def test_the_card_of_weights_that_ship_has_their_licence_and_figures(tmp_path):
+    model = create_model("serpent_b.deblur", pretrained=True)
+    assert isinstance(model, Serpent)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.library_name) == ("cc-by-nc-sa-4.0", "serpent-ir")
+    assert {"deblur", "image-restoration"} <= set(card.data.tags)
+    figures = json.loads((WEIGHTS_DIR / "serpent_b.deblur.json").read_text())["evaluations"]
+    assert all(f"{row['psnr']:.2f}" in card.text and f"{row['ssim']:.4f}" in card.text for row in figures)
+    assert "the numbers of `serpent_b.deblur` as it ships" in card.text
+    assert "CC BY-NC-SA 4.0" in card.text and "More Information Needed" not in card.text
+    assert (tmp_path / "LICENSE").read_bytes() == (WEIGHTS_DIR / "LICENSE").read_bytes()
+    code = card.text.split("```python\n")[1].split("```")[0]
+    code = code.replace("model.safetensors", str(tmp_path / "model.safetensors"))
+    scope = {"image": torch.rand(3, 9, 8)}
+    exec(code, scope)  # how it is used
+    assert scope["restored"].shape == (3, 9, 8)
+
+
+def test_the_card_of_other_weights_claims_nothing(tmp_path):
+    model = create_model("serpent_b.deblur", pretrained=True)
+    assert isinstance(model, Serpent)
+    with torch.no_grad():
+        model.head.bias[0] += 1e-3  # trained on
+    model.save_pretrained(tmp_path / "on", model_card_kwargs={"license": "mit"})
+    card = ModelCard.load(tmp_path / "on" / "README.md")
+    assert card.data.license == "mit" and "28.60" not in card.text and "for the task `deblur`" in card.text
+    assert not (tmp_path / "on" / "LICENSE").exists()
+    create_model("unet_32", channels=4, pools=1).save_pretrained(tmp_path / "unet")  # pyright: ignore[reportCallIssue]
+    card = ModelCard.load(tmp_path / "unet" / "README.md")
+    assert card.data.license is None and "# UNet" in card.text and "whoever trained these weights says it" in card.text

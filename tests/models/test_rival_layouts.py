@@ -164,6 +164,38 @@ def test_every_public_layout_is_recognised_and_loads_strictly(release):
     }
 
 
+def release_mask(side: int, window: int, shift: int) -> torch.Tensor:
+    """As the release's documentation says it: pixels of nine regions, and -100 between two of different ones."""
+    regions = torch.zeros(side, side)
+    spans = [slice(0, -window), slice(-window, -shift), slice(-shift, None)]
+    for number, (rows, columns) in enumerate((a, b) for a in spans for b in spans):
+        regions[rows, columns] = number
+    pixels = regions.unfold(0, window, window).unfold(1, window, window).reshape(-1, window * window)
+    return torch.where(pixels[:, None] == pixels[:, :, None], 0.0, -100.0)
+
+
+@pytest.mark.parametrize("window", [4, 7])
+def test_state_dicts_have_the_public_layout(window, tmp_path):
+    """Others know a SwinIR by `relative_position_index`, and load strictly: spandrel refused what was saved here."""
+    model = create_model("swinir_60", dim=12, blocks=(2, 3), heads=2, window_size=window)
+    state, side = model.state_dict(), 8 * window
+    assert shapes_of(state) == swinir_names(12, (2, 3), 2, window=window, trained_on=side)
+    at = "layers.1.residual_group.blocks.1"
+    assert torch.equal(state[f"{at}.attn_mask"], release_mask(side, window, window // 2))
+    index = state[f"{at}.attn.relative_position_index"]
+    y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+    assert index.dtype == torch.int64
+    assert torch.equal(index, (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1)
+    torch.save(state, tmp_path / "with.pth")
+    torch.save({key: value for key, value in state.items() if not model.is_derived(key)}, tmp_path / "without.pth")
+    model.save_pretrained(tmp_path)
+    for name in ("with.pth", "without.pth", "model.safetensors"):
+        assert all(torch.equal(x, state[key]) for key, x in load_model(tmp_path / name).state_dict().items())
+    wrapped = torch.nn.DataParallel(model).state_dict()
+    assert wrapped.keys() == {f"module.{key}" for key in state}
+    assert model.half().state_dict()[f"{at}.attn_mask"].dtype == torch.float16
+
+
 def test_a_file_of_full_size_loads_strictly(tmp_path):
     torch.manual_seed(0)
     state = {key: torch.rand(shape) for key, shape in restormer_names(24).items()}

@@ -160,7 +160,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = 
     """
     is_derived: Any = getattr(model, "is_derived", lambda key: False)
     state = {key: value for key, value in state.items() if not is_derived(key)}
-    expected = model.state_dict()
+    expected = {key: value for key, value in model.state_dict().items() if not is_derived(key)}
     problems = dict.fromkeys(expected.keys() - state.keys(), "is missing")
     problems |= dict.fromkeys(state.keys() - expected.keys(), "is not a part of it")
     for key in expected.keys() & state.keys():

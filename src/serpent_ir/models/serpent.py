@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models import as_built, fused, strips, taped
 from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.hub import HubModel
 from serpent_ir.ops import ss2d
 
 K = 4
@@ -141,7 +141,7 @@ def patch_expanding(c: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2 * c, 4 * c, bias=False), Rearrange("b h w (p q c) -> b (h p) (w q) c", p=2, q=2))
 
 
-class Serpent(nn.Module, PyTorchModelHubMixin):
+class Serpent(nn.Module, HubModel):
     """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
 
     What it makes is added to the image, which the paper does not say, if patches are small enough (not in Serpent-B).

@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models import as_built
 from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.hub import HubModel
 from serpent_ir.models.serpent import LayerNorm
 
 SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
@@ -37,6 +37,8 @@ JPEG_WINDOW, JPEG_RANGE = 7, 255.0
 """The released weights against JPEG, which works in blocks of 8, alone have this window, and images of this range."""
 HEAD_MULTIPLE = {"cuda": 8}
 """The fused kernels with a bias want heads of such a number of channels: zeros are added, which change no result."""
+WINDOWS_TRAINED_ON = 8
+"""Windows a side of the images that state dicts hold masks for: the release's are of 64 pixels where not said."""
 MOST_WINDOWS = 65535
 """For one call: the grid of a CUDA kernel has no more."""
 
@@ -141,8 +143,8 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
         apart = [axis[:, None] - axis + window - 1 for axis in (y, x)]
-        # Neither is saved: the release saves both, the mask for the size it was trained on, and `load_state_dict`
-        # takes a file with them or without.
+        # No file decides on either. State dicts have them as the release's have (`_put_in_derived`), and
+        # `load_state_dict` takes one with them or without.
         self.register_buffer("relative_position_index", apart[0] * (2 * window - 1) + apart[1], persistent=False)
         from_above, from_left = y >= window - self.shift, x >= window - self.shift
         none = torch.zeros_like(from_above)
@@ -236,7 +238,7 @@ def on_channels_last(convolution: nn.Module, x: Tensor) -> Tensor:
     return rearrange(convolution(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
 
-class SwinIR(nn.Module, PyTorchModelHubMixin):
+class SwinIR(nn.Module, HubModel):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, and makes them `scale` times larger.
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
@@ -275,6 +277,7 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.register_load_state_dict_pre_hook(_leave_out_derived)
+        self.register_state_dict_post_hook(_put_in_derived)
 
     @staticmethod
     def is_derived(key: str) -> bool:
@@ -316,3 +319,24 @@ def pixel_shuffles(c_in: int, factors: tuple[int, ...], c_out: int) -> nn.Sequen
 def _leave_out_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for key in [key for key in state if key.startswith(prefix) and SwinIR.is_derived(key)]:
         del state[key]
+
+
+def _put_in_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """What the release saves besides parameters; readers of its layout know a SwinIR by it, and load strictly."""
+    first = state.get(f"{prefix}conv_first.weight")
+    if isinstance(first, nn.Parameter) or first is None or first.is_meta:  # `keep_vars`, or nothing to write to a file
+        return
+    for name, attention in model.named_modules():
+        if isinstance(attention, WindowAttention):
+            at = f"{prefix}{name}"
+            state[f"{at}.relative_position_index"] = attention.relative_position_index.clone()
+            if attention.shift:
+                state[f"{at.removesuffix('.attn')}.attn_mask"] = _mask(attention, first.dtype)
+
+
+def _mask(attention: WindowAttention, dtype: torch.dtype) -> Tensor:
+    """Of a shifted layer for an image of `WINDOWS_TRAINED_ON` windows a side: (windows, n, n)."""
+    side, strangers = WINDOWS_TRAINED_ON, attention.strangers
+    masked = strangers[0, 0].repeat(side, side, 1, 1)
+    masked[-1], masked[:, -1], masked[-1, -1] = strangers[1, 0], strangers[0, 1], strangers[1, 1]
+    return torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, MASKED).flatten(0, 1)

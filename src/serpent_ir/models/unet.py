@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.image import pad_to_multiple
 from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.hub import HubModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class UpBlock(nn.Module):
         return self.layers(x)
 
 
-class UNet(nn.Module, PyTorchModelHubMixin):
+class UNet(nn.Module, HubModel):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.

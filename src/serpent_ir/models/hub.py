@@ -1,0 +1,100 @@
+"""Networks in folders of Hugging Face's hub, and the card that lies beside them.
+
+`save_pretrained` would write a card of empty fields. Here it says the task, how the weights are used and, where they
+are the numbers of weights that ship, their licence and figures.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from serpent_ir.errors import SerpentError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+LICENCE = "LICENSE"  # as the file beside the weights that ship is called
+
+_USE = """## How to use
+
+```python
+from serpent_ir import Restorer
+from serpent_ir.models import load_model
+
+restorer = Restorer(load_model("model.safetensors"))  # of this folder, with its config.json beside it
+restored = restorer(image)  # a PIL image, a numpy array or a tensor
+```
+
+`{kind}.from_pretrained(FOLDER)` of `serpent_ir.models` takes the folder, or its name on the hub.
+"""
+_OWN = """# {name}
+
+A `{kind}` for {task}, saved by serpent-ir {version}.
+
+- **Licence**: whoever trained these weights says it; they are none of those that ship with serpent-ir. If their
+  training began from such weights, CC BY-NC-SA 4.0 goes with them.
+- **Figures**: none were measured when they were saved. `serpent evaluate --data IMAGES --task TASK --weights
+  model.safetensors` measures PSNR and SSIM.
+"""
+_SHIPPED = """
+These are the numbers of `{name}` as it ships with serpent-ir {version}, saved in float32.
+
+"""
+
+
+class HubModel(PyTorchModelHubMixin):
+    """`save_pretrained` and `from_pretrained`, with a card that says what the weights are."""
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> "ModelCard":
+        """The card of `save_pretrained`; `kwargs` are fields of its header (`model_card_kwargs`)."""
+        return _card(self, kwargs)  # pyright: ignore[reportArgumentType]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if shipped := _shipped_as(self):  # pyright: ignore[reportArgumentType]
+            (save_directory / LICENCE).write_bytes(shipped.with_name(LICENCE).read_bytes())
+
+
+def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from serpent_ir import __version__
+    from serpent_ir.models import preset_of
+
+    task, kind, shipped = str(model.config.task), type(model).__name__, _shipped_as(model)
+    fields: dict[str, Any] = {
+        "library_name": "serpent-ir",
+        "pipeline_tag": "image-to-image",
+        "tags": ["image-restoration", "model_hub_mixin", "pytorch_model_hub_mixin", *([task] if task else [])],
+    }
+    if shipped:
+        fields["license"] = "cc-by-nc-sa-4.0"
+        title, _, rest = shipped.with_suffix(".md").read_text(encoding="utf-8").partition("\n")
+        text = title + "\n" + _SHIPPED.format(name=shipped.stem, version=__version__) + rest.lstrip("\n")
+    else:
+        name = ".".join(filter(None, (preset_of(model.config) or kind, task)))
+        told = f"the task `{task}`" if task else "no task that its configuration names"
+        text = _OWN.format(name=name, kind=kind, task=told, version=__version__)
+    data = ModelCardData(**{**fields, **header})
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n\n{_USE.format(kind=kind)}")
+
+
+def _shipped_as(model: nn.Module) -> Path | None:
+    """The file of the weights that ship whose numbers a network has."""
+    from serpent_ir.models import WEIGHTS_DIR, preset_of
+    from serpent_ir.models.checkpoints import load_weights
+
+    path = WEIGHTS_DIR / f"{preset_of(model.config)}.{model.config.task}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        shipped, state = load_weights(path)[0], model.state_dict()
+    except SerpentError:  # a damaged installation is no reason not to save
+        return None
+    same = shipped.keys() == state.keys() and all(
+        torch.equal(x.to(state[key].dtype), state[key].cpu()) for key, x in shipped.items()
+    )
+    return path if same else None
