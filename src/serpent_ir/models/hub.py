@@ -64,7 +64,8 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
     from serpent_ir import __version__
     from serpent_ir.models import preset_of
 
-    task, kind, shipped = str(model.config.task), type(model).__name__, _shipped_as(model)
+    config: Any = model.config
+    task, kind, shipped = str(config.task), type(model).__name__, _shipped_as(model)
     fields: dict[str, Any] = {
         "library_name": "serpent-ir",
         "pipeline_tag": "image-to-image",
@@ -75,7 +76,7 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
         title, _, rest = shipped.with_suffix(".md").read_text(encoding="utf-8").partition("\n")
         text = title + "\n" + _SHIPPED.format(name=shipped.stem, version=__version__) + rest.lstrip("\n")
     else:
-        name = ".".join(filter(None, (preset_of(model.config) or kind, task)))
+        name = ".".join(filter(None, (preset_of(config) or kind, task)))
         told = f"the task `{task}`" if task else "no task that its configuration names"
         text = _OWN.format(name=name, kind=kind, task=told, version=__version__)
     data = ModelCardData(**{**fields, **header})
@@ -87,7 +88,8 @@ def _shipped_as(model: nn.Module) -> Path | None:
     from serpent_ir.models import WEIGHTS_DIR, preset_of
     from serpent_ir.models.checkpoints import load_weights
 
-    path = WEIGHTS_DIR / f"{preset_of(model.config)}.{model.config.task}.safetensors"
+    config: Any = model.config
+    path = WEIGHTS_DIR / f"{preset_of(config)}.{config.task}.safetensors"
     if not path.is_file():
         return None
     try:
