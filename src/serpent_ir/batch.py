@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from serpent_ir.errors import SerpentError
+from serpent_ir.errors import SerpentError, is_out_of_memory, memory_line
 from serpent_ir.inputs import Job as Job
 from serpent_ir.inputs import plan as plan
 from serpent_ir.manifest import Manifest as Manifest
@@ -90,10 +90,10 @@ def run(
 
 
 def _one_line(job: Job, error: Exception) -> str:
-    if isinstance(error, (SerpentError, OSError)):
+    if is_out_of_memory(error):
+        said = memory_line(error)
+    elif isinstance(error, (SerpentError, OSError)):
         said = str(error)
-    elif isinstance(error, MemoryError):
-        said = "not enough memory; use a smaller image or --tile"
     else:
         said = f"unexpected {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return said if said.startswith((f"{job.source}: ", f"{job.target}: ")) else f"{job.source}: {said}"

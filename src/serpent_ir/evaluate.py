@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
-from serpent_ir.errors import ImageError, UsageError
+from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped
-from serpent_ir.passes import device_name, device_of, pick_precision
+from serpent_ir.passes import OutOfMemoryError, device_name, device_of, pick_precision, says_what_is_too_large
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 
@@ -95,20 +95,35 @@ def evaluate_network(
     dtype = pick_precision(precision, device)
     rows = []
     for index, file in enumerate(files):
-        clean = read_clean(file, degradation).to(device)
-        row, given, restored = evaluate_image(network, clean, degradation, precision=precision, seed=seed, index=index)
-        if lpips is not None:
-            try:
-                row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
-            except UsageError as error:
-                raise ImageError(f"{file}: {error}; remove it") from None
-        rows.append(row)
+        clean = read_clean(file, degradation)
+        try:
+            with says_what_is_too_large(clean.shape, device):
+                rows.append(_figures_of(network, clean.to(device), degradation, precision, seed, index, lpips))
+        except OutOfMemoryError as error:
+            raise SerpentError(f"{file}: {error}") from None
+        except UsageError as error:
+            raise ImageError(f"{file}: {error}; remove it") from None
         if progress:
             progress(index + 1, len(files))
     net = {} if lpips is None else {"lpips_net": lpips.name}
     images = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
     about = {**mean_figures(rows), **net, "device": device_name(device), "precision": str(dtype).removeprefix("torch.")}
     return {"n": len(images), "seed": seed, **about, "images": images}
+
+
+def _figures_of(
+    network: nn.Module,
+    clean: Tensor,
+    degradation: Degradation,
+    precision: str,
+    seed: int,
+    index: int,
+    lpips: Lpips | None,
+) -> dict[str, float]:
+    row, given, restored = evaluate_image(network, clean, degradation, precision=precision, seed=seed, index=index)
+    if lpips is not None:
+        row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+    return row
 
 
 def evaluate_image(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from serpent_ir import __version__
 from serpent_ir.degradations import Degradation, create_degradation
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import network_of, unwrapped
@@ -220,6 +220,8 @@ def _program(task: _WholeTask, dynamic: bool, size: int) -> torch.export.Exporte
         program.graph_module.recompile()
         return program
     except Exception as error:  # torch.export raises a dozen types for what it cannot trace
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         remedy = "export it without --dynamic, at one --size" if dynamic else "use PyTorch for this network"
         raise SerpentError(f"this network cannot be exported: {reason[:300]}; {remedy}") from error

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from serpent_ir import image_encoders
-from serpent_ir.errors import ImageError, UsageError
+from serpent_ir.errors import ImageError, UsageError, is_out_of_memory
 from serpent_ir.image_decoders import TIFFS, decode, reason
 from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture as Picture
@@ -94,7 +94,9 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
         if path.stat().st_size > host_available():
             raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
         data, planes, left = _first_page(path)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
         raise ImageError(f"{path}: cannot be read: {reason(error)}") from error
     if not data:
         raise ImageError(f"{path}: is empty; get the file again")
@@ -102,11 +104,11 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
         raise ImageError(f"{path}: is a camera's raw file; develop it first, best as a TIFF of 16 bits")
     try:
         picture, notes, lost = decode(data, planes)
-    except MemoryError as error:
-        raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # decoders meet damaged files with any type, struct.error and SyntaxError among them
+        if is_out_of_memory(error):
+            raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
         raise ImageError(f"{path}: is damaged or cut short ({reason(error)}); get the file again") from error
     if planes > 1:
         notes.insert(0, f"holds {planes} pages; the first is taken; --pages all restores each")
@@ -152,9 +154,9 @@ def write_image(path: str | Path, picture: Picture) -> None:
         raise UsageError(f"expected alpha {pixels.shape[:2]}, {pixels.dtype}; got {alpha.shape}, {alpha.dtype}")
     try:
         data = image_encoders.encode(picture, suffix)
-    except MemoryError as error:
-        raise ImageError(f"{path}: not enough memory to write it; write .tif, which takes less") from error
     except Exception as error:  # as above: encoders have no common type for what they refuse
+        if is_out_of_memory(error):
+            raise ImageError(f"{path}: not enough memory to write it; write .tif, which takes less") from error
         raise ImageError(f"{path}: cannot be written in this format: {reason(error)}") from error
     with replacing(path) as file:
         file.write(data)

@@ -64,6 +64,8 @@ def metadata_of(
             tags.load(exif)
             exif = _upright_exif(exif)
         orientation = tags.get(_ORIENTATION) or image_xmp.orientation(xmp)
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises anything for damaged tags
         notes.append("its EXIF data is damaged and left out")  # the orientation, too
         exif = None

@@ -27,6 +27,7 @@ from serpent_ir.passes import (
     pick_precision,
     restored_strips,
     run_network,
+    says_what_is_too_large,
     scale_of,
     undone_by,
 )
@@ -41,6 +42,7 @@ Samples = tuple[np.ndarray, np.ndarray | None]
 """Colour (h, w, 3) or grey (h, w), and alpha (h, w) or None."""
 
 _MODES = ("RGB", "RGBA", "L", "LA", "I;16")
+_CPU = torch.device("cpu")  # where images are taken apart and put together
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Noise takes a degraded image a little out of [0, 1]; values beyond these are on another scale (0 to 255, most often).
 _LOWEST, _HIGHEST = -1.0, 2.0
@@ -152,11 +154,14 @@ class Restorer:
     def __call__(self, image: ImageT, *, mask: Mask | None = None, progress: Progress | None = None) -> ImageT:
         """Restore an image, as `restore` does."""
         if isinstance(image, Image.Image):
-            return self._pil(image, mask, progress)
+            with says_what_is_too_large((image.height, image.width), _CPU):
+                return self._pil(image, mask, progress)
         if isinstance(image, np.ndarray):
-            return self._array(image, None, mask, progress)[0]
+            with says_what_is_too_large((1, *image.shape)[:3], _CPU):
+                return self._array(image, None, mask, progress)[0]
         if isinstance(image, Tensor):
-            return self._tensor(image, mask, progress)
+            with says_what_is_too_large((1, *image.shape), image.device):
+                return self._tensor(image, mask, progress)
         raise UsageError(f"restore: expected a PIL image, a numpy array or a tensor; got {type(image).__name__}")
 
     def picture(
@@ -166,9 +171,10 @@ class Restorer:
 
         `label` begins the warning that says why an image is restored in tiles; `mask` is as for `restore`.
         """
-        colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
-        pixels, alpha = self._array(colours, picture.alpha, mask, progress, label)
-        return replace(picture, pixels=_grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
+        with says_what_is_too_large(picture.pixels.shape[:2], _CPU):
+            colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
+            pixels, alpha = self._array(colours, picture.alpha, mask, progress, label)
+            return replace(picture, pixels=_grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
 
     def strips(
         self,
@@ -196,12 +202,13 @@ class Restorer:
 
         kind, first_alpha = read((0, 1), (0, 1))
         top = 0
-        for strip in self._strips(Work(tensor, height, width, label=label, progress=progress)):
-            rows = (top, top + strip.shape[2])
-            top = rows[1]
-            pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
-            del strip  # while the next one is made
-            yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
+        with says_what_is_too_large((height, width), _CPU):
+            for strip in self._strips(Work(tensor, height, width, label=label, progress=progress)):
+                rows = (top, top + strip.shape[2])
+                top = rows[1]
+                pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
+                del strip  # while the next one is made
+                yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
 
     def _alpha(
         self, read: Callable[[Span, Span], Samples], size: Span, rows: Span, pixels: np.ndarray

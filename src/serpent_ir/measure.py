@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serpent_ir.errors import OUT_OF_MEMORY
-from serpent_ir.memory import is_out_of_memory
+from serpent_ir.errors import OUT_OF_MEMORY, is_out_of_memory
 from serpent_ir.models import create_model
 from serpent_ir.passes import pick_device, pick_precision
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
@@ -93,7 +93,11 @@ class Lpips:
             first = state["features.0.weight"].shape
         except FileNotFoundError:
             raise SerpentError(f"{weights}: no such weights file") from None
-        except (KeyError, TypeError, AttributeError, OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except (
+            KeyError, TypeError, AttributeError, OSError, RuntimeError, EOFError, pickle.UnpicklingError,
+        ) as error:  # fmt: skip
+            if is_out_of_memory(error):
+                raise
             raise SerpentError(f"{weights}: not torchvision's AlexNet or VGG-16 (a .pth file)") from None
         self.name, self.layers = self.LAYERS[0 if first[-1] == 11 else 1]
         try:

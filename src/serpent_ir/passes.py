@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.forks import Lock, in_child
-from serpent_ir.memory import SHARE, available, is_out_of_memory, network_bytes
+from serpent_ir.memory import SHARE, available, network_bytes
 from serpent_ir.models import preset_of
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.tiling import Axis, Span, blend, cut
@@ -104,7 +104,7 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     device = parameter.device
     dtype = pick_precision(precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with _says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
+    with says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
         x = x.to(parameter)
         restored = _each_channel(model, x).float() if x.shape[1] == 3 and _takes_grey(model) else model(x).float()
     _check_size(model, x, restored)
@@ -193,10 +193,12 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
         rows, columns = (cut(size, tile, overlap, multiple) for size in (height, width))
         begun = False
         try:
-            for strip in _strips(model, work, degradation, rows, columns):
-                begun = True
-                # A new tensor where it comes from inference mode, so that callers may change it in place.
-                yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
+            # Tiles are put together on the CPU.
+            with says_what_is_too_large((height, width), torch.device("cpu") if side else device_of(model)):
+                for strip in _strips(model, work, degradation, rows, columns):
+                    begun = True
+                    # A new tensor where it comes from inference mode, so that callers may change it in place.
+                    yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
             return
         except OutOfMemoryError as error:
             smaller = _up(tile // 2, multiple)
@@ -247,7 +249,7 @@ def _strips(
         nonlocal done
         size = (work.height, work.width)
         shape = across[1] - across[0], along[1] - along[0]
-        with _says_what_is_too_large(shape, device), torch.inference_mode():
+        with says_what_is_too_large(shape, device), torch.inference_mode():
             # Moved while it is small: the device upsamples it.
             given = network_block(
                 lambda r, c: work.read(r, c).to(device, torch.float32),
@@ -377,16 +379,17 @@ def _one_thread() -> None:
 
 
 @contextmanager
-def _says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Turn every way in which PyTorch runs out of memory into one line that names the remedy."""
+def says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Turn every way in which PyTorch and numpy run out of memory into one line that names the remedy."""
     try:
         yield
         return
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
+        where = "cuda" if isinstance(error, torch.OutOfMemoryError) and device.type == "cpu" else str(device)
     # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
     raise OutOfMemoryError(
-        f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
+        f"not enough memory on {where} for an image of {shape[-1]}x{shape[-2]} px; "
         "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"
     )

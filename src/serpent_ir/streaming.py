@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serpent_ir.errors import ImageError
+from serpent_ir.errors import ImageError, is_out_of_memory
 from serpent_ir.file_state import FileState
 from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, decode, open_header, tiff_record
@@ -213,6 +213,10 @@ def _restore_by_rows(
             except ImageError as error:
                 raise ImageError(f"{path}: {error}") from error
             except Exception as error:  # decoders have no common type for damaged data
+                if is_out_of_memory(error):
+                    raise ImageError(
+                        f"{path}: some rows of it do not fit in memory; cut it into parts first"
+                    ) from error
                 raise ImageError(f"{path}: is damaged or cut short; get the file again") from error
             colours = samples[..., 0] if rows.samples <= 2 else samples[..., :3]
             return colours, samples[..., -1] if rows.samples in (2, 4) else None

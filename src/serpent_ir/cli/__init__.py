@@ -8,6 +8,8 @@ One module a command; importing it here registers it, and `serpent --help` lists
 
 import sys
 
+from serpent_ir import interrupts
+
 # isort: off
 from serpent_ir.cli.shell import app as app, say
 from serpent_ir.cli.restore import restore as restore
@@ -22,12 +24,21 @@ from serpent_ir.cli.demo import demo as demo
 from serpent_ir.cli.video import video as video
 from serpent_ir.cli.profile import profile as profile
 from serpent_ir.cli.report import report as report
+
 # isort: on
+from serpent_ir.errors import is_out_of_memory, memory_line
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """What the console script runs, once `serpent_ir.__main__` has imported this."""
+    interrupts.install()
     if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder, and all in it
         say("serpent: error: an argument is empty; is a variable unset?")
         sys.exit(2)
-    app(prog_name="serpent")
+    try:
+        app(prog_name="serpent")
+    except Exception as error:  # of what Typer imports, while it reads the arguments
+        if not is_out_of_memory(error):
+            raise
+        say(f"serpent: error: {memory_line(error)}")
+        sys.exit(1)

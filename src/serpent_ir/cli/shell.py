@@ -1,6 +1,7 @@
 """What the commands of `serpent` share: the application, how errors are reported, options, tables and progress."""
 
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -12,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from serpent_ir import __version__
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir import __version__, interrupts
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory, memory_line
+from serpent_ir.memory import WORK, check_process
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -65,11 +67,12 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            with warnings.catch_warnings():
+            with interrupts.working(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 warnings.filterwarnings("always", category=UserWarning)  # to be shown, whatever -W says
                 warnings.filterwarnings("always", message="serpent_ir: ")
                 warnings.filterwarnings("ignore", module=r"PIL\.")  # names no file; what matters is an error of ours
+                _check_room()
                 function(*args, **kwargs)
             if sys.stdout:  # None where the shell closed it
                 sys.stdout.flush()
@@ -77,16 +80,33 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
             say(f"serpent: error: {error}")
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
         except KeyboardInterrupt:
-            say("serpent: interrupted")
+            say(interrupts.LINE)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output has gone, as in `serpent models | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
             raise typer.Exit(1) from None
-        except OSError as error:
-            say(f"serpent: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        except Exception as error:
+            if is_out_of_memory(error):
+                say(f"serpent: error: {memory_line(error)}")
+            elif isinstance(error, OSError):
+                say(f"serpent: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+            else:
+                raise
             raise typer.Exit(1) from None
 
     return run
+
+
+def _check_room() -> None:
+    """Where too little memory is left, libraries end the process without a word, or with one that names no remedy."""
+    check_process(WORK if "torch" in sys.modules else _size_of_torch() + 3 * WORK)
+
+
+def _size_of_torch() -> int:
+    """Bytes that its libraries take when they are loaded."""
+    spec = importlib.util.find_spec("torch")
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    return sum(file.stat().st_size for folder in folders for file in Path(folder, "lib").glob("libtorch_*.so"))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

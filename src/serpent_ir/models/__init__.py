@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.memory import is_out_of_memory
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models.checkpoints import SHIPPED, Shapes, fill, load_weights, shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
@@ -153,7 +152,9 @@ def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLi
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise SerpentError(f"{path}: a network of the sizes in it does not fit in memory; get the file again") from None
+        raise SerpentError(
+            f"{path}: a network of the sizes in it does not fit in memory; make room, or get the file again"
+        ) from None
 
 
 def recognise(shapes: Shapes) -> Any:

@@ -14,7 +14,7 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as HUB_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from serpent_ir.errors import SerpentError
+from serpent_ir.errors import SerpentError, is_out_of_memory
 from serpent_ir.models import seals
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -118,6 +118,10 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
             raise SerpentError(
                 f"{path}: holds more than tensors, which could run code, and is refused; "
                 "ask for its state dict alone, or for safetensors"
+            ) from None
+        if is_out_of_memory(error):  # which the sizes in a damaged file bring about, too
+            raise SerpentError(
+                f"{path}: does not fit in memory, or is damaged; make room, or get the file again"
             ) from None
         reason = str(error).partition("\n")[0].partition(". ")[0] or "its end is missing"
         raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
