@@ -113,6 +113,42 @@ def test_interrupting_leaves_whole_files_only(tmp_path):
     assert all(size_of(path) == (32, 32) for path in out.iterdir())
 
 
+INTERRUPTED = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+wanted = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+if wanted == "nothing":  # a shell ignores it in the background
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+from serpent_ir.__main__ import main
+if wanted == "nothing":
+    os.kill(os.getpid(), signal.SIGINT)
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C there")
+@pytest.mark.parametrize("module", ["serpent_ir.cli", "typer.core", "numpy", "torch._C", "torch.library", "nothing"])
+def test_interrupting_an_import_is_one_line(module, tmp_path, weights):
+    """Where KeyboardInterrupt might be swallowed, or be printed with a traceback by who met it."""
+    photo = save_photo(tmp_path / "a.png", 8, 8)
+    call = ["restore", photo, "-o", tmp_path / "out.png", "--weights", weights["deblur"]]
+    command = [sys.executable, "-c", INTERRUPTED, module, *map(str, call)]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    if module == "nothing":
+        assert run.returncode == 0, run.stderr
+    else:
+        assert (run.returncode, run.stderr) == (130, "serpent: interrupted\n")
+        assert not (tmp_path / "out.png").exists()
+
+
 def test_help_loads_no_heavy_library():
     code = (
         "import sys; from serpent_ir.cli import app; app(['--help'], standalone_mode=False); print(list(sys.modules))"

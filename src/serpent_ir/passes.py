@@ -387,9 +387,8 @@ def says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterat
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        where = "cuda" if isinstance(error, torch.OutOfMemoryError) and device.type == "cpu" else str(device)
     # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
     raise OutOfMemoryError(
-        f"not enough memory on {where} for an image of {shape[-1]}x{shape[-2]} px; "
+        f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
         "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"
     )
