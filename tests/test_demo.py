@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from serpent_ir.demo import Limits, Worker, restore_upload
+from serpent_ir.demo import Limits, Worker, _launch, degrade_and_restore, restore_upload
 from serpent_ir.errors import SerpentError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -99,6 +99,51 @@ def server(tmp_path_factory):
     process.wait(30)
     assert "SerpentError" not in (folder / "log").read_text()  # what the page has told is no traceback here
     assert [path.name for path in folder.iterdir()] == ["log"]  # uploads and results went with the server
+
+
+def test_the_page_starts_whatever_proxy_the_environment_names(tmp_path):
+    """gradio asks its own address whether it is there, and would ask the proxy."""
+    pytest.importorskip("gradio", reason="pip install gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    closed = "127.0.0.1:9"
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"http_proxy": f"http://{closed}", "ALL_PROXY": f"socks5://{closed}", "NO_PROXY": "example.org"}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "serpent_ir.cli", "demo", "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        assert run.stdout
+        said = run.stdout.readline()
+        run.kill()
+    assert said == f"serpent: the page is at http://127.0.0.1:{port}\n"
+
+
+def test_the_environment_keeps_its_proxies(monkeypatch):
+    """What the page starts later, and downloads for people, may need them."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    seen = []
+
+    class Page:
+        def launch(self, **options: object) -> None:
+            seen.append((options, [name for name in os.environ if name.lower().endswith("_proxy")]))
+
+    _launch(Page(), server_port=1)
+    assert seen == [({"server_port": 1}, [])]
+    assert os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("name", [".png", "..png", "...", "photo", ".PNG"])
+def test_names_that_are_all_suffix(name, tmp_path):
+    photo, out = tmp_path / name, tmp_path / "out"
+    out.mkdir()
+    Image.new("RGB", (24, 16)).save(photo, format="PNG")
+    for result in (
+        restore_upload(photo, out, "deblur", "serpent_b", "cpu", Limits()),
+        degrade_and_restore(photo, out, "deblur", "serpent_b", 0, "cpu", Limits()),
+    ):
+        assert result.file.name == "photo-restored.png"
+        assert Image.open(result.file).size == (24, 16)
 
 
 @pytest.fixture

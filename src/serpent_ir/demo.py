@@ -79,7 +79,8 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
         try:
             page = build_page(cache, worker, device, limits)
             page.queue(max_size=QUEUE, default_concurrency_limit=1)
-            page.launch(
+            _launch(
+                page,
                 server_name=host,
                 server_port=port,
                 share=False,
@@ -97,6 +98,18 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
             raise SerpentError(f"{host}:{port}: cannot be served ({reason}); choose another --port or --host") from None
         finally:
             worker.stop()
+
+
+def _launch(page: Any, **options: Any) -> None:
+    """Start to serve. gradio asks its own address whether it is there, by httpx, which would ask a proxy that the
+    environment names: one that knows nothing of this machine, or for which a package is missing."""
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        page.launch(**options)
+    finally:
+        os.environ.update(proxies)
 
 
 def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> Any:
@@ -150,7 +163,7 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
         )
         with gr.Tab("Restore"), gr.Row():
             with gr.Column():
-                photo = gr.File(label="A photo", file_types=kinds, elem_classes="photo")
+                photo = _of_any_name(gr.File(label="A photo", file_types=kinds, elem_classes="photo"))
                 task, network = choices()
                 start = gr.Button("Restore", variant="primary")
                 if samples:
@@ -166,7 +179,7 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
         with gr.Tab("Degrade and restore"), gr.Row():
             with gr.Column():
                 gr.Markdown("Does to a clean photo what the weights undo, undoes it, and measures how well.")
-                clean = gr.File(label="A clean photo", file_types=kinds, elem_classes="clean")
+                clean = _of_any_name(gr.File(label="A clean photo", file_types=kinds, elem_classes="clean"))
                 task_2, network_2 = choices()
                 seed = gr.Number(0, label="Seed of what is random", precision=0, minimum=0, maximum=2**31)
                 start_2 = gr.Button("Degrade and restore", variant="primary")
@@ -182,11 +195,17 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
     return page
 
 
+def _of_any_name(file: Any) -> Any:
+    """gradio goes by the name of an upload, and refuses `.png`; what is in it is for `read_image` to say."""
+    file.preprocess = lambda given: given.path if given else None
+    return file
+
+
 def restore_upload(path: Path, folder: Path, task: str, network: str, device: str, limits: Limits) -> Result:
     """Restore an uploaded file into `folder`: the file is the one that `serpent restore` writes."""
     restorer = _restorer(f"{network}.{task}", device)
-    suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
-    file = folder / f"{path.stem}-restored{suffix}"
+    stem, suffix = _name_of(path)
+    file = folder / f"{stem}-restored{suffix if suffix in WRITTEN_SUFFIXES else '.png'}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         picture = _read(path, restorer.scale, limits)
@@ -199,6 +218,12 @@ def restore_upload(path: Path, folder: Path, task: str, network: str, device: st
     for said in {str(warning.message): None for warning in caught if warning.category is UserWarning}:  # each once
         told += f"\n\nNote: {said.removeprefix(f'{path}: ').removeprefix(f'{file}: ')}"
     return Result(_preview(picture, restorer.scale), _preview(restored), file, told)
+
+
+def _name_of(path: Path) -> tuple[str, str]:
+    """Stem and suffix of an uploaded file: of `.png` and `..png`, too, whose name is all suffix to people."""
+    stem, dot, suffix = path.name.rpartition(".")
+    return stem.strip(".") or "photo", f"{dot}{suffix}".lower() if dot else ""
 
 
 def degrade_and_restore(
@@ -214,7 +239,7 @@ def degrade_and_restore(
     seconds = time.perf_counter() - start
     given = degradation.network_input(y)
     before, after = (psnr(image, clean).item() for image in (given, restored))
-    file = folder / f"{path.stem}-restored.png"
+    file = folder / f"{_name_of(path)[0]}-restored.png"
     write_image(file, Picture(to_pixels(restored, np.uint8)))
     told = f"PSNR {before:.2f} dB before, {after:.2f} dB after; {seconds:.1f} s by {network}.{task}"
     shown = [_preview(Picture(to_pixels(image, np.uint8))) for image in (given, restored)]
