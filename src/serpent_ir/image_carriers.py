@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WRITTEN = (".png", ".jpg", ".webp", ".tif", ".bmp", ".avif")
-"""The formats that are written, by one suffix each."""
+"""The formats that are written, by one suffix each; .jxl, too, where its package is installed."""
 
 KEPT, CONVERTED, TOLD = "kept", "converted", "told"
 
@@ -40,13 +40,13 @@ def _row(words: str, kept: str = "", converted: str = "") -> Carrier:
 _ALL_BUT_BMP = ".png .jpg .webp .tif .avif"
 CARRIERS: dict[str, Carrier] = {
     # Samples
-    "alpha": _row("transparency", kept=".png .webp .tif .avif"),
+    "alpha": _row("transparency", kept=".png .webp .tif .avif .jxl"),
     "deep": _row("16 bits", kept=".png .tif"),
     # Fields of Picture
     "icc_profile": _row("the ICC profile", kept=_ALL_BUT_BMP),
-    "exif": _row("EXIF data", kept=_ALL_BUT_BMP),
-    "xmp": _row("XMP data", kept=_ALL_BUT_BMP),
-    "dpi": _row("the resolution", kept=".png .jpg .tif .bmp", converted=".webp .avif"),  # into the EXIF data
+    "exif": _row("EXIF data", kept=f"{_ALL_BUT_BMP} .jxl"),
+    "xmp": _row("XMP data", kept=f"{_ALL_BUT_BMP} .jxl"),
+    "dpi": _row("the resolution", kept=".png .jpg .tif .bmp", converted=".webp .avif .jxl"),  # into the EXIF data
     # Entries of Picture.carried, with what is held there
     "aspect": _row("the shape of its pixels", kept=".png .jpg .tif"),  # (x, y): density without a unit
     "cicp": _row("colours by number", kept=".png .avif", converted=".jpg .webp .tif"),  # bytes of a cICP chunk

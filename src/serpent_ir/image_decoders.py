@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from serpent_ir import image_jxl
 from serpent_ir.decoding import MAX_PIXELS as MAX_PIXELS
 from serpent_ir.decoding import check_size, with_opencv
 from serpent_ir.errors import ImageError
@@ -124,7 +125,7 @@ def open_header(data: bytes | BinaryIO) -> Image.Image | None:
         try:
             return Image.open(file)
         except UnidentifiedImageError:
-            return _open_heif(file)
+            return _open_heif(file) or _open_jxl(file)
         finally:
             Image.MAX_IMAGE_PIXELS = _bounds.pop()
 
@@ -133,6 +134,15 @@ def open_header(data: bytes | BinaryIO) -> Image.Image | None:
 def _put_bound_back() -> None:
     if _bounds:
         Image.MAX_IMAGE_PIXELS = _bounds.pop()
+
+
+def _open_jxl(file: BinaryIO) -> Image.Image | None:
+    file.seek(0)
+    if not image_jxl.INSTALLED or not image_jxl.is_jxl(file.read(12)):
+        return None
+    image_jxl.register()
+    file.seek(0)
+    return Image.open(file)
 
 
 def _open_heif(file: BinaryIO) -> Image.Image | None:
@@ -219,6 +229,8 @@ def _decode_other(data: bytes) -> Picture:
     """A file that Pillow does not know; OpenCV reads a few more formats."""
     if _is_heif(data[:12]):
         raise ImageError("is HEIC, which takes another package: pip install 'serpent-ir[heic]'; or export it as JPEG")
+    if image_jxl.is_jxl(data) and not image_jxl.INSTALLED:
+        raise ImageError("is JPEG XL, which takes another package: pip install 'serpent-ir[jxl]'; or export it as PNG")
     if data.startswith(_PILLOW_SIGNATURES):
         raise ImageError("is damaged, cut short, or of a kind that Pillow does not read; get it again or convert it")
     array = with_opencv(data)
@@ -236,6 +248,8 @@ def _bits(data: bytes, image: Image.Image) -> int:
         return max(8, int(numbers[1]).bit_length())
     if image.format == "JPEG2000" and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
         return max(8, (data[start + 42] & 0x7F) + 1)  # of the first component, in SIZ
+    if image.format == "JXL":
+        return image_jxl.bits_of(data)
     if image.format != "AVIF":
         return image.info.get("bit_depth", 8)  # HEIC
     flags = data[data.find(b"av1C") + 6]  # AV1's configuration: tier, high_bitdepth, twelve_bit, ...

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from serpent_ir import image_xmp
+from serpent_ir import image_jxl, image_xmp
 from serpent_ir.errors import ImageError
 from serpent_ir.image_carriers import CARRIERS, CONVERTED, TOLD, fate, not_kept
 from serpent_ir.image_colours import icc_of_cicp, icc_of_gamma, is_hdr
@@ -34,6 +34,8 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 if features.check("avif"):
     SAVE_OPTIONS[".avif"] = {"format": "AVIF", "quality": 95, "subsampling": "4:4:4"}
+if image_jxl.INSTALLED:
+    SAVE_OPTIONS[".jxl"] = {"format": "JXL", "lossless": True}
 DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
 # Bytes of each that a JPEG has room for: they stand in one segment. (A profile is spread over several.)
@@ -62,6 +64,8 @@ def encode(picture: Picture, suffix: str) -> bytes:
         return with_chunks(data, is_grey=picture.is_grey, **about, **picture.carried)
     fields = {name: value for name in _FIELDS if (value := getattr(picture, name)) is not None}
     buffer = io.BytesIO()
+    if suffix == ".jxl":
+        image_jxl.register()
     Image.fromarray(array).save(buffer, **SAVE_OPTIONS[suffix], **fields)
     if suffix == ".avif":
         return _with_numbers(buffer.getvalue(), picture.carried.get("cicp"))

@@ -16,6 +16,7 @@ from serpent_ir import image_xmp
 from serpent_ir.image_carriers import kept_by_none
 from serpent_ir.image_heif import carried_by_heif
 from serpent_ir.image_jpeg import after_the_image, carried_by_jpeg, iptc_of
+from serpent_ir.image_jxl import xmp_of
 from serpent_ir.image_png import SIGNATURE, carried_by_png
 from serpent_ir.tiff_descriptions import kind_of
 
@@ -64,6 +65,8 @@ def metadata_of(
             tags.load(exif)
             exif = _upright_exif(exif)
         orientation = tags.get(_ORIENTATION) or image_xmp.orientation(xmp)
+        if image is not None and image.format == "JXL" and not getattr(image, "jpeg", False):
+            orientation = 1  # its decoder turned it, by what the codestream says; EXIF's word does not count
     except MemoryError:
         raise
     except Exception:  # Pillow raises anything for damaged tags
@@ -90,6 +93,8 @@ def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str,
             return {}, carried_by_jpeg(data)
         if data[4:8] == b"ftyp":
             return {}, carried_by_heif(data, has_icc=bool(image.info.get("icc_profile")))
+        if image.format == "JXL":
+            return {"xmp": xmp_of(data)}, {}
         if data[:4] == b"RIFF":
             return {}, _carried_by_webp(data)
     except (struct.error, IndexError, KeyError, ValueError):

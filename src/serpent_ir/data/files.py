@@ -10,6 +10,7 @@ from torch import Tensor
 from serpent_ir.data.pack import SUFFIX, Pack, PackedImage
 from serpent_ir.errors import UsageError
 from serpent_ir.image import read_image_pixels
+from serpent_ir.image_jxl import INSTALLED
 
 # What counts as an image in a folder. A file that is named is read whatever its suffix is.
 SUFFIXES = frozenset(
@@ -109,6 +110,10 @@ PASSED_OVER = frozenset(
     ]
 )
 """Images to a person, of formats that are not read: in a folder they are passed over, but not in silence."""
+
+
+if INSTALLED:
+    SUFFIXES, PASSED_OVER = SUFFIXES | {".jxl"}, PASSED_OVER - {".jxl"}
 
 
 def find_images(folder: Path) -> list[Path]:
