@@ -186,7 +186,7 @@ def test_first_frame(suffix, tmp_path):
         assert np.array_equal(read_image(file).pixels, np.asarray(frames[0].convert("RGB")))
     if suffix == "tif":
         tifffile.imwrite(file, np.stack([draw(np.uint16, seed=seed) for seed in range(3)]), photometric="rgb")
-        with pytest.warns(UserWarning, match="holds 3 images"):
+        with pytest.warns(UserWarning, match="holds 3 pages"):
             assert same(read_image(file).pixels, draw(np.uint16))
 
 
