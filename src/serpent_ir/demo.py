@@ -12,7 +12,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,26 +72,28 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
     if ":" in host:
         raise UsageError(f"--host {host}: gradio serves no IPv6 address; give one of IPv4, or a name")
     limits = limits or Limits()
+    with _without_proxies():
+        _gradio()  # before there is a folder, which Ctrl-C meanwhile would leave behind
     with tempfile.TemporaryDirectory(prefix="serpent-demo-") as folder:
         cache = Path(folder, "cache")
         cache.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there, and nothing else
         worker = Worker()
         try:
-            page = build_page(cache, worker, device, limits)
-            page.queue(max_size=QUEUE, default_concurrency_limit=1)
-            _launch(
-                page,
-                server_name=host,
-                server_port=port,
-                share=False,
-                allowed_paths=[],
-                max_file_size=limits.megabytes * 1_000_000,
-                ssr_mode=False,
-                footer_links=[],
-                quiet=True,
-                prevent_thread_lock=True,
-            )
+            with _without_proxies():
+                page = build_page(cache, worker, device, limits)
+                page.queue(max_size=QUEUE, default_concurrency_limit=1)
+                page.launch(
+                    server_name=host,
+                    server_port=port,
+                    share=False,
+                    allowed_paths=[],
+                    max_file_size=limits.megabytes * 1_000_000,
+                    ssr_mode=False,
+                    footer_links=[],
+                    quiet=True,
+                    prevent_thread_lock=True,
+                )
             print(f"serpent: the page is at http://{host}:{port}", flush=True)
             page.block_thread()
         except OSError as error:
@@ -100,24 +103,33 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
             worker.stop()
 
 
-def _launch(page: Any, **options: Any) -> None:
-    """Start to serve. gradio asks its own address whether it is there, by httpx, which would ask a proxy that the
-    environment names: one that knows nothing of this machine, or for which a package is missing."""
+def _gradio() -> Any:
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise UsageError("the page needs gradio: pip install 'serpent-ir[demo]'") from None
+    return gradio
+
+
+@contextmanager
+def _without_proxies() -> Iterator[None]:
+    """No proxy in the environment.
+
+    gradio asks its own address whether it is there, by httpx, which would ask a proxy that does not know this machine,
+    or for whose protocol a package is missing.
+    """
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
         del os.environ[name]
     try:
-        page.launch(**options)
+        yield
     finally:
         os.environ.update(proxies)
 
 
 def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> Any:
     """The page, a gradio.Blocks. `folder` is for the files that it serves."""
-    try:
-        import gradio as gr
-    except ModuleNotFoundError:
-        raise UsageError("the page needs gradio: pip install 'serpent-ir[demo]'") from None
+    gr = _gradio()
     weights = [name for name in list_models(pretrained=True) if name.partition(".")[2] in TASKS]
     tasks = {task: text for task, text in TASKS.items() if any(name.endswith(f".{task}") for name in weights)}
     samples = make_samples(folder / "samples", set(tasks))
