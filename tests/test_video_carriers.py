@@ -131,6 +131,14 @@ def test_a_late_clock_begins_at_zero_and_offsets_stay(tmp_path, suffix):
     assert float(probed(target, "-show_format")["format"]["duration"]) < 2
 
 
+def test_a_film_that_does_not_say_when_it_begins(tmp_path):
+    """AVI has no times of showing: the first frame comes out one late where frames refer to later ones."""
+    source = film(tmp_path / "in.avi", codec="mpeg4", options={"bf": "2"}, count=9)
+    assert restore(source, tmp_path / "out.mp4") == ""
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert [frame.pts * frame.time_base for frame in file.decode(video=0)] == [Fraction(i, 10) for i in range(9)]
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("source", ["in.mkv", "in.mp4"])
 def test_the_last_frame_stays_as_long_as_it_did(tmp_path, source, suffix):

@@ -115,7 +115,7 @@ class _Work:
         along.refuse(source, target, film, self.planned, _ADVISED)
         self.frames = Frames(first, film, self.container, restorer)
         self.seen = Seen()
-        self.shift = _beginning(film, [one.stream for one in self.planned if one.goes])
+        self.shift = _beginning(film, first, [one.stream for one in self.planned if one.goes])
 
     def write(self, new: BinaryIO, progress: Callable[[int, int], None] | None) -> int:
         """Write the new file; returns the number of frames."""
@@ -237,15 +237,16 @@ def _end(film: Any) -> float:
         return 0
 
 
-def _beginning(film: Any, others: list[Any]) -> Fraction:
+def _beginning(film: Any, first: "av.VideoFrame", others: list[Any]) -> Fraction:
     """The time that becomes zero: that of the earliest stream. Sound before 0 is what decoders drop: it stays so."""
+    begins = first.pts * film.time_base if first.pts is not None else Fraction(0)
     starts = [
         stream.start_time * stream.time_base
-        for stream in (film, *others)
+        for stream in others
         if stream.type in ("video", "audio") and stream.start_time is not None and not along.is_cover(stream)
     ]
-    earliest = min(starts, default=Fraction(0))
-    return earliest if earliest > 0 or (film.start_time or 0) < 0 else Fraction(0)
+    earliest = min([begins, *starts])
+    return earliest if earliest > 0 or begins < 0 else Fraction(0)
 
 
 def _decoder(film: Any, *, threads: bool = True) -> Callable[[Any], list["av.VideoFrame"]]:

@@ -1,6 +1,5 @@
 """What goes along with a video's frames: sound, subtitles, further streams, covers, attachments, chapters, tags."""
 
-import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,8 +146,10 @@ def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
         made.start_encoding()
     except (ValueError, RuntimeError, FFmpegError):
         return False
-    with contextlib.suppress(FFmpegError):  # a file without packets
+    try:
         made.close()
+    except FFmpegError:  # of a file without packets; but MP4 says only here that it takes no PCM of unknown channels
+        return not (container == "mp4" and stream.codec_context and stream.codec_context.name.startswith("pcm_"))
     return True
 
 

@@ -47,7 +47,7 @@ class Seen:
         for name in data.keys() & FRAME_DATA.keys():
             self.first.setdefault(FRAME_DATA[name], number)
         if frame.interlaced_frame:
-            self.first.setdefault("interlaced", number)
+            self.first.setdefault("the mark that it is interlaced", number)
         if number == 0:
             matrix = np.frombuffer(data.get("DISPLAYMATRIX", b""), np.int32)[:9]
             self.turned = tuple(int(v) for v in np.rint(matrix.reshape(-1, 3)[:2, :2].ravel() / 65536))

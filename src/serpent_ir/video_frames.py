@@ -102,7 +102,7 @@ class Frames:
         bits = form.components[0].bits
         wide, high = 8 // form.chroma_width(8), 8 // form.chroma_height(8)  # pixels to a sample of colour
         chroma = "444" if self.grey or wide == 1 else "422" if high == 1 else "420"
-        odd = any(side % 2 for side in self.size)
+        own, odd = chroma, any(side % 2 for side in self.size)
         if chroma != "444" and odd:  # encoders would lose a line
             chroma = "444"
         if chroma == "420" and self.fields and self.size[1] % 4:  # as above, of a field
@@ -122,8 +122,8 @@ class Frames:
         kept = chroma if chroma in encoder.chroma else encoder.chroma[-1]
         if depth < bits:
             self.told.append(f"bits {depth} of {bits}")
-        if kept < chroma and not self.grey:
-            self.told.append(f"colour sampling 4:{kept[1]}:{kept[2]} of 4:{chroma[1]}:{chroma[2]}")
+        if kept < own and not self.grey:
+            self.told.append(f"colour sampling 4:{kept[1]}:{kept[2]} of 4:{own[1]}:{own[2]}")
         deep = "" if depth == 8 else f"{depth}le"
         if self.grey and encoder.grey:
             return encoder, f"gray{deep}"
@@ -258,8 +258,6 @@ class Frames:
         lost = list(self.told)
         if self._transparent and not self.encoder.alpha:
             lost.append("transparency (.mov, .mkv and .webm can hold it)")
-        if self.fields and not self.encoder.fields:
-            lost.append("the mark that it is interlaced")
         return lost
 
 
