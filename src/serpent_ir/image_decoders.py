@@ -106,6 +106,8 @@ def tiff_record(
             turned = orientation in range(2, 9)
             upright = (height, width) if orientation in range(5, 9) else (width, height)
             record, left = read_record(page, planes, whole=whole, turned=turned, size=upright)
+    except MemoryError:
+        raise
     except Exception:  # tifffile raises anything for damaged tags
         return None
     lost += left

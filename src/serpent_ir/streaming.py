@@ -165,6 +165,8 @@ def _restore_pages(
                     picture, notes, lost = decode(pages.page(number), count, whole=True)
                 except ImageError as error:
                     raise ImageError(f"{label}: {error}") from error
+                except MemoryError as error:
+                    raise ImageError(f"{label} does not fit in memory; cut it into parts first") from error
                 except Exception as error:  # decoders have no common type for damaged data
                     raise ImageError(f"{label}: is damaged or cut short; get the file again") from error
                 for note in (*notes, *lost):
