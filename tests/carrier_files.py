@@ -165,6 +165,14 @@ def webp(*chunks: tuple[bytes, bytes], **options: object) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def adobe_rgb() -> bytes:
+    """EXIF data that says Adobe RGB as cameras do, without a profile."""
+    tags = Image.Exif()
+    tags[271] = "Maker"
+    tags.get_ifd(0x8769).update({40961: 65535, 40965: {1: "R03\0", 2: b"0100"}})
+    return tags.tobytes()
+
+
 def photoshop(*resources: tuple[int, bytes]) -> bytes:
     blocks = (b"8BIM" + struct.pack(">HHI", kind, 0, len(c)) + c + bytes(len(c) % 2) for kind, c in resources)
     return segment(0xED, b"Photoshop 3.0\0" + b"".join(blocks))
@@ -244,10 +252,12 @@ def files() -> dict[str, tuple[str, str, bytes]]:
         "paths": ("photoshop", ".jpg", jpeg(photoshop((0x0404, IIM), (2000, bytes(26))))),
         "icc": ("icc_profile", ".jpg", jpeg(icc_profile=ICC)),
         "exif": ("exif", ".jpg", jpeg(exif=exif())),
+        "interop": ("exif", ".jpg", jpeg(exif=adobe_rgb())),
         "xmp": ("xmp", ".jpg", jpeg(app1(packet()))),
         "cicp": ("cicp", ".png", png((b"cICP", bytes([12, 13, 0, 1])))),
         "cicp_pq": ("cicp", ".png", png((b"cICP", bytes([9, 16, 0, 1])))),
         "gamma": ("gamma", ".png", png((b"gAMA", struct.pack(">I", 45471)), (b"cHRM", GAMMA_PRIMARIES))),
+        "gamma_grey": ("gamma", ".png", png((b"gAMA", struct.pack(">I", 100000)), grey=True)),
         "mastering": (
             "mastering",
             ".png",

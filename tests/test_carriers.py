@@ -54,7 +54,7 @@ SEEN = {
     "png_texts": ("PNG:Author", "A person"),
     "dpi": ({".png": "PNG-pHYs:PixelsPerUnitX", ".jpg": "JFIF:XResolution", ".bmp": "File:PixelsPerMeterX"}, ""),
     "aspect": ({".png": "PNG-pHYs:PixelsPerUnitX", ".jpg": "JFIF:XResolution", ".tif": "IFD0:XResolution"}, "2"),
-    "gamma": ({".png": "PNG:WhitePointX"}, "0.3127"),
+    "gamma": ({".png": "PNG:Gamma"}, ""),
 }
 CLAIMS = {
     "motion_video": re.compile(rb"MotionPhoto|MicroVideo|video/mp4"),
@@ -143,6 +143,10 @@ def test_exiftool_finds_what_is_kept(name, target, written, seen):
     if carrier == "cicp" and target in (".png", ".avif"):
         key = "PNG-cICP:ColorPrimaries" if target == ".png" else "QuickTime:ColorPrimaries"
         assert row[key] == ("SMPTE EG 432-1" if name in ("cicp", "avif_p3") else "BT.2020, BT.2100")
+    if name == "interop" and target != ".bmp":
+        assert row["InteropIFD:InteropIndex"] == "R03 - DCF option file (Adobe RGB)"
+    if name == "gamma_grey" and target not in (".png", ".bmp"):
+        assert row["ICC-header:ColorSpaceData"] == ("GRAY" if target in (".jpg", ".tif") else "RGB ")
     if name.startswith("samsung_") and target == ".jpg":
         assert row["Samsung:EmbeddedVideoType"] == "MotionPhoto_Data"
 

@@ -38,21 +38,24 @@ def is_hdr(cicp: bytes) -> bool:
     return cicp[1] in (PQ, HLG)
 
 
-def icc_of_cicp(cicp: bytes) -> bytes | None:
-    """An ICC profile of the colours that four numbers of H.273 say; None for numbers without a definition here."""
+def icc_of_cicp(cicp: bytes, *, grey: bool = False) -> bytes | None:
+    """An ICC profile of the colours that four numbers of H.273 say; None for numbers without a definition here.
+
+    With `grey` it is one for samples of grey, which says the curve alone.
+    """
     primaries, transfer = cicp[0], cicp[1]
     curve = _curve(transfer)
     if primaries not in _PRIMARIES or curve is None:
         return None
     name = f"{_NAMES.get(primaries, f'primaries {primaries}')}, {_TRANSFERS.get(transfer, f'transfer {transfer}')}"
-    return _profile(_PRIMARIES[primaries], curve, name, cicp if is_hdr(cicp) else b"")
+    return _profile(_PRIMARIES[primaries], curve, name, cicp if is_hdr(cicp) else b"", grey)
 
 
 _TRANSFERS = {1: "sRGB", 6: "sRGB", 13: "sRGB", 14: "sRGB", 15: "sRGB", 8: "linear", PQ: "PQ", HLG: "HLG"}
 
 
-def icc_of_gamma(png_chunks: bytes) -> bytes | None:
-    """An ICC profile of a PNG's gAMA and cHRM; None where they say sRGB, or nothing."""
+def icc_of_gamma(png_chunks: bytes, *, grey: bool = False) -> bytes | None:
+    """An ICC profile of a PNG's gAMA and cHRM, as `icc_of_cicp`; None where they say sRGB, or nothing."""
     gamma, xy = 0.0, _SRGB
     for kind, content, _ in chunks(b"\x89PNG\r\n\x1a\n" + png_chunks):
         if kind == b"sRGB":
@@ -68,7 +71,7 @@ def icc_of_gamma(png_chunks: bytes) -> bytes | None:
     if min(np.array(xy)[:, 1]) <= 0 or (gamma and not 0.01 < gamma < 100):
         return None
     curve = _parametric_srgb() if is_srgb else b"curv" + struct.pack(">IIH", 0, 1, _fixed8(1 / gamma))
-    return _profile(xy, curve, "gamma and primaries of a PNG", b"")
+    return _profile(xy, curve, "gamma and primaries of a PNG", b"", grey)
 
 
 def _curve(transfer: int) -> bytes | None:
@@ -103,8 +106,8 @@ def _parametric_srgb() -> bytes:
     return b"para" + struct.pack(">IHH5i", 0, 3, 0, *(_fixed16(v) for v in values))
 
 
-def _profile(xy: tuple[tuple[float, float], ...], curve: bytes, name: str, cicp: bytes) -> bytes:
-    """A display profile of version 4: primaries as columns of a matrix, one curve for all."""
+def _profile(xy: tuple[tuple[float, float], ...], curve: bytes, name: str, cicp: bytes, grey: bool) -> bytes:
+    """A display profile of version 4: primaries as columns of a matrix, one curve for all; or of grey, the curve."""
     columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in xy])
     white = columns[3]
     rgb = columns[:3].T * np.linalg.solve(columns[:3].T, white)
@@ -115,10 +118,13 @@ def _profile(xy: tuple[tuple[float, float], ...], curve: bytes, name: str, cicp:
         b"cprt": _text("No copyright, use freely"),
         b"wtpt": _xyz(_D50),
         b"chad": b"sf32" + struct.pack(">I9i", 0, *(_fixed16(v) for v in chad.ravel())),
-        **{kind: _xyz(adapted[:, i]) for i, kind in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))},
-        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
     }
-    if cicp:
+    if grey:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {kind: _xyz(adapted[:, i]) for i, kind in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    if cicp and not grey:
         tags[b"cicp"] = b"cicp" + bytes(4) + cicp
     offset = 132 + 12 * len(tags)
     entries, body, places = b"", b"", {}
@@ -127,7 +133,9 @@ def _profile(xy: tuple[tuple[float, float], ...], curve: bytes, name: str, cicp:
             places[content] = offset + len(body)
             body += content + bytes(-len(content) % 4)
         entries += kind + struct.pack(">II", places[content], len(content))
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x04400000, b"mntr", b"RGB ", b"XYZ ")
+    header = struct.pack(
+        ">I4sI4s4s4s", offset + len(body), bytes(4), 0x04400000, b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ "
+    )
     header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp")
     header = header.ljust(68, b"\0") + _xyz(_D50)[8:]
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + entries + body

@@ -79,8 +79,10 @@ def fitting(picture: Picture, suffix: str) -> Picture:
     carried = {name: value for name, value in picture.carried.items() if fate(name, suffix) != TOLD}
     if _profile_does_not_fit(picture, suffix):
         fields["icc_profile"] = None
+    if _odd_numbers(carried.get("cicp"), suffix):
+        del carried["cicp"]
     if not fields.get("icc_profile"):
-        fields["icc_profile"] = _made_profile(carried, suffix)
+        fields["icc_profile"] = _made_profile(carried, suffix, grey=_as_grey(picture, suffix))
     if picture.dpi and fate("dpi", suffix) == CONVERTED:
         fields |= {"exif": _exif_with_dpi(picture), "dpi": None}
     if fields.get("exif"):
@@ -96,11 +98,18 @@ def fitting(picture: Picture, suffix: str) -> Picture:
     return replace(picture, **{**dict.fromkeys(_FIELDS), **fields}, carried=carried)
 
 
-def _made_profile(carried: dict[str, Any], suffix: str) -> bytes | None:
+def _odd_numbers(cicp: bytes | None, suffix: str) -> bool:
+    """Whether numbers say that samples are not RGB over their full range, which PNG alone can say."""
+    return cicp is not None and suffix != ".png" and cicp[2:] != b"\0\1"
+
+
+def _made_profile(carried: dict[str, Any], suffix: str, *, grey: bool) -> bytes | None:
     """An ICC profile of colours that are given otherwise, for a format that cannot say them so."""
     if "cicp" in carried:
-        return icc_of_cicp(carried["cicp"]) if fate("cicp", suffix) == CONVERTED else None
-    return icc_of_gamma(carried["gamma"]) if "gamma" in carried and fate("gamma", suffix) == CONVERTED else None
+        return icc_of_cicp(carried["cicp"], grey=grey) if fate("cicp", suffix) == CONVERTED else None
+    if "gamma" in carried and fate("gamma", suffix) == CONVERTED:
+        return icc_of_gamma(carried["gamma"], grey=grey)
+    return None
 
 
 def _exif_with_dpi(picture: Picture) -> bytes | None:
@@ -153,7 +162,9 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
         lost += [f"{name.upper()} data of over 64 KB"] * _too_long(getattr(picture, name), suffix, name)
     if suffix in (".tif", ".tiff") and picture.tiff:
         lost += left_at_size(picture)
-    if "cicp" in there and fate("cicp", suffix) == CONVERTED:
+    if "cicp" in there and _odd_numbers(picture.carried["cicp"], suffix) and suffix != ".bmp":
+        lost.append(CARRIERS["cicp"].words)
+    elif "cicp" in there and fate("cicp", suffix) == CONVERTED:
         if icc_of_cicp(picture.carried["cicp"]) is None:
             lost.append(CARRIERS["cicp"].words)
         elif is_hdr(picture.carried["cicp"]):
@@ -173,10 +184,14 @@ def left_at_size(picture: Picture) -> list[str]:
 
 
 def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:
-    """A profile for grey beside colour, and one for neither. WebP and Pillow's AVIF write grey as colour."""
+    """A profile for grey beside colour, and one for neither."""
     space = (picture.icc_profile or b"")[16:20]
-    as_grey = picture.is_grey and suffix not in (".webp", ".avif")
-    return suffix != ".bmp" and (space in (b"CMYK", b"Lab ") or (space == b"GRAY" and not as_grey))
+    return suffix != ".bmp" and (space in (b"CMYK", b"Lab ") or (space == b"GRAY" and not _as_grey(picture, suffix)))
+
+
+def _as_grey(picture: Picture, suffix: str) -> bool:
+    """Whether samples are written as grey; WebP and Pillow's AVIF have colour alone."""
+    return picture.is_grey and suffix not in (".webp", ".avif")
 
 
 def _too_long(value: bytes | None, suffix: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Boxes of HEIC and AVIF files (ISO base media): colours by number, light levels, and images beside the first one.
+"""Boxes of HEIC, AVIF (ISO base media) and JPEG 2000: colours by number, light levels, images beside the first one.
 
 Read for `image_metadata.py`; the pixels, EXIF, XMP and ICC are read by Pillow and pillow-heif.
 """
@@ -11,6 +11,11 @@ from serpent_ir.image_png import chunk
 
 _DEPTH = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:depth", b"urn:mpeg:hevc:2015:auxid:2")
 _ALPHA = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha", b"urn:mpeg:hevc:2015:auxid:1", b"urn:mpeg:avc:2015:auxid:1")
+_UUIDS = {
+    bytes.fromhex("be7acfcb97a942e89c71999491e3afac"): "xmp",
+    b"JpgTiffExif->JP2": "exif",
+    bytes.fromhex("33c7a4d2b81d4723a0baf1a3e097ad38"): "iptc",
+}
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
@@ -37,6 +42,10 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
         carried["lost_video"] = b""
     if b"sefd" in top:
         carried["trailer"] = b""
+    if b"moov" in top and not has_icc:  # a sequence says it in its track, and perhaps here too
+        start, end = top[b"moov"]
+        place = data.find(b"colrnclx", start, end)
+        carried |= _numbers(data[place + 8 : place + 12]) if place > 0 else {}
     if b"meta" not in top:
         return carried
     meta = _children(data, top[b"meta"], 4)
@@ -44,16 +53,13 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
     properties = _children(data, meta[b"iprp"])
     owned = list(boxes(data, *properties[b"ipco"]))
     of_item = _associations(data, *properties[b"ipma"])
-    for index in of_item.get(primary, ()):
-        if not 0 < index <= len(owned):
-            continue
-        kind, start, end = owned[index - 1]
+    own = [owned[i - 1] for i in of_item.get(primary, ()) if 0 < i <= len(owned)]
+    if not any(kind == b"colr" for kind, _, _ in own):  # of a grid its tiles may have it
+        own += [property_ for property_ in owned if property_[0] == b"colr"][:1]
+    for kind, start, end in own:
         content = data[start:end]
         if kind == b"colr" and content[:4] == b"nclx" and not has_icc:
-            primaries, transfer = struct.unpack_from(">HH", content, 4)
-            known = (primaries if primaries != 2 else 1, transfer if transfer != 2 else 13)  # 2: not said
-            if known != (1, 13) and max(known) < 256:
-                carried["cicp"] = bytes([*known, 0, 1])  # the matrix of RGB, over the full range
+            carried |= _numbers(content[4:8])
         elif kind == b"mdcv" and len(content) >= 24:
             *xy, most, least = struct.unpack_from(">8H2I", content)
             order = [4, 5, 0, 1, 2, 3, 6, 7]  # green, blue, red here; red, green, blue in PNG
@@ -74,6 +80,31 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
             if kind == b"infe" and data[start + 4 + (4 if data[start] < 3 else 6) :][:4] == b"tmap":
                 carried["gain_map"] = b""
     return carried
+
+
+def _numbers(content: bytes) -> dict[str, bytes]:
+    """Primaries and transfer as four numbers of a cICP chunk; nothing where they say sRGB, or nothing."""
+    primaries, transfer = struct.unpack(">HH", content)
+    known = (primaries if primaries != 2 else 1, transfer if transfer != 2 else 13)  # 2: not said
+    if known == (1, 13) or max(known) > 255:
+        return {}
+    return {"cicp": bytes([*known, 0, 1])}  # the matrix of RGB, over the full range
+
+
+def carried_by_jp2(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `Picture`, and entries of `Picture.carried`, of a JPEG 2000 file that Pillow does not give."""
+    fields: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
+    for kind, start, end in boxes(data):
+        if kind == b"jp2h":
+            for inner, begin, stop in boxes(data, start, end):
+                if inner == b"colr" and data[begin] in (2, 3):  # an ICC profile, restricted or any
+                    fields["icc_profile"] = data[begin + 3 : stop]
+        elif kind == b"uuid" and (name := _UUIDS.get(data[start : start + 16])):
+            (carried if name == "iptc" else fields)[name] = data[start + 16 : end]
+        elif kind in (b"xml ", b"jumb") or kind == b"uuid":
+            carried["content_credentials" if kind == b"jumb" else "app_segments"] = b""
+    return fields, carried
 
 
 def _auxiliary(urn: bytes) -> str:

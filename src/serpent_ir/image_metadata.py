@@ -14,13 +14,14 @@ from PIL import ExifTags, Image
 
 from serpent_ir import image_xmp
 from serpent_ir.image_carriers import kept_by_none
-from serpent_ir.image_heif import carried_by_heif
+from serpent_ir.image_heif import carried_by_heif, carried_by_jp2
 from serpent_ir.image_jpeg import after_the_image, carried_by_jpeg, iptc_of
 from serpent_ir.image_jxl import xmp_of
 from serpent_ir.image_png import SIGNATURE, carried_by_png
 from serpent_ir.tiff_descriptions import kind_of
 
-SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+EXIF_IFD, INTEROP_IFD = ExifTags.IFD.Exif, ExifTags.IFD.Interop
+SUB_IFDS = (EXIF_IFD, ExifTags.IFD.GPSInfo)
 XMP_TAG = 700
 _ORIENTATION = ExifTags.Base.Orientation
 # The tags of a TIFF that describe the scene (description, make, model, software, date and time, artist, copyright,
@@ -77,6 +78,7 @@ def metadata_of(
         lost.append("its XMP data is damaged and left out")
     if told := kept_by_none({*carried, *gone}):
         lost.append(f"has {', '.join(told)}; left out")
+    dpi = None if "aspect" in carried else dpi  # which Pillow then takes from nowhere
     if orientation in (5, 6, 7, 8):
         dpi = dpi and dpi[::-1]
         carried |= {"aspect": carried["aspect"][::-1]} if "aspect" in carried else {}
@@ -97,10 +99,22 @@ def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str,
             return {"xmp": xmp_of(data)}, {}
         if data[:4] == b"RIFF":
             return {}, _carried_by_webp(data)
+        if data[4:8] == b"jP  ":
+            return carried_by_jp2(data)
+        if data[:2] == b"BM" and data[70:74] == b"DEBM":  # "MBED": a profile stands in the file, from version 5 on
+            place, size = struct.unpack_from("<II", data, 126)
+            return {"icc_profile": data[14 + place :][:size]}, {}
     except (struct.error, IndexError, KeyError, ValueError):
         return {}, {}
     comment = image.info.get("comment")
     return {}, {"comment": comment} if isinstance(comment, bytes) and comment else {}
+
+
+def _after_the_image(data: bytes, xmp: bytes | None) -> tuple[dict[str, Any], int]:
+    try:
+        return after_the_image(data, image_xmp.video_start(xmp, len(data)) if xmp else None)
+    except (struct.error, IndexError):  # Samsung's directory is damaged
+        return {"trailer": b""}, 0
 
 
 def _carried_by_webp(data: bytes) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -
     xmp = image_xmp.upright(xmp) if isinstance(xmp, bytes) else None
     video = gap = 0
     if data.startswith(b"\xff\xd8"):
-        found, start = after_the_image(data, xmp and image_xmp.video_start(xmp, len(data)))
+        found, start = _after_the_image(data, xmp)
         carried |= found
         video = len(data) - start if start else 0
         gap = len(found.get("motion_video", b"")) - video if video else 0
@@ -171,6 +185,8 @@ def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
     for tag, value in tags.items():
         if tag in SUB_IFDS:
             kept.get_ifd(tag).update(tags.get_ifd(tag))
+            if tag == EXIF_IFD and (within := dict(tags.get_ifd(INTEROP_IFD))):
+                kept.get_ifd(tag)[INTEROP_IFD] = within
         elif tag in _EXIF_OF_TIFF and not (tag == 270 and kind_of(str(value).encode())):
             kept[tag] = value
     return kept.tobytes() if len(kept) or any(kept.get_ifd(tag) for tag in SUB_IFDS) else None

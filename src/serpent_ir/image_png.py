@@ -22,7 +22,7 @@ _CODING += (b"eXIf",)
 # Texts that would turn or measure the picture once more.
 _STALE_TEXTS = (b"exif:Orientation", b"tiff:Orientation", b"exif:ExifImageWidth", b"exif:ExifImageLength")
 _STALE_TEXTS += (b"exif:PixelXDimension", b"exif:PixelYDimension")
-_MOST = 1 << 26  # bytes of a text that was compressed
+_MOST = 1 << 25  # bytes of a text that was compressed
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
@@ -76,6 +76,8 @@ def carried_by_png(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         elif kind == b"sBIT":
             if min(content, default=0) < (8 if data[25] == 3 else data[24]):
                 carried["significant_bits"] = content
+        elif kind in (b"gMAP", b"gDAT"):
+            carried["gain_map"] = content
         elif kind == b"caBX":
             carried["content_credentials"] = content
         elif kind not in _CODING:
@@ -142,7 +144,7 @@ def alpha_of_png(data: bytes, samples: NDArray[Any]) -> NDArray[Any] | None:
     levels = levels & (2**depth - 1)
     if depth < 8:
         levels = levels * 255 // (2**depth - 1)
-    hidden = (samples.reshape(*samples.shape[:2], -1) == levels).all(-1)
+    hidden = (samples.reshape(*samples.shape[:2], -1) == levels.astype(samples.dtype)).all(-1)
     return np.where(hidden, 0, np.iinfo(samples.dtype).max).astype(samples.dtype)
 
 

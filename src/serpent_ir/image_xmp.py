@@ -6,7 +6,7 @@ A packet that claims nothing stays as it is, byte for byte, but for its orientat
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
-from xml.dom import minidom
+from xml.dom import DOMException, minidom
 from xml.parsers.expat import ExpatError
 
 _GOOGLE, _ADOBE = "http://ns.google.com/photos/1.0/", "http://ns.adobe.com/"
@@ -33,6 +33,7 @@ _CLAIMS = (
     ("content_credentials", _DC_TERMS, "provenance"),
     ("thumbnail", _BASIC, "Thumbnails"),
 )
+_DAMAGED = (ExpatError, ValueError, LookupError, RecursionError, DOMException)
 _SEMANTICS = {"GainMap": "gain_map", "RecoveryMap": "gain_map", "Depth": "depth_map", "MotionPhoto": "motion_video"}
 _SEMANTICS |= {"DepthMap": "depth_map"}
 _MIGHT_CLAIM = re.compile(
@@ -85,11 +86,13 @@ def without_claims(
     if not _MIGHT_CLAIM.search(xmp):
         return xmp, set()
     try:
-        if b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:  # has no place in XMP, and may grow without bound
-            raise ExpatError
-        document = minidom.parseString(xmp.strip(b"\0 \r\n\t"))
-    except (ExpatError, ValueError, LookupError):
+        return _stripped(xmp, kept, video, gap, turned)
+    except _DAMAGED:
         return None, {"damaged_xmp"}
+
+
+def _stripped(xmp: bytes, kept: Collection[str], video: int, gap: int, turned: bool) -> tuple[bytes, set[str]]:
+    document = _parsed(xmp)
     gone = _strip_directories(document, kept, video, gap)
     used = set()
     for element in list(_elements(document)):
@@ -114,10 +117,10 @@ def without_claims(
 
 def video_start(xmp: bytes, total: int) -> int | None:
     """Where in a file of `total` bytes the video of a motion photo begins, as its XMP data says."""
-    if not _MIGHT_CLAIM.search(xmp) or b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:
+    if not _MIGHT_CLAIM.search(xmp):
         return None
     try:
-        document = minidom.parseString(xmp.strip(b"\0 \r\n\t"))
+        document = _parsed(xmp)
         end = total
         for item in reversed([e for e in _elements(document) if _property(e, "Semantic")]):
             end -= int(_property(item, "Length") or 0) + int(_property(item, "Padding") or 0)
@@ -127,9 +130,15 @@ def video_start(xmp: bytes, total: int) -> int | None:
             for node in [*_attributes(element), element]:
                 if node.namespaceURI == _CAMERA and node.localName == "MicroVideoOffset":
                     return total - int(_value(node))
-    except (ExpatError, ValueError, LookupError):
+    except _DAMAGED:
         pass
     return None
+
+
+def _parsed(xmp: bytes) -> minidom.Document:
+    if b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:  # has no place in XMP, and may grow without bound
+        raise ExpatError
+    return minidom.parseString(xmp.strip(b"\0 \r\n\t"))
 
 
 def _strip_directories(document: Any, kept: Collection[str], video: int, gap: int) -> set[str]:
