@@ -162,8 +162,10 @@ def test_other_programs_read_the_files(target, written):
     if target != ".avif" and shutil.which("identify"):
         ran = subprocess.run(["identify", "-format", "%w %h\n", *paths], capture_output=True, text=True, check=True)
         assert ran.stdout.split("\n")[:-1] == [f"{WIDTH} {HEIGHT}"] * len(paths)
-        # ImageMagick 6's small reader of XML complains of packets as exiftool and Adobe write them, in the inputs too.
-        assert not [line for line in ran.stderr.splitlines() if "(XMP)" not in line and "xml-tree" not in line]
+        # ImageMagick 6's small reader of XML complains of packets as exiftool and Adobe write them, in the inputs too;
+        # libtiff does not know EXIF's pointer to the directory of interoperability.
+        expected = ("(XMP)", "xml-tree", "tag 40965")
+        assert not [line for line in ran.stderr.splitlines() if not any(word in line for word in expected)]
     if shutil.which("ffprobe"):
         command = [
             "ffprobe",

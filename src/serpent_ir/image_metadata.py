@@ -180,12 +180,20 @@ def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -
     return xmp, gone
 
 
+def interop_of(tags: Image.Exif) -> dict[int, Any]:
+    """The directory within that of EXIF that says Adobe RGB where no profile does; empty where there is none."""
+    try:
+        return dict(tags.get_ifd(INTEROP_IFD))
+    except KeyError:  # Pillow's word for a directory of EXIF without it
+        return {}
+
+
 def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
     kept = Image.Exif()
     for tag, value in tags.items():
         if tag in SUB_IFDS:
             kept.get_ifd(tag).update(tags.get_ifd(tag))
-            if tag == EXIF_IFD and (within := dict(tags.get_ifd(INTEROP_IFD))):
+            if tag == EXIF_IFD and (within := interop_of(tags)):
                 kept.get_ifd(tag)[INTEROP_IFD] = within
         elif tag in _EXIF_OF_TIFF and not (tag == 270 and kind_of(str(value).encode())):
             kept[tag] = value

@@ -17,7 +17,17 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import EXIF_IFD, INTEROP_IFD, IPTC_TAG, RATINGS, SUB_IFDS, XMP_TAG, XP, with_size
+from serpent_ir.image_metadata import (
+    EXIF_IFD,
+    INTEROP_IFD,
+    IPTC_TAG,
+    RATINGS,
+    SUB_IFDS,
+    XMP_TAG,
+    XP,
+    interop_of,
+    with_size,
+)
 from serpent_ir.picture import Picture
 from serpent_ir.tiff_records import tags_of
 from serpent_ir.tiling import Span
@@ -71,7 +81,7 @@ class TiffOutput:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         tags = _tags(with_size(about.exif, width, height) if not self._big else None)
         sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
-        if int(EXIF_IFD) in sub_ifds and (within := dict(tags.get_ifd(INTEROP_IFD))):  # may say Adobe RGB
+        if within := interop_of(tags):
             sub_ifds[int(EXIF_IFD)][int(INTEROP_IFD)] = within
         extra, options = [], {}
         if about.tiff:
