@@ -10,13 +10,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether an installation is still the right one; Python sources are not copied by it.
 INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/csrc/*)
 
-.PHONY: help demo test test-all test-newest wheels clean
+.PHONY: help demo test test-all test-newest faults wheels clean
 
 help:
 	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
 	@echo "make test    format, lint, types, layers and tests"
 	@echo "make test-all   the same with slow doubles of tests: every level, platform and capability"
 	@echo "make test-newest   the tests with the newest PyTorch, or with another: TORCH=\"torch==2.9.*\""
+	@echo "make faults  a campaign of 1,000 injected faults, at most 20 minutes; a table of held and broken"
 	@echo "make wheels  the wheels of all platforms, in dist/, built on this machine"
 	@echo "make clean   remove $(VENV), demo/ and caches"
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), TORCH=\"$(TORCH)\""
@@ -43,6 +44,10 @@ test-newest:
 	$(MAKE) VENV=.venv-newest TORCH="--upgrade $(TORCH)" .venv-newest/.dev-installed
 	.venv-newest/bin/python -c 'import torch; print("PyTorch", torch.__version__)'
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
+
+# Outside CI, where tests/test_faults.py runs a slice.
+faults: $(VENV)/.dev-installed
+	PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
 wheels: $(VENV)/.dev-installed
 	$(BIN)/python tools/wheels.py dist

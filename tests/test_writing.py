@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,36 @@ def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
     with whole_file(tmp_path / "x") as file:
         file.write(b"x")
     assert names(tmp_path) == [left.name, "x"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX tell who is dead")
+def test_temporary_folders_that_a_kill_left_are_removed(tmp_path, monkeypatch):
+    code = """
+import sys
+from serpent_ir.writing import temporary_folder
+with temporary_folder("x") as folder:
+    (folder / "file").write_bytes(b"x")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    start = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as killed,
+        subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as alive,
+    ):
+        assert killed.stdout
+        assert alive.stdout
+        gone, kept = killed.stdout.readline().strip(), alive.stdout.readline().strip()
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        (tmp_path / "somebody").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with writing.temporary_folder("x") as folder:
+            assert names(tmp_path) == sorted([folder.name, kept, "somebody"])
+            assert gone not in names(tmp_path)
+        assert names(tmp_path / kept) == ["file"]
+        assert alive.stdin
+        alive.stdin.close()
+        assert alive.wait() == 0
+    assert names(tmp_path) == ["somebody"]

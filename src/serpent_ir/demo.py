@@ -28,6 +28,7 @@ from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, t
 from serpent_ir.inference import Restorer
 from serpent_ir.metrics import psnr
 from serpent_ir.models import list_models
+from serpent_ir.writing import temporary_folder
 
 PREVIEW = 1600
 """Longest side in pixels of what the page shows; the download has them all."""
@@ -74,8 +75,8 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
     limits = limits or Limits()
     with _without_proxies():
         _gradio()  # before there is a folder, which Ctrl-C meanwhile would leave behind
-    with tempfile.TemporaryDirectory(prefix="serpent-demo-") as folder:
-        cache = Path(folder, "cache")
+    with temporary_folder("demo") as folder:
+        cache = folder / "cache"
         cache.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there, and nothing else
         worker = Worker()

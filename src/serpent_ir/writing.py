@@ -1,11 +1,14 @@
 """Files that are there as a whole or not at all: the one place where they are made."""
 
 import contextlib
+import glob
 import os
 import platform
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +48,35 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary ones, removed at the end; and those that killed calls of this name left."""
+    parent = Path(tempfile.gettempdir())
+    prefix = f"{_PREFIX[1:]}{name}-"
+    if fcntl:
+        for left in parent.glob(f"{glob.escape(prefix)}*"):
+            with contextlib.suppress(OSError), _locked_folder(left):
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, contextlib.ExitStack() as stack:
+        if fcntl:
+            with contextlib.suppress(OSError):  # on a disk without locks it stays when this is killed
+                stack.enter_context(_locked_folder(Path(folder)))
+        yield Path(folder)
+
+
+@contextmanager
+def _locked_folder(path: Path) -> Iterator[None]:
+    """Lock a folder of this user; OSError where somebody else holds it, or it is none."""
+    folder = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        if os.fstat(folder).st_uid != os.getuid():
+            raise PermissionError(path)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(folder)
 
 
 def remove_left_behind(folder: Path) -> None:
