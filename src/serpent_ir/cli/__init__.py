@@ -6,6 +6,7 @@ failed, 2 where the call was wrong, 130 where it was interrupted. Results go to 
 One module a command; importing it here registers it, and `serpent --help` lists them in this order.
 """
 
+import os
 import sys
 
 from serpent_ir import interrupts
@@ -28,10 +29,17 @@ from serpent_ir.cli.report import report as report
 # isort: on
 from serpent_ir.errors import is_out_of_memory, memory_line
 
+# How people say how OpenMP waits. By default its threads spin, milliseconds after every operation, and on a busy
+# machine take the cores from those that work: serpent_b at 256 px took 0.5 to 1.5 s by two threads, 0.12 to 0.15 by
+# two that sleep, and 0.17 to 0.38 by one (two cores at a load of 7 to 9; benchmarks/busy.py).
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
 
 def main() -> None:
     """What the console script runs, once `serpent_ir.__main__` has imported this."""
     interrupts.install()
+    if not _WAITING & os.environ.keys():  # read when PyTorch is loaded, which is later
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder, and all in it
         say("serpent: error: an argument is empty; is a variable unset?")
         sys.exit(2)
