@@ -284,6 +284,21 @@ def test_subtitles_of_text_are_converted(tmp_path, before, after, codec):
     assert spoken[1][2].endswith("you")
 
 
+def test_sound_of_unknown_channels_is_refused_before_any_work(tmp_path):
+    source = tmp_path / "in.avi"
+    with av.open(str(source), "w") as file:
+        stream, sound = add_film(file, "mpeg4", options={}), file.add_stream("pcm_s16le", rate=48000, layout="stereo")
+        encode(file, stream, map(draw, range(3)))
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.int16), format="s16", layout="stereo")
+        tone.sample_rate, tone.pts, tone.time_base = 48000, 0, Fraction(1, 48000)
+        mux(file, [*sound.encode(tone), *sound.encode(None)])
+    with pytest.raises(
+        SerpentError, match=r"\.mp4 cannot hold its audio \(pcm_s16le\); choose another suffix, as \.mkv"
+    ):
+        restore(source, tmp_path / "out.mp4")
+    assert restore(source, tmp_path / "out.mov") == ""
+
+
 def test_no_advice_names_a_container_that_cannot_hold_it(tmp_path):
     source = tmp_path / "in.avi"
     with av.open(str(source), "w") as file:

@@ -1,5 +1,6 @@
 """What goes along with a video's frames: sound, subtitles, further streams, covers, attachments, chapters, tags."""
 
+import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,18 +139,23 @@ def film_of(file: Any) -> Any:
 
 def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
     """Whether FFmpeg writes a file's beginning with such a stream."""
+    import av
     from av.error import FFmpegError
 
+    pcm = stream.codec_context is not None and stream.codec_context.name.startswith("pcm_")
     try:
         made = open_for_writing(Sink(io.BytesIO()), container, any_codec=any_codec)
-        made.add_stream_from_template(stream, opaque=True)
+        new = made.add_stream_from_template(stream, opaque=True)
         made.start_encoding()
+        if pcm:  # MP4 says only at the end that it takes none whose channels have no places, as in AVI
+            silence = av.Packet(bytes(1 << 10))
+            silence.stream, silence.pts, silence.dts, silence.time_base = new, 0, 0, stream.time_base
+            made.mux(silence)
+            made.close()
     except (ValueError, RuntimeError, FFmpegError):
         return False
-    try:
+    with contextlib.suppress(FFmpegError):  # others want packets, which would be of no use here
         made.close()
-    except FFmpegError:  # of a file without packets; but MP4 says only here that it takes no PCM of unknown channels
-        return not (container == "mp4" and stream.codec_context and stream.codec_context.name.startswith("pcm_"))
     return True
 
 
