@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = "serpent_ir/ops/libserpent_scan"
+LIBRARY = "serpent_ir/ops/cpu/libserpent_scan"
 PACKAGE = ROOT / "src" / "serpent_ir"
 WEIGHTS = {f"serpent_ir/weights/{path.name}" for path in (PACKAGE / "weights").iterdir()}
 EVERYWHERE = WEIGHTS | {f"serpent_ir/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py*")}

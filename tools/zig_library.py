@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CSRC = Path(__file__).parents[1] / "src" / "serpent_ir" / "ops" / "csrc"
+CSRC = Path(__file__).parents[1] / "src" / "serpent_ir" / "ops" / "cpu" / "csrc"
 FLAGS = [
     "-O3",
     "-g0",

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from serpent_ir.degradations import ImageGenerators, randomness
 from serpent_ir.models import as_built, create_model, fused
 from serpent_ir.models.serpent import VSSBlock
-from serpent_ir.ops import triton_block
+from serpent_ir.ops.triton import block as triton_block
 
 
 class Driver:

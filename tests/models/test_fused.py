@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from serpent_ir.models import as_built, create_model, fused, graphs
 from serpent_ir.models.serpent import LayerNorm, VSSBlock
-from serpent_ir.ops import triton_block
+from serpent_ir.ops.triton import block as triton_block
 
 GPU = torch.cuda.is_available()  # where not, tests/conftest.py asks for the interpreter
 DEVICE = "cuda" if GPU else "cpu"

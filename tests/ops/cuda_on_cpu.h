@@ -1,4 +1,4 @@
-// Stands in for CUDA's compiler and device, so that the kernels of cuda_src run on a CPU: every thread of a block is a
+// Stands in for CUDA's compiler and device, so that the kernels of ops/cuda/src run on a CPU: every thread of a block is a
 // fiber, which hands over at each exchange between lanes and at each barrier. Slow, exact, for small tests.
 #pragma once
 #include <ucontext.h>

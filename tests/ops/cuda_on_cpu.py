@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from serpent_ir.ops import nvrtc
+from serpent_ir.ops.cuda import nvrtc
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 _FLAGS = ["-std=c++17", "-O1", "-w", "-fPIC"]
@@ -20,7 +20,7 @@ _loaded: dict[tuple, "Kernels"] = {}
 
 
 class Kernels:
-    """What `serpent_ir.ops.nvrtc.Kernels` is, with tensors in the memory of the CPU."""
+    """What `serpent_ir.ops.cuda.nvrtc.Kernels` is, with tensors in the memory of the CPU."""
 
     def __init__(self, file: str, constants: tuple[tuple[str, int], ...]):
         text = (nvrtc.SOURCES / file).read_text()

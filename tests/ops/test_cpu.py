@@ -273,7 +273,7 @@ def test_after_a_fork_and_with_dirty_memory():
 
 
 def load_again(monkeypatch, folder) -> str:
-    monkeypatch.setattr(ops, "__path__", [str(folder)])
+    monkeypatch.setattr(cpu, "__path__", [str(folder)])
     library, reason = cpu._load.__wrapped__()
     assert library is None
     assert "\n" not in reason

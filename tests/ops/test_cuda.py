@@ -10,7 +10,8 @@ import pytest
 import torch
 from scan_checks import DEVICE, GPU, LEVELS, NAMES, check_against_float64, draw_like, make, poison, shared_gpu
 
-from serpent_ir.ops import cuda, nvrtc, reference, ss2d
+from serpent_ir.ops import cuda, reference, ss2d
+from serpent_ir.ops.cuda import nvrtc
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 

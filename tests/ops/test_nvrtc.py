@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from serpent_ir import ops
-from serpent_ir.ops import nvrtc
+from serpent_ir.ops.cuda import nvrtc
 
 CODE = b"\x7fELF" + bytes(range(200))
 

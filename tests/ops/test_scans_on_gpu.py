@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 
 from scan_checks import GPU, LEVELS, check_against_float64, draw_like, make, poison, shared_gpu
 
-from serpent_ir.ops import chunked, cuda, nvrtc, triton_scan
+from serpent_ir.ops import chunked, cuda
+from serpent_ir.ops import triton as triton_scan
+from serpent_ir.ops.cuda import nvrtc
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 

@@ -8,7 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from serpent_ir.ops import reference, ss2d
-from serpent_ir.ops import triton_scan as scan
+from serpent_ir.ops import triton as scan
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
 

@@ -95,7 +95,7 @@ def _cpu_library() -> dict[str, Any] | None:
 
 
 def _cache() -> dict[str, Any]:
-    from serpent_ir.ops.nvrtc import cache_folder
+    from serpent_ir.ops.cuda.nvrtc import cache_folder
 
     folder = cache_folder()
     files = [file for file in folder.rglob("*") if file.is_file()] if folder and folder.is_dir() else []

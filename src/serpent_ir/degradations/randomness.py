@@ -53,7 +53,7 @@ class ImageGenerators:
     def randn(self, channels: int, height: int, width: int) -> Tensor:
         """(B, channels, height, width) float32 normal numbers, those of the window's pixels in the whole image."""
         if self.device.type in KERNELS and _has_triton():
-            from serpent_ir.ops.triton_noise import normal  # one launch instead of thirty
+            from serpent_ir.degradations.noise_kernel import normal  # one launch instead of thirty
 
             start = self._next()
             return normal(self.keys, self.origins, self.sizes, start, _STEP, channels, height, width)

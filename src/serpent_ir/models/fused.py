@@ -93,7 +93,7 @@ def serpent(model: "Serpent", image: Tensor) -> Tensor:
 
 
 def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
-    from serpent_ir.ops import triton_patch
+    from serpent_ir.ops.triton import patch as triton_patch
 
     half = dtype in HALF
     stacks = [*model.encoder, model.bottleneck, *model.decoder]
@@ -135,7 +135,7 @@ def _infer_blocks(x: Tensor, weights: list[Weights]) -> Tensor:
 def _infer_block(x: Tensor, w: Weights) -> Tensor:
     if not _fuses_products(x, w):
         return _forward(x, w)[0]
-    from serpent_ir.ops import triton_block
+    from serpent_ir.ops.triton import block as triton_block
 
     matrix_u, matrix_z = w.in_proj.chunk(2)
     u, proj = _convolve(triton_block.norm_product(x, *w.norm, matrix_u), w, fused=True)
@@ -149,7 +149,7 @@ def _fuses_products(x: Tensor, w: Weights) -> bool:
 
 def _convolve(u: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
     """u after convolution and SiLU, and proj (B, H, W, 4, J)."""
-    from serpent_ir.ops import triton_conv
+    from serpent_ir.ops.triton import conv as triton_conv
 
     if fused and u.shape[-1] <= max(triton_conv.PRODUCT_TILES):
         u, proj = triton_conv.conv_silu_product(u, w.taps, w.conv_bias, w.x_proj)
@@ -161,7 +161,8 @@ def _convolve(u: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
     """A block that keeps what its backward pass needs; wide ones by kernels between the library's products."""
-    from serpent_ir.ops import triton_block, triton_norm
+    from serpent_ir.ops.triton import block as triton_block
+    from serpent_ir.ops.triton import norm as triton_norm
 
     d = w.in_proj.shape[0] // 2
     narrow = _fuses_products(x, w)
@@ -212,7 +213,7 @@ def _has_cuda(x: Tensor) -> bool:
 
 
 def _weights(blocks: "list[VSSBlock]", dtype: torch.dtype) -> list[Weights]:
-    from serpent_ir.ops.triton_conv import as_taps
+    from serpent_ir.ops.triton.conv import as_taps
 
     inner = [block.ss2d for block in blocks]
     matrices = iter(_cast([m.weight for s in inner for m in (s.in_proj, s.x_proj, s.out_proj)], dtype))
@@ -242,7 +243,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, eps: float, y_eps: float, *parameters: Tensor) -> Tensor:
-        from serpent_ir.ops.triton_conv import as_taps
+        from serpent_ir.ops.triton.conv import as_taps
 
         weight, bias, in_proj, conv, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, y_weight, y_bias, out_proj = (
             p.detach() for p in parameters
@@ -275,7 +276,8 @@ class _Block(torch.autograd.Function):
 
 def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """The gradients of a block's input and, in the order of `_parameters`, of its parameters."""
-    from serpent_ir.ops import triton_conv, triton_norm
+    from serpent_ir.ops.triton import conv as triton_conv
+    from serpent_ir.ops.triton import norm as triton_norm
 
     awake = _thread.__dict__.setdefault("awake", set())
     if x.device not in awake:

@@ -21,7 +21,7 @@ from serpent_ir.ops.dense import dense
 _MODULES = {
     "cpu": "serpent_ir.ops.cpu",
     "cuda": "serpent_ir.ops.cuda",
-    "triton": "serpent_ir.ops.triton_scan",
+    "triton": "serpent_ir.ops.triton",
     "torch": "serpent_ir.ops.chunked",
 }
 BACKENDS = ("reference", *_MODULES)

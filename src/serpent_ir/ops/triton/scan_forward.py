@@ -7,7 +7,7 @@ start states, with OUTPUT true for y.
 import triton
 import triton.language as tl
 
-from serpent_ir.ops.triton_common import (
+from serpent_ir.ops.triton.scan_common import (
     INTS,
     LOG2E,
     accumulate,

@@ -52,7 +52,7 @@ class _Library:
 def _load() -> tuple[_Library | None, str]:
     """The library, or None and the reason."""
     # An editable installation's package spans two folders, the sources' and the one that holds the library.
-    folders = importlib.import_module("serpent_ir.ops").__path__
+    folders = importlib.import_module("serpent_ir.ops.cpu").__path__
     found = [path for folder in folders for name in _FILES if (path := Path(folder) / name).is_file()]
     if not found:
         return None, (

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serpent_ir.ops.dense import dense, even_rows, on_one_device
-from serpent_ir.ops.triton_norm import channel_row, pick, put_rows, row_tile, sigmoid, standardise
+from serpent_ir.ops.triton.norm import channel_row, pick, put_rows, row_tile, sigmoid, standardise
 
 # By channels c: rows of a tile, columns of the inner map made at a time, launch options; before the convolution and
 # after the scan.

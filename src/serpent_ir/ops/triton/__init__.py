@@ -1,7 +1,7 @@
 """The scan in Triton, for CUDA devices (and any device under TRITON_INTERPRET=1).
 
 A walk of L positions is cut into chunks, one program each. Two launches find the state that every chunk starts with
-(`serpent_ir.ops.triton_common.combine_kernel`), a third scans. Small maps run all four directions in one launch, each
+(`scan_common.combine_kernel`), a third scans. Small maps run all four directions in one launch, each
 into an array of its own; large ones run direction by direction and add up, so scratch stays a small multiple of u.
 """
 
@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from serpent_ir.ops import triton_backward, triton_common, triton_forward
 from serpent_ir.ops.reference import DIRECTIONS
+from serpent_ir.ops.triton import scan_backward, scan_common, scan_forward
 
 # Up to this many elements of u the directions run side by side.
 SIDE_BY_SIDE = 1 << 24
@@ -101,7 +101,7 @@ def _prepare(A_log: Tensor, dt_weight: Tensor) -> Tensor:
     prepared = A_log.new_empty(DIRECTIONS, N + R, d)
     block = min(256, triton.next_power_of_2(d))
     grid = (triton.cdiv(d, block), N + R, DIRECTIONS)
-    triton_common.prepare_kernel[grid](A_log, dt_weight, prepared, d, N, R, BLOCK=block)
+    scan_common.prepare_kernel[grid](A_log, dt_weight, prepared, d, N, R, BLOCK=block)
     return prepared
 
 
@@ -120,7 +120,7 @@ def _tile_of_planes(planes: Tensor, height: int, p: Plan) -> tuple[tuple[int, in
 def _fill_planes(proj: Tensor, planes: Tensor, p: Plan, first: int) -> None:
     _, height, width, _, _ = proj.shape
     grid, meta = _tile_of_planes(planes, height, p)
-    triton_common.planes_kernel[grid](proj, planes, height, width, p.tiles, first, p.directions, **meta)
+    scan_common.planes_kernel[grid](proj, planes, height, width, p.tiles, first, p.directions, **meta)
 
 
 def _combine(h: Tensor, e: Tensor | None, dt_sum: Tensor, prepared: Tensor, first: int, R: int) -> None:
@@ -129,7 +129,7 @@ def _combine(h: Tensor, e: Tensor | None, dt_sum: Tensor, prepared: Tensor, firs
     BC = min(128, triton.next_power_of_2(chunks))
     BX = max(16, 1024 // BC)
     grid = (triton.cdiv(N * d, BX), batch * directions, 1 if e is None else 2)
-    triton_common.combine_kernel[grid](
+    scan_common.combine_kernel[grid](
         h, h if e is None else e, dt_sum, prepared, chunks, first, directions, d=d, N=N, R=R, BC=BC, BX=BX
     )
 
@@ -137,7 +137,7 @@ def _combine(h: Tensor, e: Tensor | None, dt_sum: Tensor, prepared: Tensor, firs
 def _sum_parts(parts: Tensor, out: Tensor) -> None:
     """out = sum over the leading dimension of `parts`."""
     n = out.numel()
-    triton_common.sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, out, n, COUNT=len(parts), BLOCK=1024)
+    scan_common.sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, out, n, COUNT=len(parts), BLOCK=1024)
 
 
 def _totals(out: Tensor, p: Plan) -> Tensor:
@@ -148,7 +148,7 @@ def _totals(out: Tensor, p: Plan) -> Tensor:
 
 
 def _check_device(device: torch.device) -> None:
-    if device.type != "cuda" and isinstance(triton_forward.forward_kernel, triton.JITFunction):  # not interpreted
+    if device.type != "cuda" and isinstance(scan_forward.forward_kernel, triton.JITFunction):  # not interpreted
         raise ValueError(f"ss2d: the backend 'triton' reads tensors on CUDA devices, not on {device}")
 
 
@@ -174,7 +174,7 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
             target = y if k == DIRECTIONS - 1 else total
             args = (u, planes, prepared, dt_bias, D, state, dt_sum, total, target)
             sizes = (height, width, p.length, p.chunks, p.tiles, 0, k, p.directions, u.numel())
-            kernel = triton_forward.forward_kernel[grid]
+            kernel = scan_forward.forward_kernel[grid]
             if p.chunks > 1:
                 kernel(*args, *sizes, OUTPUT=False, ADD=False, **meta, **_at_most(ENDS_REGISTERS))
                 _combine(state, None, dt_sum, prepared, k, R)
@@ -214,14 +214,14 @@ def backward(
             _fill_planes(proj, planes, p, k)
             sizes = (height, width, p.length, p.chunks, p.tiles, 0, k, p.directions)
             if several or p.tiles > 1:
-                triton_backward.summary_kernel[grid](
+                scan_backward.summary_kernel[grid](
                     grad_y, u, planes, prepared, dt_bias, tile_state, tile_dt, chunk_h, chunk_e, dt_sum, *sizes,
                     SEVERAL=several, **meta, **_at_most(ENDS_REGISTERS),
                 )  # fmt: skip
             if several:
                 _combine(chunk_h, chunk_e, dt_sum, prepared, k, R)
             target = du if k == DIRECTIONS - 1 else total
-            triton_backward.gradient_kernel[grid](
+            scan_backward.gradient_kernel[grid](
                 grad_y, u, planes, prepared, dt_bias, D, tile_state, tile_dt, chunk_h, chunk_e, total, target, shares,
                 dparam, *sizes, u.numel(), SEVERAL=several, ADD=k > 0, **meta, **_at_most(GRADIENT_REGISTERS),
             )  # fmt: skip
@@ -238,6 +238,6 @@ def _collect(shares: Tensor, dproj: Tensor, p: Plan, first: int) -> None:
     blocks, images, _, _ = shares.shape
     _, height, width, _, _ = dproj.shape
     grid, meta = _tile_of_planes(shares, height, p)
-    triton_backward.collect_kernel[grid](
+    scan_backward.collect_kernel[grid](
         shares, dproj, height, width, p.tiles, first, p.directions, images, blocks, **meta
     )  # fmt: skip

@@ -17,7 +17,7 @@ from serpent_ir import __version__
 from serpent_ir.forks import Lock
 from serpent_ir.writing import whole_file
 
-SOURCES = Path(__file__).parent / "cuda_src"
+SOURCES = Path(__file__).parent / "src"
 _INVALID_CONTEXT = 201
 _ALWAYS_SHARED = 48 << 10  # bytes of shared memory that every kernel may have
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -87,7 +87,7 @@ _loaded: dict[tuple, Kernels] = {}
 
 
 def load(file: str, constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernels:
-    """The kernels of `cuda_src/<file>` with preprocessor constants; compiled once, then from disk or memory.
+    """The kernels of `src/<file>` with preprocessor constants; compiled once, then from disk or memory.
 
     Raises ValueError for a device that is no GPU, RuntimeError where the kernels cannot run on it.
     """

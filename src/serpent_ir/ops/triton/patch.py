@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serpent_ir.ops.dense import dense
-from serpent_ir.ops.triton_block import matrix_tile
+from serpent_ir.ops.triton.block import matrix_tile
 
 # Positions of a tile, columns made at a time, warps.
 TILE = (64, 128, 4)

@@ -1,4 +1,4 @@
-"""The scan in CUDA C++ (`cuda_src/`), compiled at run time by NVRTC: the default on NVIDIA GPUs.
+"""The scan in CUDA C++ (`src/`), compiled at run time by NVRTC: the default on NVIDIA GPUs.
 
 A walk of L positions is cut into chunks. One kernel finds what each chunk does to the state (`scan_ends`; `summary`,
 which also sees to the adjoint), `combine` turns that into the state that each chunk starts with, another scans
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serpent_ir.ops import nvrtc
+from serpent_ir.ops.cuda import nvrtc
 from serpent_ir.ops.dense import dense
 
 # Up to this many elements of u, rows and columns run side by side.
@@ -37,7 +37,7 @@ SEGMENT = 256
 # Blocks that a multiprocessor should hold, which bounds the registers of a thread.
 FORWARD_BLOCKS = 8
 SUMMARY_BLOCKS = 8
-# Positions of a part (see cuda_src/backward.cuh).
+# Positions of a part (see src/backward.cuh).
 PART = 16
 # Beyond so many states the gradients of proj from many blocks of channels cost more than Triton's way of looping over
 # the states in memory: 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43, 16 crops of 128, H100.
@@ -47,7 +47,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Layout(NamedTuple):
-    """How a warp is laid out over channels and states; see cuda_src/common.cuh."""
+    """How a warp is laid out over channels and states; see src/common.cuh."""
 
     d: int
     N: int
@@ -123,7 +123,7 @@ def _chunks(length: int, wanted: int, multiple: int, longest: int) -> tuple[int,
 def _triton() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("serpent_ir.ops.triton_scan")
+    return importlib.import_module("serpent_ir.ops.triton")
 
 
 def unavailable(device: torch.device | None = None) -> str:

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from serpent_ir.ops.dense import dense, even_rows, on_one_device
-from serpent_ir.ops.triton_block import matrix_tile
-from serpent_ir.ops.triton_norm import pick, processors, sigmoid, sum_shares
+from serpent_ir.ops.triton.block import matrix_tile
+from serpent_ir.ops.triton.norm import pick, processors, sigmoid, sum_shares
 
 # Columns, channels, launch options: of the convolution, and of its weights' gradients.
 CONV_TILE = (16, 64, {"num_warps": 8})

@@ -17,7 +17,7 @@ the last to the first.
 import triton
 import triton.language as tl
 
-from serpent_ir.ops.triton_common import (
+from serpent_ir.ops.triton.scan_common import (
     INTS,
     LN2,
     LOG2E,
