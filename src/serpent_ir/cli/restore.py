@@ -160,7 +160,8 @@ def _restore(
     def read(job: "Job") -> "Source":
         if record:
             record.begin(job)
-        return Source(job.source).load(pages)
+        source = Source(job.source)
+        return source.load() if pages == "first" else source.load(pages)
 
     def work(job: "Job", source: "Source", tell: "Parts") -> "Restored":
         tiles = 1
