@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serpent_ir.models import as_built, create_model
-from serpent_ir.models.fused import FUSED_CHANNELS
+from serpent_ir.models import create_model
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration.cuda import FUSED_CHANNELS
 from serpent_ir.models.serpent import Serpent, VSSBlock
 from serpent_ir.train import GraphedStep, own_stream
 from timing import machine, median_ms, training_step

@@ -198,21 +198,6 @@ def to_pixels(image: Tensor, dtype: DTypeLike) -> Pixels:
     return scaled.permute(1, 2, 0).cpu().numpy().astype(dtype)
 
 
-def pad_to_multiple(x: Tensor, multiple: int, *, least: int = 0) -> Tensor:
-    """Pad (B, C, H, W) on the right and bottom so that both sides are multiples of `multiple`; crop by x[..., :H, :W].
-
-    Reflects, but repeats the edge along a side that is not larger than its pad (reflection is undefined there). Sides
-    become at least `least`, itself a multiple.
-    """
-    height, width = x.shape[-2:]
-    for side, frame in ((height, 3), (width, 1)):
-        if pad := max(least - side, -side % multiple):
-            padding = [0, 0, 0, 0]
-            padding[frame] = pad
-            x = F.pad(x, padding, mode="reflect" if pad < side else "replicate")
-    return x
-
-
 def fill_transparent(x: Tensor, alpha: Tensor) -> Tensor:
     """Give pixels that cannot be seen the colours around them, so that a network does not spread what was there.
 

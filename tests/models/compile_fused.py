@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from serpent_ir.degradations import ImageGenerators, randomness
-from serpent_ir.models import as_built, create_model, fused
+from serpent_ir.models import create_model
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration import cuda as fused
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops.triton import block as triton_block
 

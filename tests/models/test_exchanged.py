@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from serpent_ir import create_model
-from serpent_ir.models import as_built, fused, strips, swinir, taped
-from serpent_ir.models.serpent import SS2D, LayerNorm, Serpent, VSSBlock
+from serpent_ir.models import swinir
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration import cpu_inference as strips
+from serpent_ir.models.acceleration import cpu_training as taped
+from serpent_ir.models.acceleration import cuda as fused
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.serpent import SS2D, Serpent, VSSBlock
 from serpent_ir.ops import cpu
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")

@@ -21,8 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from serpent_ir.models import as_built, create_model, fused, graphs
-from serpent_ir.models.serpent import LayerNorm, VSSBlock
+from serpent_ir.models import create_model
+from serpent_ir.models.acceleration import as_built, graphs
+from serpent_ir.models.acceleration import cuda as fused
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops.triton import block as triton_block
 
 GPU = torch.cuda.is_available()  # where not, tests/conftest.py asks for the interpreter

@@ -5,7 +5,7 @@ import torch
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models import PRESETS, create_model, load_model, preset_of, recognise
-from serpent_ir.models.checkpoints import shapes_of
+from serpent_ir.models.recognise import FROM_FILE, shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.profiling import count
@@ -153,7 +153,7 @@ def test_every_public_layout_is_recognised_and_loads_strictly(release):
     name = preset_of(config)
     if release in EXPECTED:
         assert (name, config) == EXPECTED[release]
-    fields = {field: getattr(config, field) for field in config.FROM_FILE}
+    fields = {field: getattr(config, field) for field in FROM_FILE[type(config)]}
     with torch.device("meta"):
         model = create_model(name, **fields)
         state = {key: torch.empty(shape) for key, shape in names.items()}

@@ -14,7 +14,7 @@ from commands import serpent
 from networks import small_network
 from serpent_ir import load_model
 from serpent_ir.errors import SerpentError
-from serpent_ir.models import WEIGHTS_DIR, checkpoints, list_models, load_weights
+from serpent_ir.models import WEIGHTS_DIR, list_models, load_weights, weights
 from serpent_ir.models.seals import KEY, sealed
 
 ABOUT = {"network": "serpent_b", "options": '{"dim": 8, "blocks": [1, 1]}', "task": "deblur"}
@@ -80,7 +80,7 @@ def test_weights_that_ship_are_compared_with_their_card(name, tmp_path, monkeypa
         load_weights(file)  # by its own hash
     file.write_bytes(sealed(bytes(damaged)))
     assert load_weights(file)
-    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path)
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
     with pytest.raises(SerpentError, match=r"is damaged \(its hash differs\); get the file again"):
         load_weights(file)
     card.write_bytes(b"[]")

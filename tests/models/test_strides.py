@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.models import as_built, create_model, fused, strips, taped
+from serpent_ir.models import create_model
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration import cpu_inference as strips
+from serpent_ir.models.acceleration import cpu_training as taped
+from serpent_ir.models.acceleration import cuda as fused
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops import cpu
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from serpent_ir.models import strips
+from serpent_ir.models.acceleration import cpu_inference as strips
 from serpent_ir.models.serpent import VSSBlock
 
 

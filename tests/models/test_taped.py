@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.models import taped
+from serpent_ir.models.acceleration import cpu_training as taped
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops import cpu
 

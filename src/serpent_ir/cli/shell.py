@@ -142,7 +142,7 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
     from serpent_ir.degradations import create_degradation
     from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights, preset_of, recognise
-    from serpent_ir.models.checkpoints import shapes_of
+    from serpent_ir.models.recognise import shapes_of
 
     if name is not None:
         return name

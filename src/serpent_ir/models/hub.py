@@ -62,7 +62,7 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
     from huggingface_hub import ModelCard, ModelCardData
 
     from serpent_ir import __version__
-    from serpent_ir.models import preset_of
+    from serpent_ir.models.recognise import preset_of
 
     config: Any = model.config
     task, kind, shipped = str(config.task), type(model).__name__, _shipped_as(model)
@@ -85,8 +85,9 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
 
 def _shipped_as(model: nn.Module) -> Path | None:
     """The file of the weights that ship whose numbers a network has."""
-    from serpent_ir.models import WEIGHTS_DIR, preset_of
-    from serpent_ir.models.checkpoints import load_weights
+    from serpent_ir.models.recognise import preset_of
+    from serpent_ir.models.registry import WEIGHTS_DIR
+    from serpent_ir.models.weights import load_weights
 
     config: Any = model.config
     path = WEIGHTS_DIR / f"{preset_of(config)}.{config.task}.safetensors"

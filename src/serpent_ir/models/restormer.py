@@ -6,7 +6,6 @@ release's too. Maps are (B, c, H, W), channels-last in memory.
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,9 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.image import pad_to_multiple
-from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.models.hub import HubModel
-from serpent_ir.models.serpent import LayerNorm
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.padding import pad_to_multiple
 
 FFN_EXPANSION = 2.66
 
@@ -35,9 +33,6 @@ class RestormerConfig:
     out_channels: int = 3
     task: str = ""  # the degradation that the weights undo, "" for none
 
-    FROM_FILE: ClassVar[tuple[str, ...]] = ("norm_bias", "dual_pixel", "in_channels", "out_channels")
-    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
-
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
         object.__setattr__(self, "heads", tuple(self.heads))
@@ -48,24 +43,6 @@ class RestormerConfig:
         for c, heads in zip((self.dim << i for i in range(4)), self.heads, strict=True):
             if heads < 1 or c % heads:
                 raise UsageError(f"{c} channels cannot be shared out among {heads} heads")
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> "RestormerConfig | None":
-        """The configuration that a state dict of these shapes is for; None if it is no Restormer."""
-        if "encoder_level1.0.attn.temperature" not in shapes:
-            return None
-        levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-        dim, in_channels = shapes["patch_embed.proj.weight"][:2]
-        return cls(
-            dim=dim,
-            blocks=tuple(numbered(shapes, f"{level}.") for level in levels),
-            refinement=numbered(shapes, "refinement."),
-            heads=tuple(shapes[f"{level}.0.attn.temperature"][0] for level in levels),
-            norm_bias="encoder_level1.0.norm1.body.bias" in shapes,
-            dual_pixel="skip_conv.weight" in shapes,
-            in_channels=in_channels,
-            out_channels=shapes["output.weight"][0],
-        )
 
 
 class ChannelNorm(nn.Module):

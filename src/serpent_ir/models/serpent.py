@@ -14,7 +14,6 @@ Symbols, the paper's and Mamba's:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,13 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import as_built, fused, strips, taped
-from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration import cpu_inference as strips
+from serpent_ir.models.acceleration import cpu_training as taped
+from serpent_ir.models.acceleration import cuda as fused
 from serpent_ir.models.hub import HubModel
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.ops import ss2d
 
 K = 4
@@ -39,35 +41,8 @@ class SerpentConfig:
     in_channels: int = 3  # the first three are the image; a task may add more (a mask)
     task: str = ""  # the degradation that the weights undo, "" for none
 
-    FROM_FILE: ClassVar[tuple[str, ...]] = ("in_channels",)
-    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
-
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> "SerpentConfig | None":
-        """The configuration that a state dict of these shapes is for; None if it is no Serpent."""
-        if "bottleneck.0.ss2d.A_log" not in shapes:
-            return None
-        dim, in_channels, patch_size = shapes["patch_embed.weight"][:3]
-        levels = [f"encoder.{i}." for i in range(numbered(shapes, "encoder."))]
-        blocks = tuple(numbered(shapes, level) for level in [*levels, "bottleneck."])
-        return cls(patch_size, dim, blocks, in_channels)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that keeps the dtype of its input, with statistics in float32.
-
-    Autocast would make a float32 copy of the map before it and hand one on.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dtype == self.weight.dtype:
-            return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class SS2D(nn.Module):

@@ -8,10 +8,9 @@ windows, a mask; the mask has only four patterns (inside, last column, last row,
 written out window by window.
 """
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import as_built
-from serpent_ir.models.checkpoints import Shapes, numbered
+from serpent_ir.models.acceleration import as_built
 from serpent_ir.models.hub import HubModel
-from serpent_ir.models.serpent import LayerNorm
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.padding import pad_to_multiple
 
 SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
 """The upsamplers of the public releases, and how many times larger each makes an image."""
@@ -33,8 +31,6 @@ RECONSTRUCTION_DIM = 64
 """Channels of the maps that `pixelshuffle` and `nearest+conv` upsample."""
 MASKED = -100.0
 """What the release adds to the logit of a pair that must not see each other."""
-JPEG_WINDOW, JPEG_RANGE = 7, 255.0
-"""The released weights against JPEG, which works in blocks of 8, alone have this window, and images of this range."""
 HEAD_MULTIPLE = {"cuda": 8}
 """The fused kernels with a bias want heads of such a number of channels: zeros are added, which change no result."""
 WINDOWS_TRAINED_ON = 8
@@ -57,11 +53,6 @@ class SwinIRConfig:
     in_channels: int = 3  # one or three of the image, which come out; a task may add more (a mask)
     task: str = ""  # the degradation that the weights undo, "" for none
 
-    FROM_FILE: ClassVar[tuple[str, ...]] = (
-        *("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
-    )
-    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
-
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
         object.__setattr__(self, "upsampler", self.upsampler or "none")  # the release says ""
@@ -80,44 +71,6 @@ class SwinIRConfig:
     @property
     def out_channels(self) -> int:
         return min(self.in_channels, 3)
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> "SwinIRConfig | None":
-        """The configuration that a state dict of these shapes is for; None if it is no SwinIR.
-
-        `img_range` stands in no shape: it is that of the releases.
-        """
-        first = "layers.0.residual_group.blocks.0"
-        if f"{first}.attn.relative_position_bias_table" not in shapes:
-            return None
-        dim, in_channels = shapes["conv_first.weight"][:2]
-        positions, heads = shapes[f"{first}.attn.relative_position_bias_table"]
-        window = (round(positions**0.5) + 1) // 2
-        upsampler, scale = _upsampler_of(shapes, min(in_channels, 3))
-        groups = range(numbered(shapes, "layers."))
-        return cls(
-            dim=dim,
-            blocks=tuple(numbered(shapes, f"layers.{i}.residual_group.blocks.") for i in groups),
-            heads=heads,
-            window_size=window,
-            mlp_ratio=shapes[f"{first}.mlp.fc1.weight"][0] / dim,
-            resi_connection="3conv" if "conv_after_body.0.weight" in shapes else "1conv",
-            upsampler=upsampler,
-            scale=scale,
-            img_range=JPEG_RANGE if window == JPEG_WINDOW else 1.0,
-            in_channels=in_channels,
-        )
-
-
-def _upsampler_of(shapes: Shapes, out_channels: int) -> tuple[str, int]:
-    if "conv_up1.weight" in shapes:
-        return "nearest+conv", 4 if "conv_up2.weight" in shapes else 2
-    if "upsample.0.weight" not in shapes:
-        return "none", 1
-    if "conv_last.weight" not in shapes:
-        return "pixelshuffledirect", round((shapes["upsample.0.weight"][0] / out_channels) ** 0.5)
-    pairs = [shapes[key][:2] for i in (0, 2, 4) if (key := f"upsample.{i}.weight") in shapes]
-    return "pixelshuffle", round(math.prod((after / before) ** 0.5 for after, before in pairs))
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

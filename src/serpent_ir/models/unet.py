@@ -7,15 +7,13 @@ worse than its input where images are larger than the crops it was trained on. T
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serpent_ir.image import pad_to_multiple
-from serpent_ir.models.checkpoints import Shapes, numbered
 from serpent_ir.models.hub import HubModel
+from serpent_ir.models.padding import pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,6 @@ class UNetConfig:
     out_channels: int = 3
     pools: int = 4
     task: str = ""  # the degradation that the weights undo, "" for none
-
-    FROM_FILE: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
-    """What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> "UNetConfig | None":
-        """The configuration that a state dict of these shapes is for; None if it is no U-Net."""
-        if "down_sample_layers.0.layers.0.weight" not in shapes:
-            return None
-        channels, in_channels = shapes["down_sample_layers.0.layers.0.weight"][:2]
-        pools = numbered(shapes, "down_sample_layers.")
-        return cls(channels, in_channels, shapes[f"up_conv.{pools - 1}.1.weight"][0], pools)
 
 
 def normalised(convolution: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:

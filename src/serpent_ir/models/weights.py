@@ -5,7 +5,6 @@ import os
 import warnings
 import zipfile
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, is_out_of_memory
 from serpent_ir.models import seals
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of the tensors of a state dict, by name."""
 
 WRAPPERS = ("params_ema", "params", "state_dict")
 """Under which of these public releases keep a state dict, if not bare; the first that is there counts."""
@@ -144,16 +140,6 @@ def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def numbered(shapes: Shapes, prefix: str) -> int:
-    """How many modules `prefix`0., `prefix`1., ... there are."""
-    found = {key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)}
-    return next(i for i in count() if str(i) not in found)
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = "") -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from serpent_ir.models import as_built
-from serpent_ir.models.products import product, product_backward, product_onto
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration.products import product, product_backward, product_onto
 from serpent_ir.ops import cpu
 from serpent_ir.ops.dense import on_one_device
 

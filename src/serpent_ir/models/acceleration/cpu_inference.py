@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from serpent_ir.models import as_built
-from serpent_ir.models.products import product, product_onto
+from serpent_ir.models.acceleration import as_built
+from serpent_ir.models.acceleration.products import product, product_onto
 from serpent_ir.ops import ss2d
 from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
 from serpent_ir.ops.dense import on_one_device

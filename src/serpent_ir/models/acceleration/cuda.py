@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from serpent_ir.image import pad_to_multiple
-from serpent_ir.models import as_built, graphs
+from serpent_ir.models.acceleration import as_built, graphs
+from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.ops import default_backend, ss2d
 
 if TYPE_CHECKING:

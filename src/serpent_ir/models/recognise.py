@@ -1,0 +1,162 @@
+"""From the tensors of a file to the configuration of the network that they are for.
+
+Names and shapes decide: each reader raises KeyError, IndexError, ValueError or ZeroDivisionError where a file is nearly
+one of its network's. What no shape tells is that of the public releases.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from serpent_ir.models.presets import FAMILIES, PRESETS
+from serpent_ir.models.restormer import RestormerConfig
+from serpent_ir.models.serpent import SerpentConfig
+from serpent_ir.models.swinir import SwinIRConfig
+from serpent_ir.models.unet import UNetConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the tensors of a state dict, by name."""
+
+JPEG_WINDOW, JPEG_RANGE = 7, 255.0
+"""The released weights of SwinIR against JPEG, which works in blocks of 8, alone have this window, and images of this
+range."""
+
+FROM_FILE: dict[type, tuple[str, ...]] = {
+    SerpentConfig: ("in_channels",),
+    UNetConfig: ("in_channels", "out_channels"),
+    SwinIRConfig: ("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
+    RestormerConfig: ("norm_bias", "dual_pixel", "in_channels", "out_channels"),
+}
+"""What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def numbered(shapes: Shapes, prefix: str) -> int:
+    """How many modules `prefix`0., `prefix`1., ... there are."""
+    found = {key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)}
+    return next(i for i in count() if str(i) not in found)
+
+
+def _serpent(shapes: Shapes) -> SerpentConfig | None:
+    """The configuration that a state dict of these shapes is for; None if it is no Serpent."""
+    if "bottleneck.0.ss2d.A_log" not in shapes:
+        return None
+    dim, in_channels, patch_size = shapes["patch_embed.weight"][:3]
+    levels = [f"encoder.{i}." for i in range(numbered(shapes, "encoder."))]
+    blocks = tuple(numbered(shapes, level) for level in [*levels, "bottleneck."])
+    return SerpentConfig(patch_size, dim, blocks, in_channels)
+
+
+def _unet(shapes: Shapes) -> UNetConfig | None:
+    """The configuration that a state dict of these shapes is for; None if it is no U-Net."""
+    if "down_sample_layers.0.layers.0.weight" not in shapes:
+        return None
+    channels, in_channels = shapes["down_sample_layers.0.layers.0.weight"][:2]
+    pools = numbered(shapes, "down_sample_layers.")
+    return UNetConfig(channels, in_channels, shapes[f"up_conv.{pools - 1}.1.weight"][0], pools)
+
+
+def _swinir(shapes: Shapes) -> SwinIRConfig | None:
+    """The configuration that a state dict of these shapes is for; None if it is no SwinIR.
+
+    `img_range` stands in no shape: it is that of the releases.
+    """
+    first = "layers.0.residual_group.blocks.0"
+    if f"{first}.attn.relative_position_bias_table" not in shapes:
+        return None
+    dim, in_channels = shapes["conv_first.weight"][:2]
+    positions, heads = shapes[f"{first}.attn.relative_position_bias_table"]
+    window = (round(positions**0.5) + 1) // 2
+    upsampler, scale = _upsampler_of(shapes, min(in_channels, 3))
+    groups = range(numbered(shapes, "layers."))
+    return SwinIRConfig(
+        dim=dim,
+        blocks=tuple(numbered(shapes, f"layers.{i}.residual_group.blocks.") for i in groups),
+        heads=heads,
+        window_size=window,
+        mlp_ratio=shapes[f"{first}.mlp.fc1.weight"][0] / dim,
+        resi_connection="3conv" if "conv_after_body.0.weight" in shapes else "1conv",
+        upsampler=upsampler,
+        scale=scale,
+        img_range=JPEG_RANGE if window == JPEG_WINDOW else 1.0,
+        in_channels=in_channels,
+    )
+
+
+def _upsampler_of(shapes: Shapes, out_channels: int) -> tuple[str, int]:
+    if "conv_up1.weight" in shapes:
+        return "nearest+conv", 4 if "conv_up2.weight" in shapes else 2
+    if "upsample.0.weight" not in shapes:
+        return "none", 1
+    if "conv_last.weight" not in shapes:
+        return "pixelshuffledirect", round((shapes["upsample.0.weight"][0] / out_channels) ** 0.5)
+    pairs = [shapes[key][:2] for i in (0, 2, 4) if (key := f"upsample.{i}.weight") in shapes]
+    return "pixelshuffle", round(math.prod((after / before) ** 0.5 for after, before in pairs))
+
+
+def _restormer(shapes: Shapes) -> RestormerConfig | None:
+    """The configuration that a state dict of these shapes is for; None if it is no Restormer."""
+    if "encoder_level1.0.attn.temperature" not in shapes:
+        return None
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    dim, in_channels = shapes["patch_embed.proj.weight"][:2]
+    return RestormerConfig(
+        dim=dim,
+        blocks=tuple(numbered(shapes, f"{level}.") for level in levels),
+        refinement=numbered(shapes, "refinement."),
+        heads=tuple(shapes[f"{level}.0.attn.temperature"][0] for level in levels),
+        norm_bias="encoder_level1.0.norm1.body.bias" in shapes,
+        dual_pixel="skip_conv.weight" in shapes,
+        in_channels=in_channels,
+        out_channels=shapes["output.weight"][0],
+    )
+
+
+READERS: dict[type, Callable[[Shapes], Any]] = {
+    SerpentConfig: _serpent,
+    UNetConfig: _unet,
+    SwinIRConfig: _swinir,
+    RestormerConfig: _restormer,
+}
+"""The configuration that a state dict of these shapes is for, by kind; None if it is of another network."""
+
+
+def recognise(shapes: Shapes) -> Any:
+    """The configuration of the network that has parameters of these names and shapes; None for no known network."""
+    for read in READERS.values():
+        try:
+            if found := read(shapes):
+                return found
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # much is missing, or of shapes that cannot be
+            return None
+    return None
+
+
+def unknown(shapes: Shapes) -> str:
+    """Why `recognise` finds no network: the one that it nearly is, or the first names."""
+    for kind, family in FAMILIES.items():
+        try:
+            READERS[kind](shapes)
+        except KeyError as error:
+            return f"looks like weights of {family}, but {error.args[0]} is missing; get the file again"
+        except (IndexError, ValueError, ZeroDivisionError):
+            return f"looks like weights of {family}, but of shapes that it cannot have; get the file again"
+    first = ", ".join(list(shapes)[:3]) or "none"
+    return f"weights of no known network (its tensors: {first}, ...); see `serpent models`"
+
+
+def preset_of(config: Any) -> str:
+    """Name of the preset with this configuration but for what weights decide; "" for none."""
+    for name, (_, preset) in reversed(PRESETS.items()):
+        if type(preset) is type(config):
+            decided = {field: getattr(preset, field) for field in ("task", *FROM_FILE[type(preset)])}
+            if replace(config, **decided) == preset:
+                return name
+    return ""

@@ -1,0 +1,161 @@
+"""Networks by name: made, listed, loaded."""
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
+from serpent_ir.models.presets import FAMILIES, PRESETS, TASK_CHANNELS
+from serpent_ir.models.recognise import FROM_FILE, preset_of, recognise, shapes_of, unknown
+from serpent_ir.models.weights import SHIPPED, fill, load_weights
+
+WEIGHTS_DIR = SHIPPED
+
+DEFAULT_WEIGHTS = "serpent_l.photo"
+
+
+def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
+    """Names that `create_model` takes: networks, or with `pretrained` the weights that ship (network.task).
+
+    `filter` keeps the names that contain it, or that match it where it has wildcards (`serpent_*`).
+    """
+    names = sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors")) if pretrained else list(PRESETS)
+    pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
+    return fnmatch.filter(names, pattern)
+
+
+def create_model(
+    name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike[str] | None = None, **config: Any
+) -> nn.Module:
+    """Build a network, in evaluation mode, on the CPU, in float32.
+
+    Args:
+        name: a network (`serpent_l`), or a network and its task (`serpent_l.deblur`); see `list_models`.
+        pretrained: load the weights that ship under this name.
+        checkpoint_path: load these weights instead: a file as `load_model` takes it. It also decides input channels,
+            kind of LayerNorm, upsampler and scale, where `config` does not, and of a network that `serpent train` made
+            under this name all that it was given (`model_options`).
+        config: fields of the network's configuration that differ from the preset.
+
+    Raises:
+        UsageError: an unknown name or configuration field, or no such weights; it lists the valid ones.
+        SerpentError: a weights file that is missing, damaged or made for another network; it names what differs.
+    """
+    network, _, task = name.partition(".")
+    if pretrained and checkpoint_path is None and name not in list_models(pretrained=True):
+        shipped = ", ".join(list_models(pretrained=True)) or "none"
+        raise UsageError(f"no weights {name!r} ship; valid: {shipped}; or give a file of them")
+    if network not in PRESETS:
+        raise UsageError(f"unknown model {network!r}; valid: {', '.join(PRESETS)}")
+    if pretrained and checkpoint_path is not None:
+        raise UsageError("give pretrained=True or checkpoint_path, not both")
+    if pretrained:
+        checkpoint_path = WEIGHTS_DIR / f"{name}.safetensors"
+    build, preset = PRESETS[network]
+    fields = {"task": task, **config} if task else dict(config)
+    _check_fields(network, fields, preset)
+    if checkpoint_path is None:
+        return build(replace(preset, **_with_channels(fields))).eval()
+    return _loaded(network, fields, *load_weights(checkpoint_path), checkpoint_path)
+
+
+def _loaded(
+    network: str,
+    fields: dict[str, Any],
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    path: str | os.PathLike[str],
+) -> nn.Module:
+    """The network of a preset with these fields, what else the file says, and the file's weights."""
+    build, preset = PRESETS[network]
+    _take_task(fields, metadata, path, network)
+    found = recognise(shapes_of(state))
+    of_file = {field: getattr(found, field) for field in FROM_FILE[type(preset)]} if type(found) is type(preset) else {}
+    if metadata.get("network") == network and "options" in metadata:  # nothing has to be guessed
+        of_file = _options(metadata, path)
+        _check_fields(network, of_file, preset)
+    model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), path)
+    other = ""
+    known = preset_of(found) if found is not None else ""
+    if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some have two names
+        own = known or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
+        other = f"; they are of {own}"
+    fill(model, state, f"{path}: not weights of {network}", other)
+    return model.eval()
+
+
+def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
+    """The network that a file of weights is for, with them, in evaluation mode, on the CPU, in float32.
+
+    Which network it is, its sizes, input channels, kind of LayerNorm, upsampler and scale are read from the names and
+    shapes of the tensors: those of Serpent, and of the public releases of fastMRI's U-Net, SwinIR and Restormer.
+
+    Args:
+        path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
+            `state_dict`. Nothing but tensors is loaded from it.
+        config: fields of the network's configuration that shapes cannot tell (`task`; SwinIR's `img_range`, taken to
+            be that of the releases unless `serpent train` made the file, which notes what it was given).
+
+    Raises:
+        UsageError: an unknown configuration field; it lists the valid ones.
+        SerpentError: a file that is missing, damaged, refused, or of no network that is known; it names what differs.
+    """
+    state, metadata = load_weights(path)
+    if "options" in metadata and metadata.get("network") in PRESETS:
+        _check_fields(metadata["network"], config, PRESETS[metadata["network"]][1])
+        return _loaded(metadata["network"], dict(config), state, metadata, path)
+    shapes = shapes_of(state)
+    found = recognise(shapes)
+    if found is None:
+        raise SerpentError(f"{path}: {unknown(shapes)}")
+    name = preset_of(found) or FAMILIES[type(found)]
+    _check_fields(name, config, found)
+    fields = dict(config)
+    _take_task(fields, metadata, path, name)
+    build = next(build for build, preset in PRESETS.values() if type(preset) is type(found))
+    model = _built(build, replace(found, **fields), path)
+    fill(model, state, f"{path}: not weights of {name}")
+    return model.eval()
+
+
+def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str]) -> nn.Module:
+    """A network in the sizes that a file claims, whose tensors are compared with it only then."""
+    try:
+        return build(config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SerpentError(
+            f"{path}: a network of the sizes in it does not fit in memory; make room, or get the file again"
+        ) from None
+
+
+def _check_fields(network: str, fields: dict[str, Any], config: Any) -> None:
+    if unknown := fields.keys() - vars(config).keys():
+        raise UsageError(f"{network} has no option {', '.join(sorted(unknown))}; valid: {', '.join(vars(config))}")
+
+
+def _options(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of its network's configuration that a file of `serpent train` was trained with: `model_options`."""
+    try:
+        options = json.loads(metadata["options"])
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    except (ValueError, AttributeError):
+        raise SerpentError(f"{path}: is damaged (its options are no JSON object); get the file again") from None
+
+
+def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str) -> None:
+    """Set the task that a file says it is for; UsageError where another was asked for."""
+    trained_for = metadata.get("task", "")
+    if trained_for and fields.setdefault("task", trained_for) != trained_for:
+        raise UsageError(f"{path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}")
+
+
+def _with_channels(fields: dict[str, Any]) -> dict[str, Any]:
+    channels = TASK_CHANNELS.get(fields.get("task", ""))
+    return {"in_channels": channels, **fields} if channels else fields
