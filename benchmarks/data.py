@@ -94,7 +94,7 @@ def main() -> None:
         recipe |= {"stages": [Stage(crop, batch, 1) for crop, batch in stages]}
         for memory, task in rounds:
             trainer = Trainer(Recipe(task=task, **recipe), say=lambda line: None)
-            images = trainer.data = TrainingSet([pack], trainer.data.degradation, device, memory=memory)
+            images = trainer.data = TrainingSet([pack], trainer.degradation, device, memory=memory)
             count = len(images)
             for crop, batch in stages:
                 about = {"task": task, "memory": images.store.memory, "crop": crop, "batch": batch}

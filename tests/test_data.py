@@ -346,9 +346,10 @@ def test_batches_on_a_gpu(photos, packed, task, memory):
     for (samples, crop), (degraded, clean) in zip(requests, prefetcher, strict=True):
         assert degraded.device.type == clean.device.type == "cuda"
         expected, expected_clean = on_cpu.batch(samples, crop, seed=5)
-        torch.testing.assert_close(clean.cpu(), expected_clean, rtol=0, atol=1e-7)  # a GPU multiplies by 1 / 255
+        # A GPU multiplies by 1 / 255; what `real` restores has been through a tone curve.
+        torch.testing.assert_close(clean.cpu(), expected_clean, rtol=0, atol=1e-5 if task == "real" else 1e-7)
         differs = (degraded.cpu() - expected).abs() > 4e-6  # in `photo` noise decides which level JPEG rounds to
-        assert differs.float().mean() <= (0.05 if task == "photo" else 0)
+        assert differs.float().mean() <= (0.05 if task in ("photo", "real") else 0)
         assert torch.equal(degraded, whole.batch(samples, crop, seed=5)[0])
     # Each batch was asked for when the GPU had done all else.
     assert 0 < prefetcher.waited < time.perf_counter() - start

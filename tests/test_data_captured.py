@@ -76,6 +76,30 @@ def test_a_batch_depends_on_its_table_alone(photos, task, kind, graphs, monkeypa
         assert (graphs.made, graphs.replayed) == (2, 2 * (6 - WARMUP))
 
 
+@pytest.mark.parametrize("kind", SIZES)
+def test_samples_get_degradations_by_turns(photos, kind, graphs, monkeypatch):
+    """Each as if all were degraded so; in any batch, and from graphs."""
+    mix = [create_degradation(task) for task in ("denoise", "deblur", "denoise", "jpeg")]
+    images = TrainingSet([photos / kind], mix, CPU)
+    alone = [TrainingSet([photos / kind], degradation, CPU) for degradation in mix]
+    degraded, clean = images.batch(range(3, 19), 24, seed=3)
+    for place, number in enumerate(range(3, 19)):
+        expected = alone[number % 4].batch([number], 24, seed=3)
+        assert torch.equal(degraded[place], expected[0][0])
+        assert torch.equal(clean[place], expected[1][0])
+    monkeypatch.setattr("serpent_ir.data.training._APART", ())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    images.store._upload(3 * int(images.store.sizes.prod(1).sum()))
+    images.store.memory = "device"
+    replays = Captured(CPU)
+    for samples, crop in requests():
+        expected = images.batch(samples, crop, seed=3)
+        replayed = images.finish(images.begin(samples, crop, seed=3), crop, replays)
+        assert all(torch.equal(x, y) for x, y in zip(replayed, expected, strict=True))
+    if kind == "uniform":
+        assert graphs.made == 3 * 2
+
+
 def call(calls: Captured, key) -> bool:
     """Whether a call came from a graph; its result is right in any case."""
     before = OneBuffer.replayed

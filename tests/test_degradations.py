@@ -22,7 +22,6 @@ from serpent_ir.degradations import (
     evaluation_generator,
     gaussian_blur,
     through_jpeg,
-    with_light_jpeg,
 )
 from serpent_ir.errors import UsageError
 
@@ -204,25 +203,27 @@ def test_noise_is_as_strong_as_drawn():
     assert strengths.mean().item() == pytest.approx(27.5, rel=0.1)
 
 
-def through_libjpeg(image: np.ndarray, quality: int) -> np.ndarray:
+def through_libjpeg(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.ndarray:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=subsampling)
     return np.asarray(Image.open(file))
 
 
+@pytest.mark.parametrize("full_chroma", [False, True])
 @pytest.mark.parametrize("size", [(512, 512), (333, 477), (17, 19), (1, 30), (9, 1), (1, 1)])
-def test_jpeg_is_what_libjpeg_does(size):
+def test_jpeg_is_what_libjpeg_does(size, full_chroma):
     photo = data.astronaut()[: size[0], : size[1]]
     qualities = [5, 30, 50, 75, 90, 100]
     x = torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255
-    ours = through_jpeg(x.expand(len(qualities), *x.shape), torch.tensor(qualities))
+    full = torch.full((len(qualities),), full_chroma)
+    ours = through_jpeg(x.expand(len(qualities), *x.shape), torch.tensor(qualities), full)
     levels = (ours * 255).round()
     assert torch.equal(levels / 255, ours)  # 8-bit levels
     for quality, mine in zip(qualities, levels.permute(0, 2, 3, 1).numpy().astype(int), strict=True):
-        theirs = through_libjpeg(photo, quality).astype(int)
+        theirs = through_libjpeg(photo, quality, "4:4:4" if full_chroma else "4:2:0").astype(int)
         lost = np.abs(theirs - photo).mean()
         # libjpeg's transforms round to integers on the way, so that a few coefficients fall to the other side.
-        assert np.abs(mine - theirs).mean() <= 0.25 * lost + 0.1
+        assert np.abs(mine - theirs).mean() <= 0.25 * lost + (0.2 if full_chroma else 0.1)
         assert np.mean(np.abs(mine - theirs) > 1) < (0.1 if min(size) > 100 else 0.3)
 
 
@@ -248,28 +249,6 @@ def test_photo_ranges_from_untouched_to_all_three():
     assert (sharpness(y) < 0.6 * sharpness(clean)).any()
     assert (sharpness(y) > 1.5 * sharpness(clean)).any()
     assert (y - clean).square().mean((1, 2, 3)).max() < 0.02  # mild: 17 dB at the worst
-
-
-def test_a_share_of_photos_gets_light_jpeg_alone():
-    clean = random_image(1, 3, 16, 16).expand(400, 3, 16, 16)
-    generators = [torch.Generator().manual_seed(0) for _ in range(4)]
-    plain, none, some, all_ = (
-        degradation(clean, generator=generator)
-        for degradation, generator in zip(
-            [create_degradation("photo"), *map(with_light_jpeg, (0.0, 0.25, 1.0))], generators, strict=True
-        )
-    )
-    assert torch.equal(plain, none)
-    light = [through_jpeg(clean[:1], torch.tensor([quality])) for quality in range(75, 101)]
-
-    def lightly(y: torch.Tensor) -> torch.Tensor:
-        """Of each image, whether it is the clean one after some light JPEG."""
-        return torch.stack([(y == jpeg).flatten(1).all(1) for jpeg in light]).any(0)
-
-    assert lightly(all_).all()
-    # By itself the chain does so to 0.3 x 0.3 x 0.7 x 26/71.
-    assert 0.005 < lightly(plain).float().mean() < 0.05
-    assert 0.2 < lightly(some).float().mean() < 0.35
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (97, 64), (256, 256)])
@@ -319,7 +298,7 @@ def test_gpu_equals_cpu(name, monkeypatch):
     clean = random_image(4, 3, 136, 72)
     on_cpu = degradation(clean, generator=evaluation_generator(0, 0))
     on_gpu = degradation(clean.cuda(), generator=evaluation_generator(0, 0))
-    if name == "photo":  # the last bits of its blur decide now and then which level JPEG rounds to
+    if name in ("photo", "real"):  # the last bits of a blur decide now and then which level JPEG rounds to
         assert ((on_gpu.cpu() - on_cpu).abs() < 2e-6).float().mean() > 0.99
         return
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=2e-6)

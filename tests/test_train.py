@@ -135,12 +135,15 @@ def test_the_schedule_is_a_function_of_the_step():
     assert [schedule.decay(step) for step in (0, 10**6)] == [0.1, recipe.ema]
 
 
-@pytest.mark.parametrize(("name", "frequency"), [("l1", 0.0), ("l2", 0.0), ("charbonnier", 0.0), ("l1", 0.25)])
+@pytest.mark.parametrize(
+    ("name", "frequency"), [("l1", 0.0), ("l2", 0.0), ("charbonnier", 0.0), ("log", 0.0), ("l1", 0.25)]
+)
 def test_losses_and_their_gradients(name, frequency):
     g = torch.Generator().manual_seed(0)
     restored, clean = torch.rand(2, 2, 3, 6, 5, generator=g, dtype=torch.float64)
     d = (restored - clean).requires_grad_()
-    expected = {"l1": d.abs(), "l2": d * d, "charbonnier": torch.sqrt(d * d + 1e-6)}[name].mean()
+    of_images = 0.01 * torch.log(1 + (d * d).mean((1, 2, 3)) / 1e-5)
+    expected = {"l1": d.abs(), "l2": d * d, "charbonnier": torch.sqrt(d * d + 1e-6), "log": of_images}[name].mean()
     if frequency:
         # The half of the spectrum that a real image has, written out.
         rows, columns = torch.arange(6.0).double(), torch.arange(5.0).double()
@@ -227,7 +230,7 @@ def test_a_plan_measures_every_stage_and_writes_nothing(folders):
 
 
 @pytest.mark.parametrize(
-    "name", ["serpent_h.deblur", "serpent_b.deblur", "serpent_h.sr8", "serpent_b.sr8", "serpent_l.photo.further"]
+    "name", ["serpent_h.deblur", "serpent_b.deblur", "serpent_h.sr8", "serpent_b.sr8", "serpent_l.photo.first"]
 )
 def test_recipes_of_weights_to_come_can_be_planned(folders, name):
     overrides = [f"train=[{folders}/train]", f"val={folders}/val", f"out={folders}/run", "device=cpu"]

@@ -54,7 +54,10 @@ def measure(network: nn.Module, folder: Path, kept: Path) -> dict[str, Any]:
             if key not in done:
                 clean = read_rgb8(folder / key[3])[None].float() / 255
                 given = damaged(clean, blur, noise, quality, evaluation_generator(0, index))
-                pair = psnr(given, clean).item(), psnr(run_network(network, given), clean).item()
+                pair = (
+                    psnr(given, clean).item(),
+                    psnr(run_network(network, given, precision="float32").cpu(), clean).item(),
+                )
                 done[key] = [p if math.isfinite(p) else None for p in pair]
                 with kept.open("a") as out:
                     out.write(json.dumps([*key, *done[key]]) + "\n")

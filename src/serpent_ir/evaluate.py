@@ -141,7 +141,7 @@ def evaluate_image(
     `clean` (1, 3, H, W) lies on the network's device; `precision` is as `run_network` takes it; `known` are figures
     that need not be computed: those of the input, which are the same for every network.
     """
-    degraded = degradation(clean, generator=evaluation_generator(seed, index))
+    degraded, clean = degradation.pair(clean, generator=evaluation_generator(seed, index))
     given = degradation.network_input(degraded)
     restored = degradation.combine(run_network(network, given, precision=precision), given)
     image = given[:, :3]

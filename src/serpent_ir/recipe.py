@@ -47,8 +47,8 @@ class Recipe:
     val_every: int = 1000  # steps
     seed: int = 0
     device: str = "auto"
-    loss: Literal["l1", "l2", "charbonnier"] = "l1"
-    light_jpeg: float = 0.0  # of the task photo: share of training images that get nothing but a JPEG of high quality
+    loss: Literal["l1", "l2", "charbonnier", "log"] = "l1"
+    mix: list[str] = field(default_factory=list)  # tasks that samples get by turns, in place of `task` alone
     frequency: float = 0.0  # weight of an L1 loss on the two-dimensional real FFT, beside `loss`
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     accumulate: int = 1  # parts that a process cuts its share of a batch into
@@ -229,10 +229,13 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         refuse("frequency", "0 or more, and finite")
     if not 0 <= recipe.ema < 1:
         refuse("ema", "in [0, 1)")
-    if not 0 <= recipe.light_jpeg <= 1:
-        refuse("light_jpeg", "in [0, 1]")
-    if recipe.light_jpeg and recipe.task != "photo":
-        refuse("light_jpeg", f"0 for the task {recipe.task}; it is of photo")
+    for i, task in enumerate(recipe.mix):
+        try:
+            other = create_degradation(task)
+        except UsageError as error:
+            raise UsageError(f"{source(f'mix.{i}')}: mix.{i}: {error}") from None
+        if (other.scale, other.channels) != (scale, create_degradation(recipe.task).channels):
+            refuse(f"mix.{i}", f"a task that makes images as {recipe.task} does")
     for key in ("train", "stages"):
         if not getattr(recipe, key):
             raise UsageError(f"{source(key)}: {key} is empty; give at least one")

@@ -49,7 +49,7 @@ Name = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Other weights instead: safetensors or .pth.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
-Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint or photo.")]
+Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint, photo or real.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 

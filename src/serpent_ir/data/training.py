@@ -26,6 +26,7 @@ class Windows:
 
     places: np.ndarray  # (B,) in the batch
     shape: tuple[int, int]
+    kind: int  # which of the degradations
     pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None where they are on the device
     numbers: np.ndarray  # (B, 8) int64, as `_make` takes them apart; on the device what `ImageStore.gather` takes, too
 
@@ -41,7 +42,8 @@ class TrainingSet:
 
     Args:
         paths: what `list_images` takes. Files are decoded once, now; packed sets are mapped.
-        degradation: what is done to the images.
+        degradation: what is done to the images; of several, which make images of the same kind, one sample after the
+            other gets the next.
         device: where batches are made.
         memory: where the images lie, as `ImageStore` takes it.
 
@@ -51,14 +53,22 @@ class TrainingSet:
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], degradation: Degradation, device: torch.device, *, memory: Memory = "auto"
+        self,
+        paths: Sequence[str | Path],
+        degradation: Degradation | Sequence[Degradation],
+        device: torch.device,
+        *,
+        memory: Memory = "auto",
     ):
         self.files = [file for path in paths for file in list_images(path)]
-        self.degradation = degradation
+        turns = [degradation] if isinstance(degradation, Degradation) else list(degradation)
+        self.degradations = list(dict.fromkeys(turns))
+        self._turns = np.array([self.degradations.index(each) for each in turns])
         self.device = device
         self.store = ImageStore(self.files, device, memory)
-        self.sizes = self.store.sizes // degradation.scale * degradation.scale  # as Degradation.crop
-        self.check_crop(degradation.scale)
+        self.scale = self.degradations[0].scale
+        self.sizes = self.store.sizes // self.scale * self.scale  # as Degradation.crop
+        self.check_crop(self.scale)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,7 +88,8 @@ class TrainingSet:
         return int(sides[smallest]), f"{self.files[smallest]}: {width}x{height}"
 
     def batch(self, samples: Sequence[int], crop: int, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Network input (B, C, crop, crop) and clean image (B, 3, crop, crop) of these samples, float32, on the device.
+        """Network input (B, C, crop, crop) and what is to be restored (B, 3, crop, crop) of these samples, float32, on
+        the device.
 
         The input is degraded, has the clean image's size and is not clamped. Samples are numbered from 0 on; each
         epoch, `len(self)` of them, takes every image once, in an order of its own.
@@ -95,23 +106,23 @@ class TrainingSet:
         draws = _generators(own)
         corners = torch.stack([draws.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
         turns = draws.below(8).numpy()
-        begins, ends = self._windows(corners, sizes, crop)
+        kinds = self._turns[numbers % len(self._turns)]
+        begins, ends = self._windows(corners, sizes, kinds, crop)
         shapes = ends - begins
-        scale = self.degradation.scale
         oriented = _orient(corners - begins, turns, crop, shapes[:, 1])
-        columns = [keys, begins // scale, sizes // scale, *oriented]
+        columns = [keys, begins // self.scale, sizes // self.scale, *oriented]
         on_device = self.store.memory == "device"
         if on_device:
             columns.append(self.store.places(images, begins))
         table = np.column_stack(columns)
         together: dict[object, list[int]] = {}
-        for place, shape in enumerate(map(tuple, shapes.tolist())):
-            together.setdefault(place if self.device.type in _APART else shape, []).append(place)
+        for place, alike in enumerate(zip(kinds.tolist(), *shapes.T.tolist(), strict=True)):
+            together.setdefault(place if self.device.type in _APART else alike, []).append(place)
         groups = []
         for places in map(np.array, together.values()):
             height, width = shapes[places[0]].tolist()
             pixels = None if on_device else self.store.read(images[places], begins[places], height, width)
-            groups.append(Windows(places, (height, width), pixels, table[places]))
+            groups.append(Windows(places, (height, width), int(kinds[places[0]]), pixels, table[places]))
         return groups
 
     def finish(self, groups: list[Windows], crop: int, captured: Captured | None = None) -> tuple[Tensor, Tensor]:
@@ -129,33 +140,41 @@ class TrainingSet:
 
     def _finish(self, group: Windows, crop: int, captured: Captured | None) -> tuple[Tensor, Tensor]:
         if group.pixels is not None:
-            return self._make(group.pixels(), to_device(group.numbers, self.device), crop)
+            return self._make(group.pixels(), to_device(group.numbers, self.device), group.kind, crop)
 
         def make(table: Tensor) -> tuple[Tensor, Tensor]:
-            return self._make(self.store.gather(table[:, 8:], *group.shape), table, crop)
+            return self._make(self.store.gather(table[:, 8:], *group.shape), table, group.kind, crop)
 
         if captured is None:
             return make(to_device(group.numbers, self.device))
-        return captured(make, group.numbers, key=(group.shape, crop))
+        return captured(make, group.numbers, key=(group.shape, group.kind, crop))
 
-    def _make(self, pixels: Tensor, numbers: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-        """Input and clean image of windows (B, h, w, 3): what differs between batches is in numbers."""
+    def _make(self, pixels: Tensor, numbers: Tensor, kind: int, crop: int) -> tuple[Tensor, Tensor]:
+        """Input and what is to be restored of windows (B, h, w, 3): what differs between batches is in numbers."""
         keys, begins, sizes = numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5]
         first, down, across = numbers[:, 5:8, None, None].unbind(1)
         clean = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
-        degraded = self.degradation(clean, generator=ImageGenerators(keys, begins, sizes))
+        degradation = self.degradations[kind]
+        degraded, target = degradation.pair(clean, generator=ImageGenerators(keys, begins, sizes))
         steps = torch.arange(crop, device=self.device)
         places = first + down * steps[:, None] + across * steps  # (B, crop, crop), in the flattened window
-        return _take(self.degradation.network_input(degraded), places), _take(clean, places)
+        return _take(degradation.network_input(degraded), places), _take(target, places)
 
-    def _windows(self, corners: np.ndarray, sizes: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Begins and ends (B, 2) of what crops at these corners depend on: of one shape, where images are larger."""
-        margin, grid = self.degradation.margin, self.degradation.grid
-        if margin is None:
-            return np.zeros_like(sizes), sizes
-        side = _up(crop + 2 * margin + grid - 1, grid)
-        begins = np.clip((corners - margin) // grid * grid, 0, _up(np.maximum(sizes - side, 0), grid))
-        return begins, np.minimum(begins + side, sizes)
+    def _windows(
+        self, corners: np.ndarray, sizes: np.ndarray, kinds: np.ndarray, crop: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Begins and ends (B, 2) of what crops at these corners depend on: of one shape for a degradation, where images
+        are larger."""
+        begins, ends = np.zeros_like(sizes), sizes.copy()
+        for kind, degradation in enumerate(self.degradations):
+            margin, grid = degradation.margin, degradation.grid
+            if margin is None:
+                continue
+            chosen = kinds == kind
+            most = _up(np.maximum(sizes[chosen] - (side := _up(crop + 2 * margin + grid - 1, grid)), 0), grid)
+            begins[chosen] = np.clip((corners[chosen] - margin) // grid * grid, 0, most)
+            ends[chosen] = np.minimum(begins[chosen] + side, sizes[chosen])
+        return begins, ends
 
     def _images_of(self, samples: np.ndarray, seed: int) -> np.ndarray:
         epochs, offsets = np.divmod(samples, len(self))

@@ -6,8 +6,7 @@ what passes through JPEG: y leaves [0, 1] where the noise takes it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from serpent_ir.degradations.blur import BLUR_RADIUS, blur_each, gaussian_blur
 from serpent_ir.degradations.holes import draw_holes
 from serpent_ir.degradations.jpeg import through_jpeg
-from serpent_ir.degradations.randomness import Generator, rand, rand_each, randint, randn_like
+from serpent_ir.degradations.randomness import Generator, between, rand, rand_each, randint, randn_like, some
 from serpent_ir.degradations.randomness import ImageGenerators as ImageGenerators
+from serpent_ir.degradations.real import REAL_GRID, REAL_MARGIN, real
 from serpent_ir.errors import UsageError
 
 SR_FACTOR = 8
@@ -31,8 +31,6 @@ JPEG_QUALITIES = (10, 95)
 """Least and highest quality of `jpeg`, on libjpeg's scale."""
 PHOTO_BLURS, PHOTO_NOISES, PHOTO_QUALITIES = (0.0, 3.0), (0.0, 0.06), (30, 100)
 """Ranges of what `photo` chains: blur in pixels, noise on the [0, 1] scale, JPEG quality."""
-PHOTO_LIGHT_QUALITIES = (75, 100)
-"""Of the JPEGs that `photo` may be made to draw more often, alone (see `with_light_jpeg`)."""
 PHOTO_ABSENCE = 0.3
 """Chance that a link of that chain is left out; 1 photo in 37 is left as it is."""
 
@@ -64,6 +62,10 @@ class Degradation:
         state is neither read nor changed. Raises UsageError for a size that the degradation does not take.
         """
         raise NotImplementedError
+
+    def pair(self, clean: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        """What `__call__` gives, and what is to be restored from it, (B, 3, H, W): clean, but see `RealDegradation`."""
+        return self(clean, generator=generator), clean
 
     def network_input(self, y: Tensor) -> Tensor:
         """What a network that keeps the size sees: y (B, C, h, w) upsampled to (B, C, scale h, scale w), bicubic."""
@@ -121,6 +123,23 @@ class RandomDegradation(Degradation):
         return self.damage(clean, generator)
 
 
+@dataclass(frozen=True)
+class RealDegradation(Degradation):
+    """Damage after which not all of clean is to be restored: a camera never saw some of its detail.
+
+    Attributes:
+        damage: maps clean (B, 3, H, W) and a generator to what `pair` gives.
+    """
+
+    damage: Callable[[Tensor, Generator], tuple[Tensor, Tensor]] = lambda clean, _: (clean.clone(), clean)
+
+    def pair(self, clean: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        return self.damage(clean, generator)
+
+    def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
+        return self.damage(clean, generator)[0]
+
+
 def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
     """x (B, C, H, W) and white Gaussian noise of standard deviation sigma, a number or (B,), drawn in float32."""
     noise = randn_like(x, generator)
@@ -132,11 +151,6 @@ def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
 def uniform(batch: int, low: float, high: float, generator: Generator) -> Tensor:
     """(B,) float32 numbers of [low, high), on the generator's device."""
     return between(rand(generator, batch), low, high)
-
-
-def between(share: Tensor, low: float, high: float) -> Tensor:
-    """From [0, 1) to [low, high)."""
-    return low + (high - low) * share
 
 
 def whole_numbers(batch: int, low: int, high: int, generator: Generator) -> Tensor:
@@ -163,26 +177,18 @@ def _inpaint(clean: Tensor, generator: Generator) -> Tensor:
     return erase(clean, draw_holes(batch, height, width, generator=generator, device=clean.device))
 
 
-def _photo(clean: Tensor, generator: Generator, light: float = 0.0) -> Tensor:
+def _photo(clean: Tensor, generator: Generator) -> Tensor:
     """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
     batch = len(clean)
-    blur, noise, compressed, *lightly, sigma, strength = rand_each(generator, batch, 6 if light else 5)
-    plain = lightly[0] >= light if light else torch.ones_like(blur, dtype=torch.bool)
-    sigma = between(sigma, *PHOTO_BLURS) * ((blur >= PHOTO_ABSENCE) & plain)
-    y = blur_each(clean, sigma) if _some(sigma) else clean
-    y = add_noise(y, between(strength, *PHOTO_NOISES) * ((noise >= PHOTO_ABSENCE) & plain), generator)
+    blur, noise, compressed, sigma, strength = rand_each(generator, batch, 5)
+    sigma = between(sigma, *PHOTO_BLURS) * (blur >= PHOTO_ABSENCE)
+    y = blur_each(clean, sigma) if some(sigma) else clean
+    y = add_noise(y, between(strength, *PHOTO_NOISES) * (noise >= PHOTO_ABSENCE), generator)
     quality = whole_numbers(batch, *PHOTO_QUALITIES, generator)
-    if light:
-        quality = torch.where(plain, quality, whole_numbers(batch, *PHOTO_LIGHT_QUALITIES, generator))
-    compressed = (compressed >= PHOTO_ABSENCE) | ~plain
-    if not _some(compressed):
+    compressed = compressed >= PHOTO_ABSENCE
+    if not some(compressed):
         return y
     return torch.where(compressed.to(y.device)[:, None, None, None], through_jpeg(y, quality), y)
-
-
-def _some(drawn: Tensor) -> bool:
-    """Whether a link of the chain may be there for some image: a GPU is not asked, for it would be waited for."""
-    return drawn.device.type != "cpu" or bool(drawn.any())
 
 
 def bicubic_downsample(x: Tensor) -> Tensor:
@@ -212,8 +218,10 @@ DEGRADATIONS = {
     "jpeg": RandomDegradation("jpeg", margin=2, grid=16, damage=_jpeg),
     "inpaint": RandomDegradation("inpaint", channels=4, margin=0, damage=_inpaint),
     "photo": RandomDegradation("photo", margin=2 + 16, grid=16, damage=_photo),
+    "real": RealDegradation("real", margin=REAL_MARGIN, grid=REAL_GRID, damage=real),
 }
-"""Every degradation by name: the paper's two, three with a range of strengths, and `photo`, a random mild chain."""
+"""Every degradation by name: the paper's two, three with a range of strengths, `photo`, a random mild chain, and
+`real`, the longer one that pictures of cameras have been through."""
 
 
 def create_degradation(name: str) -> Degradation:
@@ -222,14 +230,6 @@ def create_degradation(name: str) -> Degradation:
         return DEGRADATIONS[name]
     except KeyError:
         raise UsageError(f"unknown degradation {name!r}; the known ones are {', '.join(DEGRADATIONS)}") from None
-
-
-def with_light_jpeg(share: float) -> Degradation:
-    """`photo` for training, where this share of images gets nothing but JPEG of high quality, and the rest the chain.
-
-    By itself the chain leaves 2 images in a hundred so: too few to learn that a light JPEG is all there is to undo.
-    """
-    return replace(DEGRADATIONS["photo"], damage=partial(_photo, light=share))
 
 
 def evaluation_generator(seed: int, index: int) -> torch.Generator:

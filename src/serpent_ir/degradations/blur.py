@@ -31,20 +31,23 @@ def gaussian_blur(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def blur_each(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image of (B, C, H, W) with its own Gaussian, sigma (B,) in pixels from 0 (unchanged) to 4.
+def blur_each(x: Tensor, sigma: Tensor, radius: int = MILD_RADIUS) -> Tensor:
+    """Blur each image of (B, C, H, W) with its own Gaussian, sigma in pixels from 0 (unchanged) to a third of `radius`.
 
-    The kernel has 25x25 taps and is normalised; borders are as in `gaussian_blur`.
+    sigma is (B,), or (B, C) for one of each channel. The kernel is normalised and reaches `radius` pixels to each side;
+    borders are as in `gaussian_blur`.
     """
     batch, channels = x.shape[:2]
-    offsets = torch.arange(-MILD_RADIUS, MILD_RADIUS + 1, dtype=x.dtype, device=x.device)
+    if sigma.ndim == 1:
+        sigma = sigma[:, None].expand(-1, channels)
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     # A standard deviation of 0 would be 0 / 0 at the centre; from 1e-3 down every other tap is 0.
-    kernel = torch.exp(-0.5 * (offsets / sigma.to(x.device, x.dtype).clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, None]
+    kernel = torch.exp(-0.5 * (offsets / sigma.to(x.device, x.dtype).clamp(min=1e-3).reshape(-1, 1)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, None]
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(2):
             # A channel and an image are a group each: a depthwise convolution, which a GPU never computes in TF32.
-            rows = _pad_rows(x, MILD_RADIUS).flatten(0, 1)[None]
+            rows = _pad_rows(x, radius).flatten(0, 1)[None]
             x = F.conv2d(rows, kernel, groups=batch * channels)[0].unflatten(0, (batch, channels)).transpose(-1, -2)
     return x.contiguous()
 

@@ -1,4 +1,4 @@
-"""What JPEG does to pixels, batched on any device: baseline, 4:2:0, the tables of the standard's Annex K.
+"""What JPEG does to pixels, batched on any device: baseline, 4:2:0 or 4:4:4, the tables of the standard's Annex K.
 
 The steps are libjpeg's (colour conversion, halved chroma, 8x8 DCT, quantisation, and back with its smooth upsampling),
 without its entropy coding, which loses nothing.
@@ -30,12 +30,13 @@ _TO_RGB = [[1.0, 0.0, 1.402], [1.0, -0.344136286, -0.714136286], [1.0, 1.772, 0.
 _HALF = {torch.float64: 0.5 + 2.0**-25, torch.float32: 0.5 + 2.0**-11}
 
 
-def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
+def through_jpeg(x: Tensor, quality: Tensor, full_chroma: Tensor | None = None) -> Tensor:
     """Images as they come back from a JPEG file.
 
     Args:
         x: (B, 3, H, W) RGB in [0, 1], of any size from 1x1; clamped and rounded to 8 bits first, as a file holds them.
         quality: (B,) integers from 1 to 100, on libjpeg's scale.
+        full_chroma: (B,) booleans: which images keep their chroma at full size (4:4:4). None does without.
 
     Returns:
         The decoded images in x's dtype and on its device: multiples of 1/255 in [0, 1]. Not differentiable. Computed in
@@ -57,8 +58,11 @@ def through_jpeg(x: Tensor, quality: Tensor) -> Tensor:
         # bottom it halves and then repeats.
         even = F.pad(planes[:, 1:], (0, -width % 16, 0, height % 2), mode="replicate")
         halved = _through_blocks(_extended(_halved(even), 8), chroma, half)
-        doubled = _doubled(halved[..., : -(-height // 2), : -(-width // 2)])[..., :height, :width]
-        decoded = _mix((*y.unbind(1), *doubled.unbind(1)), _TO_RGB, (half + 128,) * 3)
+        colours = _doubled(halved[..., : -(-height // 2), : -(-width // 2)])[..., :height, :width]
+        if full_chroma is not None:
+            whole = _through_blocks(_extended(planes[:, 1:], 8), chroma, half)[..., :height, :width]
+            colours = torch.where(full_chroma.to(x.device)[:, None, None, None], whole, colours)
+        decoded = _mix((*y.unbind(1), *colours.unbind(1)), _TO_RGB, (half + 128,) * 3)
         return decoded.floor_().clamp_(0, 255).div_(255).to(x.dtype)
 
 

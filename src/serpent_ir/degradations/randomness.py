@@ -107,6 +107,16 @@ def rand_each(generator: Generator, batch: int, calls: int) -> tuple[Tensor, ...
     return tuple(rand(generator, batch) for _ in range(calls))
 
 
+def between(share: Tensor, low: float, high: float) -> Tensor:
+    """From [0, 1) to [low, high)."""
+    return low + (high - low) * share
+
+
+def some(drawn: Tensor) -> bool:
+    """Whether what was drawn holds for some image, or may: a GPU is not asked, for it would be waited for."""
+    return drawn.device.type != "cpu" or bool(drawn.any())
+
+
 def randint(generator: Generator, batch: int, low: int, high: int) -> Tensor:
     """(batch,) integers of [low, high], on the generator's device."""
     if isinstance(generator, ImageGenerators):

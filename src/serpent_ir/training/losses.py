@@ -10,6 +10,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 CHARBONNIER_EPS = 1e-3
 """Where Charbonnier's loss turns from a square into a distance, on the [0, 1] scale (Lai et al., LapSRN, 2017)."""
 
+LOG_EPS = 1e-5
+"""Mean squared error from which on the logarithm of a smaller one hardly counts: 50 dB."""
+LOG_WEIGHT = 0.01  # gradients as large as those of L1 where the error is
+
 
 def _l1(difference: Tensor) -> Tensor:
     return difference.abs().mean()
@@ -23,7 +27,12 @@ def _charbonnier(difference: Tensor) -> Tensor:
     return (difference.square() + CHARBONNIER_EPS**2).sqrt().mean()
 
 
-LOSSES = {"l1": _l1, "l2": _l2, "charbonnier": _charbonnier}
+def _log(difference: Tensor) -> Tensor:
+    """What the PSNRs of images lack: a good image that gets a little worse counts as much as a poor one."""
+    return LOG_WEIGHT * (difference.square().mean((1, 2, 3)) / LOG_EPS).log1p().mean()
+
+
+LOSSES = {"l1": _l1, "l2": _l2, "charbonnier": _charbonnier, "log": _log}
 
 
 def create_loss(name: str, frequency: float = 0.0) -> Loss:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from serpent_ir.data import Prefetcher, TrainingSet, list_images
-from serpent_ir.degradations import create_degradation, with_light_jpeg
+from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models.seals import sealed
 from serpent_ir.passes import pick_precision
@@ -91,9 +91,9 @@ class Trainer:
         begun = self.workers.from_first(bool(self.checkpoints.paths()))
         network = starting_network(recipe, fresh=begun)
         self.val = ValidationImages(val_files, self.degradation, self.workers)
-        train = with_light_jpeg(recipe.light_jpeg) if recipe.light_jpeg else self.degradation
+        mix = [create_degradation(task) for task in recipe.mix or [recipe.task]]
         with of_key("train"):
-            self.data = TrainingSet(recipe.train, train, self.device)
+            self.data = TrainingSet(recipe.train, mix, self.device)
         self.network = network.to(self.device).train()
         self.workers.take_from_first(self.network)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)

@@ -1,0 +1,157 @@
+"""Pictures as they come: through a lens, a sensor or a film, a camera's JPEG, and a messenger, in that order.
+
+All of it is mild, each part is off for a share of the pictures, and some pictures are left as they are.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from serpent_ir.degradations.jpeg import through_jpeg
+from serpent_ir.degradations.lens import LENS_RADIUS, disc_kernel, gaussian_kernel, motion_kernel, through_lens
+from serpent_ir.degradations.randomness import Generator, ImageGenerators, between, rand_each, randint, randn_like, some
+from serpent_ir.degradations.resampling import KERNELS, LARGEST_SCALE, RESAMPLING_MARGIN, down_and_up
+from serpent_ir.degradations.sensor import SENSOR_MARGIN, Sensor, film_grain, through_sensor
+
+UNTOUCHED = 0.12
+"""Share of pictures that nothing happens to."""
+LENS, BLURS, DISCS, MOTIONS = 0.35, (0.3, 1.5), (0.5, 2.5), (1.0, 6.0)
+"""Share of pictures that a lens blurs, by a Gaussian (deviation), a disc (radius) or a hand (length), all in pixels."""
+SENSOR, GRAIN = 0.75, 0.05
+"""Shares of pictures with the noise of a sensor, and with the grain of a film."""
+SHOT = (1e-4, 0.012)
+"""Variance of the shot noise at full light; its logarithm is drawn. That of the read noise follows it."""
+STRENGTH = (0.7, 1.6)
+"""Factor of a sensor's noise after it was smoothed."""
+CAMERA, CAMERA_QUALITIES, FULL_CHROMA = 0.85, (70, 100), 0.3
+"""Share of pictures that a camera writes as JPEG, of which quality, and share of those with chroma at full size."""
+MESSENGER, MESSENGER_QUALITIES, SMALLER = 0.2, (60, 95), 0.5
+"""Share of pictures that are sent, as JPEG of which quality, and share of those that are made smaller on the way."""
+REAL_GRID = 16
+"""Sides of JPEG's blocks with halved chroma."""
+REAL_MARGIN = (2 + REAL_GRID) + RESAMPLING_MARGIN + 2 + SENSOR_MARGIN + LENS_RADIUS
+"""Pixels that decide a crop: blocks that lie anywhere and the next chroma, what was made smaller, the chroma of blocks
+on the grid, and around these what sensor and lens see."""
+
+_LENS_DRAWS, _NOISE_DRAWS, _JPEG_DRAWS, _MESSENGER_DRAWS = 7, 16, 2, 4  # numbers that each takes
+
+
+def real(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Clean (B, 3, H, W) as a camera and a messenger would give it, in multiples of 1/255, and what is to be restored:
+    clean, or where a sensor's mosaic is interpolated, clean as that gives it."""
+    (untouched,) = rand_each(generator, len(clean), 1)
+    touched = untouched >= UNTOUCHED
+    x = _lens(clean, touched, generator)
+    x, target = _noise(clean, x, touched, generator)
+    x = _jpeg(x, CAMERA, CAMERA_QUALITIES, touched, generator)
+    x = _messenger(x, touched, generator)
+    return x.clamp(0, 1).mul(255).round().div(255), target
+
+
+def _lens(clean: Tensor, touched: Tensor, generator: Generator) -> Tensor:
+    """A third of what is blurred by a Gaussian, a third out of focus, a third moved."""
+    there, kind, *how = rand_each(generator, len(clean), _LENS_DRAWS)
+    there = (there < LENS) & touched
+    if not some(there):
+        return clean
+    sharp = torch.zeros_like(kind)
+    kernels = gaussian_kernel(sharp)
+    for number, kernel in enumerate(
+        (
+            gaussian_kernel(between(how[0], *BLURS)),
+            disc_kernel(between(how[1], *DISCS)),
+            motion_kernel(between(how[2], *MOTIONS), between(how[3], 0, math.pi), between(how[4], -0.5, 0.5)),
+        )
+    ):
+        chosen = there & (kind >= number / 3) & (kind < (number + 1) / 3)
+        kernels = torch.where(chosen[:, None, None], kernel, kernels)
+    return through_lens(clean, kernels)
+
+
+def _noise(clean: Tensor, x: Tensor, touched: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Of a sensor or of a film; and what is to be restored."""
+    kind, *how = rand_each(generator, len(clean), _NOISE_DRAWS)
+    of_sensor, of_film = (kind < SENSOR) & touched, (kind >= 1 - GRAIN) & touched
+    normal = randn_like(clean, generator)
+    target = clean
+    if some(of_sensor):
+        shot = between(how[3], math.log(SHOT[0]), math.log(SHOT[1]))
+        sensor = Sensor(
+            power=torch.where(how[0] < 0.5, 2.2, between(how[1], 1.8, 2.6)),
+            contrast=how[2] < 0.3,
+            red=between(how[4], 1.2, 2.6),
+            blue=between(how[5], 1.2, 2.2),
+            shot=shot.exp(),
+            read=(2.18 * shot + 1.2 + between(how[6], -0.5, 0.5)).exp(),
+            mosaic=how[7] < 0.7,
+            luma=between(how[8], 0, 1.2),
+            chroma=between(how[9], 0, 4),
+            blotches=between(how[13], math.log(0.08), math.log(0.6)).exp(),
+            waves=between(how[14], -0.5, 0.7).clamp(min=0),
+            sharpening=between(how[10], 0, 1) * (how[11] < 0.3),
+            strength=between(how[12], *STRENGTH),
+        )
+        noise, seen, ideal = through_sensor(clean, x, normal, sensor)
+        chosen = _each(of_sensor, x)
+        target = torch.where(chosen, ideal, target)
+        x = torch.where(chosen, seen + noise, x)
+    if some(of_film):
+        grain = film_grain(x, normal[:, :1], between(how[13], 0.01, 0.04), between(how[14], 0.5, 1.2))
+        x = torch.where(_each(of_film, x), x + grain, x)
+    return x, target
+
+
+def _jpeg(x: Tensor, share: float, qualities: tuple[int, int], touched: Tensor, generator: Generator) -> Tensor:
+    there, full = rand_each(generator, len(x), _JPEG_DRAWS)
+    quality = randint(generator, len(x), *qualities)
+    there = (there < share) & touched
+    if not some(there):
+        return x
+    return torch.where(_each(there, x), through_jpeg(x, quality, full < FULL_CHROMA), x)
+
+
+def _messenger(x: Tensor, touched: Tensor, generator: Generator) -> Tensor:
+    """Perhaps made smaller (and shown as large as it was), and written again with blocks elsewhere."""
+    batch, _, height, width = x.shape
+    there, smaller, scale, full = rand_each(generator, batch, _MESSENGER_DRAWS)
+    kernel = randint(generator, batch, 0, len(KERNELS) - 1)
+    down, across = (randint(generator, batch, 0, REAL_GRID - 1) for _ in range(2))
+    quality = randint(generator, batch, *MESSENGER_QUALITIES)
+    there = (there < MESSENGER) & touched
+    smaller = there & (smaller < SMALLER)
+    if some(smaller):
+        if isinstance(generator, ImageGenerators):
+            origins, sizes = generator.origins, generator.sizes
+        else:
+            origins = torch.zeros(batch, 2, dtype=torch.int64)
+            sizes = torch.tensor([[height, width]]).expand(batch, -1)
+        scaled = down_and_up(x, between(scale, 1, LARGEST_SCALE), kernel, origins, sizes)
+        x = torch.where(_each(smaller, x), scaled, x)
+    if some(there):
+        rows, columns = (_shifted(side, shift.to(x.device)) for side, shift in ((height, down), (width, across)))
+        moved = _taken(x, rows, columns)
+        moved = through_jpeg(moved, quality, full < FULL_CHROMA)
+        rows, columns = (
+            torch.arange(side, device=x.device) + shift.to(x.device)[:, None]
+            for side, shift in ((height, down), (width, across))
+        )
+        x = torch.where(_each(there, x), _taken(moved, rows, columns), x)
+    return x
+
+
+def _shifted(side: int, shift: Tensor) -> Tensor:
+    """Places (B, side + 15) of the pixels of lines that begin `shift` (B,) later; the first and last repeated."""
+    return (torch.arange(side + REAL_GRID - 1, device=shift.device) - shift[:, None]).clamp(0, side - 1)
+
+
+def _taken(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels (B, C, h, w) of x at rows (B, h) and columns (B, w)."""
+    channels, width = x.shape[1], x.shape[-1]
+    x = x.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
+    return x.gather(3, columns[:, None, None].expand(-1, channels, x.shape[2], -1))
+
+
+def _each(value: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), where `like` lies."""
+    return value.to(like.device)[:, None, None, None]

@@ -1,0 +1,155 @@
+"""What a camera's sensor and its first processing make of a picture: noise that follows the light, seen through a
+mosaic of colour filters, smoothed, sharpened and drawn over by a tone curve.
+
+The model of the noise is that of Brooks et al., "Unprocessing Images for Learned Raw Denoising", 2019.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serpent_ir.degradations.blur import blur_each
+
+SMOOTHING_RADIUS = 12
+"""Pixels that the smoothing of the noise reaches, for standard deviations up to 4."""
+SENSOR_MARGIN = 1 + SMOOTHING_RADIUS + 3
+"""Pixels around a pixel that decide what a sensor makes of it: interpolation, smoothing, sharpening."""
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """A sensor, and what the camera does with it, for each image of a batch; all (B,).
+
+    Attributes:
+        power: from linear light to the picture's values, 1 / power back.
+        contrast: booleans: whether a curve of contrast, 3 x^2 - 2 x^3, comes after it.
+        red, blue: gains of the white balance, beside 1 for green.
+        shot, read: variances of the noise in linear light from 0 to 1: shot times the light, and read.
+        mosaic: booleans: whether a pixel sees one colour, and the others are interpolated.
+        luma, chroma: standard deviations (pixels, up to 4) by which the noise is smoothed.
+        blotches: what is left of the standard deviation of the noise's chroma after that, as cameras leave it in
+            blotches: 1 as if it were as strong as white noise before.
+        waves: how much luma they leave with them, as a share of the same.
+        sharpening: how much of what a blur of 1 pixel takes from the noise is added once more.
+        strength: factor of the noise after that.
+    """
+
+    power: Tensor
+    contrast: Tensor
+    red: Tensor
+    blue: Tensor
+    shot: Tensor
+    read: Tensor
+    mosaic: Tensor
+    luma: Tensor
+    chroma: Tensor
+    blotches: Tensor
+    waves: Tensor
+    sharpening: Tensor
+    strength: Tensor
+
+
+def through_sensor(clean: Tensor, blurred: Tensor, normal: Tensor, sensor: Sensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sensor gives of a picture that a lens has blurred.
+
+    Args:
+        clean: (B, 3, H, W) in [0, 1]; the upper left pixel lies at even coordinates of its image.
+        blurred: the same after the lens.
+        normal: normal numbers of that shape.
+        sensor: each image's.
+
+    Returns:
+        The noise, and blurred and clean as the sensor would give them without it, all (B, 3, H, W); what is seen is
+        the sum of the first two. The last differs from clean where there is a mosaic: fine detail is lost to its
+        interpolation, which no restoration should be asked to bring back.
+    """
+    power, contrast, mosaic = (_each(value, clean) for value in (sensor.power, sensor.contrast, sensor.mosaic))
+    ones = torch.ones_like(sensor.red)
+    gains = torch.stack([sensor.red, ones, sensor.blue], 1).to(clean.device, clean.dtype)[:, :, None, None]
+    raw_clean, raw = (_linear(x, power, contrast) / gains for x in (clean, blurred))
+    deviation = (raw * _each(sensor.shot, clean) + _each(sensor.read, clean)).sqrt()
+    raws = torch.stack([raw_clean, raw, raw + deviation * normal.to(clean.device, clean.dtype)])
+    if min(clean.shape[-2:]) > 1:  # a line has no pixels of one of the colours
+        raws = torch.where(mosaic, mosaicked(raws.flatten(0, 1)).view_as(raws), raws)
+    target, picture, noisy = _toned((raws * gains).clamp(0, 1), power, contrast)
+    noise = _processed(noisy - picture, sensor)
+    # To the last bit where there is no mosaic.
+    return noise, torch.where(mosaic, picture, blurred), torch.where(mosaic, target, clean)
+
+
+def film_grain(x: Tensor, normal: Tensor, strength: Tensor, size: Tensor) -> Tensor:
+    """The grain of a film, the same in all colours, strongest in the middle tones.
+
+    Args:
+        x: (B, 3, H, W) in [0, 1].
+        normal: normal numbers (B, 1, H, W).
+        strength: (B,) its standard deviation at half the brightness, on the [0, 1] scale.
+        size: (B,) standard deviation of a grain in pixels, from 0.5 to 2.
+    """
+    grain = blur_each(normal.to(x.device, x.dtype), size, SMOOTHING_RADIUS)
+    grain = grain * _each(_taken_from_white(size) * strength, x)
+    luma = _luma_of(x).clamp(0, 1)
+    return grain * (4 * luma * (1 - luma)).sqrt()
+
+
+def mosaicked(x: Tensor) -> Tensor:
+    """(B, 3, H, W), sides from 2 on, as seen through a Bayer mosaic (red at even rows and columns, blue at odd ones)
+    and interpolated bilinearly, reflected at borders."""
+    height, width = x.shape[-2:]
+    rows = torch.arange(height, device=x.device)[:, None] % 2
+    columns = torch.arange(width, device=x.device) % 2
+    masks = torch.stack([(1 - rows) * (1 - columns), (rows + columns) % 2, rows * columns]).to(x.dtype)
+    padded = F.pad(x * masks, (1, 1, 1, 1), mode="reflect")
+    beside = (padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]) / 2
+    above = (padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]) / 2
+    corners = padded[..., :-2, :] + padded[..., 2:, :]
+    corners = (corners[..., :-2] + corners[..., 2:]) / 4
+    middle = padded[..., 1:-1, 1:-1]
+    # Of red and blue a pixel has itself, two neighbours, or four corners; of green itself, or four neighbours.
+    red_blue = middle + beside + above + corners
+    green = middle + (beside + above) / 2
+    return torch.cat([red_blue[:, :1], green[:, 1:2], red_blue[:, 2:]], 1)
+
+
+def _linear(x: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
+    """The light of values in [0, 1]."""
+    x = torch.where(contrast, 0.5 - torch.sin(torch.asin((1 - 2 * x).clamp(-1, 1)) / 3), x)
+    return x.clamp(0, 1) ** power
+
+
+def _toned(light: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
+    """The values of light in [0, 1]."""
+    x = light ** (1 / power)
+    return torch.where(contrast, x * x * (3 - 2 * x), x)
+
+
+def _processed(noise: Tensor, sensor: Sensor) -> Tensor:
+    """Noise (B, 3, H, W) after the smoothing and sharpening of a camera."""
+    luma = _luma_of(noise)
+    parts = torch.cat([luma, luma, noise - luma], 1)
+    parts = blur_each(parts, torch.stack([sensor.luma, *[sensor.chroma] * 4], 1), SMOOTHING_RADIUS)
+    kept = sensor.blotches * _taken_from_white(sensor.chroma)
+    waves = parts[:, 1:2] * _each(kept * sensor.waves, noise)
+    noise = parts[:, :1] + waves + parts[:, 2:] * _each(kept, noise)
+    softer = blur_each(noise, torch.ones_like(sensor.luma), 3)
+    noise = noise + _each(sensor.sharpening, noise) * (noise - softer)
+    return noise * _each(sensor.strength, noise)
+
+
+def _taken_from_white(sigma: Tensor) -> Tensor:
+    """By what a Gaussian blur divides the standard deviation of white noise."""
+    return (2 * math.sqrt(math.pi) * sigma).clamp(min=1)
+
+
+def _luma_of(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W), by ITU-R BT.601."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def _each(value: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1) where `like` lies, and in its dtype unless they are booleans."""
+    value = value.to(like.device) if value.dtype == torch.bool else value.to(like.device, like.dtype)
+    return value[:, None, None, None]

@@ -1,0 +1,111 @@
+"""What `photo` weights must hold on photographs, beside the grid of strengths: real noise, good photos, JPEG, tiles.
+
+    python tools/photo_bars.py WEIGHTS --data ../shared/data [--every 12] -o FILE.json
+
+The folder holds natural/val, free/val and real_noise. --every N takes every Nth image of the first two.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from photo_grid import damaged
+from torch import Tensor, nn
+
+from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.degradations import evaluation_generator
+from serpent_ir.inference import Restorer, run_network
+from serpent_ir.metrics import psnr
+from serpent_ir.models import create_model
+
+TILE, TILED_EVERY = 256, 12
+
+
+def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str] = ()) -> dict[str, Any]:
+    """PSNR (dB) by name of a bar, all or those named: `images` with that of the input, None where it is infinite, and
+    means."""
+    natural, free = (find_images(data / name / "val")[::every] for name in ("natural", "free"))
+    noisy = find_images(data / "real_noise" / "noisy")
+
+    def restored(given: Tensor) -> Tensor:
+        return run_network(network, given, precision="float32").cpu()
+
+    def pairs(files: list[Path], damage: Callable[[Tensor, int], Tensor]) -> Iterator[dict[str, Any]]:
+        for index, file in enumerate(files):
+            clean = _read(file)
+            given = damage(clean, index)
+            yield {"file": file.name, **_compared(given, restored(given), clean)}
+
+    def real() -> Iterator[dict[str, Any]]:
+        for file in noisy:
+            given, clean = _read(file), _read(data / "real_noise" / "mean" / file.name)
+            yield {"file": file.name, **_compared(given, restored(given), clean)}
+
+    def tiled() -> Iterator[dict[str, Any]]:
+        restorer = Restorer(network, device=str(next(network.parameters()).device), precision="float32", tile=TILE)
+        for file in find_images(data / "natural" / "val")[::TILED_EVERY]:
+            clean = _read(file)
+            if max(clean.shape[-2:]) <= TILE:
+                continue
+            whole, tiles = restored(clean), restorer(clean).cpu()
+            yield {"file": file.name, "input_psnr": _finite(psnr(whole, clean)), "psnr": _finite(psnr(tiles, clean))}
+
+    def jpeg(clean: Tensor, index: int) -> Tensor:
+        return damaged(clean, 0, 0, 75, evaluation_generator(0, index))
+
+    rows = {
+        "real_noise": real(),
+        "natural/val": pairs(natural, lambda clean, _: clean),
+        "free/val": pairs(free, lambda clean, _: clean),
+        "natural/val, JPEG 75": pairs(natural, jpeg),
+        "tiles against whole": tiled(),
+    }
+    found = {name: list(rows[name]) for name in names or rows}
+    return {name: {**_summary(images), "images": images} for name, images in found.items()}
+
+
+def _read(file: Path) -> Tensor:
+    return read_rgb8(file)[None].float() / 255
+
+
+def _compared(given: Tensor, restored: Tensor, clean: Tensor) -> dict[str, float | None]:
+    return {"input_psnr": _finite(psnr(given, clean)), "psnr": _finite(psnr(restored, clean))}
+
+
+def _finite(value: Tensor) -> float | None:
+    return value.item() if math.isfinite(value.item()) else None
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means, the least of the results and of the gains; where the input is clean, there are no gains."""
+    restored = [row["psnr"] for row in rows if row["psnr"] is not None]
+    told: dict[str, Any] = {"n": len(rows), "psnr": mean(restored), "worst": min(restored)}
+    gains = [row["psnr"] - row["input_psnr"] for row in rows if None not in (row["psnr"], row["input_psnr"])]
+    if gains:
+        told["input_psnr"] = mean(row["input_psnr"] for row in rows if row["input_psnr"] is not None)
+        told |= {"gain": mean(gains), "least_gain": min(gains), "better": sum(gain > 0 for gain in gains)}
+        told |= {f"worse_by_{share}": sum(gain < -share for gain in gains) for share in (0.1, 0.3)}
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = measure(create_model("serpent_l", checkpoint_path=args.weights).to(device), args.data, args.every)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, bar in found.items():
+        print(name.ljust(22), {key: round(bar[key], 2) for key in bar if key != "images"})
+
+
+if __name__ == "__main__":
+    main()
