@@ -46,7 +46,7 @@ from serpent_ir.figures import in_order
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.paper import NAMES
-from serpent_ir.passes import device_name, pick_device
+from serpent_ir.system.devices import device_name, pick_device
 from tables_job import Job
 from tables_kept import done, is_here, place_of, rates, read, settings, settled, timed, told, undecided, unprobed, write
 from tables_report import LONGER, render

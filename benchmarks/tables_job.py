@@ -20,7 +20,7 @@ from serpent_ir.errors import OUT_OF_MEMORY, OutOfRoomError, SerpentError
 from serpent_ir.evaluate import evaluate_network
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import create_model
-from serpent_ir.passes import device_name, pick_device
+from serpent_ir.system.devices import device_name, pick_device
 from serpent_ir.train import open_trainer, plan
 from serpent_ir.training.room import room_for
 from serpent_ir.training.schedule import Schedule

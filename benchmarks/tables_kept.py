@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from serpent_ir.errors import OUT_OF_MEMORY
-from serpent_ir.passes import device_name, pick_device
-from serpent_ir.writing import whole_file
+from serpent_ir.system.devices import device_name, pick_device
+from serpent_ir.system.whole_file import whole_file
 from tables_job import Job
 
 # The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serpent_ir.passes import device_name
+from serpent_ir.system.devices import device_name
 
 
 def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from serpent_ir.capture import _failed, _spoilt, capture
+from serpent_ir.system.capture import _failed, _spoilt, capture
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured on one")
 

@@ -115,7 +115,7 @@ FORK = """
     import numpy as np, torch
     from PIL import Image
     from serpent_ir import Restorer, image_decoders, passes
-    from serpent_ir.forks import Lock
+    from serpent_ir.system.forks import Lock
     sys.path.insert(0, sys.argv[1])
     from networks import small_network
 
@@ -168,4 +168,4 @@ def test_no_lock_of_the_package_outlives_a_fork():
     package = Path(sys.modules["serpent_ir"].__path__[0])
     found = [p.name for p in package.rglob("*.py") for word in ("Lock(", "RLock(", "Condition(", "Semaphore(")
              if f"threading.{word}" in p.read_text()]  # fmt: skip
-    assert set(found) <= {"forks.py"}
+    assert set(found) <= {"system/forks.py"}

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from commands import ENVIRONMENT, save_photo, serpent
 from networks import identity_network
-from serpent_ir import evaluate, inference, memory, passes, tiling
+from serpent_ir import evaluate, inference, passes, tiling
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
 from serpent_ir.image import Picture, read_image, write_image
 from serpent_ir.inference import Restorer, restore
+from serpent_ir.system import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
 

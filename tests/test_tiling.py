@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from networks import identity_network, small_network
-from serpent_ir import create_model, memory, passes
+from serpent_ir import create_model, passes
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.inference import Restorer, restore
 from serpent_ir.passes import Work, network_block, restored_strips
+from serpent_ir.system import memory
 from serpent_ir.tiling import Axis, blend, cut
 
 # Where no C compiler is, the scan says once that a slower one serves.

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from commands import ENVIRONMENT
-from serpent_ir import writing
-from serpent_ir.writing import whole_file
+from serpent_ir.system import whole_file as writing
+from serpent_ir.system.whole_file import whole_file
 
 WRITER = """
 import os, sys
 from pathlib import Path
-from serpent_ir.writing import whole_file
+from serpent_ir.system.whole_file import whole_file
 with whole_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
@@ -129,7 +129,7 @@ def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
 def test_temporary_folders_that_a_kill_left_are_removed(tmp_path, monkeypatch):
     code = """
 import sys
-from serpent_ir.writing import temporary_folder
+from serpent_ir.system.whole_file import temporary_folder
 with temporary_folder("x") as folder:
     (folder / "file").write_bytes(b"x")
     print(folder.name, flush=True)

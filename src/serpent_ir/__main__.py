@@ -9,7 +9,7 @@ def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
     try:
-        from serpent_ir.memory import WORK, check_process
+        from serpent_ir.system.memory import WORK, check_process
 
         check_process(WORK)
         from serpent_ir.cli import main

@@ -11,8 +11,8 @@ from serpent_ir.errors import SerpentError, is_out_of_memory, memory_line
 from serpent_ir.inputs import Job as Job
 from serpent_ir.inputs import plan as plan
 from serpent_ir.manifest import Manifest as Manifest
-from serpent_ir.shares import gather as gather
-from serpent_ir.shares import rank_and_world as rank_and_world
+from serpent_ir.system.processes import gather as gather
+from serpent_ir.system.processes import rank_and_world as rank_and_world
 
 R = TypeVar("R")
 W = TypeVar("W")

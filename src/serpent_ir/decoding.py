@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serpent_ir.errors import ImageError
-from serpent_ir.memory import host_available
+from serpent_ir.system.memory import host_available
 
 MAX_PIXELS = 2**30
 """Largest image read, in pixels: 32768 x 32768. Above Pillow's own bound, since large images are a use of this package;

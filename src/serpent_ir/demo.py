@@ -23,12 +23,12 @@ from PIL import Image
 
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.forks import Lock
 from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
 from serpent_ir.inference import Restorer
 from serpent_ir.metrics import psnr
 from serpent_ir.models import list_models
-from serpent_ir.writing import temporary_folder
+from serpent_ir.system.forks import Lock
+from serpent_ir.system.whole_file import temporary_folder
 
 PREVIEW = 1600
 """Longest side in pixels of what the page shows; the download has them all."""

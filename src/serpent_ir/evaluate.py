@@ -15,7 +15,8 @@ from serpent_ir.inference import pick_device, run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped
-from serpent_ir.passes import OutOfMemoryError, device_name, device_of, pick_precision, says_what_is_too_large
+from serpent_ir.passes import OutOfMemoryError, device_of, says_what_is_too_large
+from serpent_ir.system.devices import device_name, pick_precision
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
 

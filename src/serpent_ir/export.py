@@ -28,7 +28,7 @@ from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import check_task
-from serpent_ir.writing import whole_file
+from serpent_ir.system.whole_file import whole_file
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4

@@ -20,11 +20,11 @@ from torch import Tensor
 from serpent_ir import image_encoders
 from serpent_ir.errors import ImageError, UsageError, is_out_of_memory
 from serpent_ir.image_decoders import TIFFS, decode, reason
-from serpent_ir.memory import host_available
 from serpent_ir.picture import Picture as Picture
 from serpent_ir.picture import Pixels as Pixels
+from serpent_ir.system.memory import host_available
+from serpent_ir.system.whole_file import whole_file
 from serpent_ir.tiff_pages import TiffPages, copies_left
-from serpent_ir.writing import whole_file
 
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
 """The endings that `write_image` takes, in either case."""

@@ -18,10 +18,10 @@ from serpent_ir import image_jxl
 from serpent_ir.decoding import MAX_PIXELS as MAX_PIXELS
 from serpent_ir.decoding import check_size, with_opencv
 from serpent_ir.errors import ImageError
-from serpent_ir.forks import Lock, in_child
 from serpent_ir.image_metadata import metadata_of
 from serpent_ir.image_png import alpha_of_png
 from serpent_ir.picture import Picture, TiffRecord
+from serpent_ir.system.forks import Lock, in_child
 from serpent_ir.tiff_records import read_record
 from serpent_ir.tiff_samples import read_samples
 

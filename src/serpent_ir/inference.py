@@ -12,25 +12,23 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
-from serpent_ir.forks import Lock
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import (
     Work,
-    available_devices,
     check_tiles,
     device_of,
     fits,
     network_block,
-    pick_device,
-    pick_precision,
     restored_strips,
     run_network,
     says_what_is_too_large,
     scale_of,
     undone_by,
 )
+from serpent_ir.system.devices import available_devices, pick_device, pick_precision
+from serpent_ir.system.forks import Lock
 from serpent_ir.tiling import Span
 
 __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_picture", "run_network"]

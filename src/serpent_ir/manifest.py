@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.shares import rank_and_world
+from serpent_ir.system.processes import rank_and_world
 
 if TYPE_CHECKING:
     from serpent_ir.inputs import Job

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import OUT_OF_MEMORY, is_out_of_memory
 from serpent_ir.models import create_model
-from serpent_ir.passes import pick_device, pick_precision
+from serpent_ir.system.devices import pick_device, pick_precision
 
 LEAST, MOST = 3, 100  # timed calls
 STATUS = Path("/proc/self/status")

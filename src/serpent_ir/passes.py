@@ -13,50 +13,15 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
-from serpent_ir.forks import Lock, in_child
-from serpent_ir.memory import SHARE, available, network_bytes
 from serpent_ir.models import preset_of
 from serpent_ir.models.wrappers import network_of, unwrapped
+from serpent_ir.system.devices import pick_precision
+from serpent_ir.system.forks import Lock, in_child
+from serpent_ir.system.memory import SHARE, available, network_bytes
 from serpent_ir.tiling import Axis, Span, blend, cut
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LARGEST_TILE = 4096
 """Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
-
-
-def available_devices() -> list[str]:
-    """Names of the devices of this machine, as `cuda:0` or `cpu`; the one that `auto` takes comes first."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    return [*devices, "cpu"]
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: `auto` (CUDA, then Apple's MPS, then the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
-
-    Raises UsageError for one that is unknown or not in this machine; it lists those that are.
-    """
-    available = available_devices()
-    if name == "auto":
-        return torch.device(available[0])
-    if name in available or (name == "cuda" and "cuda:0" in available):
-        return torch.device(name)
-    raise UsageError(f"no device {name!r} here; valid: auto, {', '.join(available)}")
-
-
-def device_name(device: torch.device) -> str:
-    """What figures are said to come from: the GPU's product name, or the kind of device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """What a network computes in: `auto` is bfloat16 (autocast) on CUDA and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in PRECISIONS:
-        raise UsageError(f"no precision {name!r}; valid: auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,11 +12,11 @@ from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import OUT_OF_MEMORY, UsageError
 from serpent_ir.figures import error_of, short
 from serpent_ir.measure import Cell, Worker
-from serpent_ir.memory import available
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.ops.cpu import NORM_GATE
-from serpent_ir.passes import device_name, pick_device, pick_precision
+from serpent_ir.system.devices import device_name, pick_device, pick_precision
+from serpent_ir.system.memory import available
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.

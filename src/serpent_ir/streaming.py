@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from serpent_ir.errors import ImageError, is_out_of_memory
-from serpent_ir.file_state import FileState
 from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image_decoders import MAX_PIXELS, TIFFS, decode, open_header, tiff_record
 from serpent_ir.image_encoders import check_sides, fitting, left_at_size, samples_of
 from serpent_ir.image_metadata import metadata_of
 from serpent_ir.inference import Restorer, Samples
+from serpent_ir.system.file_state import FileState
 from serpent_ir.tiff import TiffOutput, TiffRows, write_tiff
 from serpent_ir.tiff_pages import TiffPages, copies_left
 from serpent_ir.tiling import Span

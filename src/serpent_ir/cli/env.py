@@ -78,7 +78,7 @@ def _device(name: str) -> dict[str, Any]:
     import torch
 
     from serpent_ir.ops import BACKENDS, default_backend, why_not
-    from serpent_ir.passes import device_name
+    from serpent_ir.system.devices import device_name
 
     device = torch.device(name)
     product = platform.processor() or platform.machine() if device.type == "cpu" else device_name(device)

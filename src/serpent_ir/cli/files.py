@@ -60,8 +60,8 @@ def check_sheets(jobs: "Sequence[Job]") -> None:
 
 def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Picture]", done: str) -> None:
     """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
-    from serpent_ir.file_state import FileState
     from serpent_ir.image import read_image, write_image
+    from serpent_ir.system.file_state import FileState
 
     states: dict[int, FileState | None] = {}
 

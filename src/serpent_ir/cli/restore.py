@@ -1,7 +1,6 @@
 """serpent restore."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -13,6 +12,7 @@ import typer
 from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.system.processes import _of_this_process
 
 if TYPE_CHECKING:
     from serpent_ir.batch import Job, Manifest
@@ -222,16 +222,6 @@ def _check_companions(restorer: "Restorer", mask: Path | None, reference: Path |
         raise UsageError("--mask is for weights of inpaint; these take none")
     if restorer.takes_mask and not mask:
         raise UsageError("weights of inpaint need --mask, an image that is white where pixels are missing")
-
-
-def _of_this_process(device: str) -> str:
-    """`auto` as the GPU of a process that `torchrun` started."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK", "")
-    if device == "auto" and local.isdecimal() and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return device
 
 
 def _version(weights: Path | None) -> list[Any] | None:

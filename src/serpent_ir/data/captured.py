@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serpent_ir.capture import capture
 from serpent_ir.data.store import to_device
+from serpent_ir.system.capture import capture
 
 WARMUP = 2  # calls of a key that run as they are: they compile and load kernels, and fill caches
 GRAPHS = 8

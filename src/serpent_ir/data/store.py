@@ -1,6 +1,5 @@
 """Where the pixels of training images lie, and how windows of them come to the device."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,8 @@ from serpent_ir.data.files import read_pixels
 from serpent_ir.data.pack import PackedImage
 from serpent_ir.data.packing import in_threads
 from serpent_ir.errors import UsageError
-from serpent_ir.memory import available, host_available
+from serpent_ir.system.memory import available, host_available
+from serpent_ir.system.processes import _processes
 
 Memory = Literal["auto", "device", "host", "stream"]
 
@@ -151,11 +151,3 @@ def _choose(total: int, device: torch.device) -> Memory:
     if total <= _SHARE * available(device):
         return "device"
     return "host" if total * _processes() <= _SHARE * host_available() else "stream"
-
-
-def _processes() -> int:
-    """How many of this host train, each with images of its own."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not told.isdecimal() or int(told) < 1:
-        raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
-    return int(told)

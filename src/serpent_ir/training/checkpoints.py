@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from serpent_ir.errors import SerpentError
-from serpent_ir.writing import whole_file
+from serpent_ir.system.whole_file import replace_file
 
 PART_BYTES = 15 << 20
 """Most bytes of tensors in a file; one tensor that is larger has a file of its own. Fits where 16 MiB is the limit."""
@@ -232,19 +232,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is always whole: the old content or the new.
-
-    Raises SerpentError where it cannot be written; the old file stays.
-    """
-    try:
-        with whole_file(path) as file:
-            file.write(content)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None
 
 
 def _write(path: Path, content: bytes) -> None:

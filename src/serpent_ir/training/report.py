@@ -16,7 +16,7 @@ from torch import Tensor
 
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.image import Picture, to_pixels, write_image
-from serpent_ir.training.checkpoints import replace_file
+from serpent_ir.system.whole_file import replace_file
 
 Say = Callable[[str], None]
 

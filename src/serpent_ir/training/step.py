@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.capture import capture
+from serpent_ir.system.capture import capture
 from serpent_ir.training.losses import Loss
 from serpent_ir.training.workers import Workers
 

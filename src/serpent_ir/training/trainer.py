@@ -19,16 +19,11 @@ from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models.seals import sealed
-from serpent_ir.passes import pick_precision
 from serpent_ir.recipe import Recipe, RecipeError, of_key
+from serpent_ir.system.devices import pick_precision
+from serpent_ir.system.whole_file import replace_file
 from serpent_ir.training import report, room, stopping
-from serpent_ir.training.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-    load_optimizer,
-    optimizer_tensors,
-    replace_file,
-)
+from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors
 from serpent_ir.training.lock import own_folder
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network

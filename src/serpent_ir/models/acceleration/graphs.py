@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.capture import capture
-from serpent_ir.forks import Lock
+from serpent_ir.system.capture import capture
+from serpent_ir.system.forks import Lock
 
 # Graphs, and shapes remembered, of a model; the one used longest ago goes first.
 GRAPHS = 4

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from serpent_ir import __version__
-from serpent_ir.forks import Lock
-from serpent_ir.writing import whole_file
+from serpent_ir.system.forks import Lock
+from serpent_ir.system.whole_file import whole_file
 
 SOURCES = Path(__file__).parent / "src"
 _INVALID_CONTEXT = 201

@@ -35,3 +35,21 @@ def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
     finally:
         dist.destroy_process_group()
     return everybody
+
+
+def _processes() -> int:
+    """How many of this host train, each with images of its own."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
+    return int(told)
+
+
+def _of_this_process(device: str) -> str:
+    """`auto` as the GPU of a process that `torchrun` started."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and local.isdecimal() and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device

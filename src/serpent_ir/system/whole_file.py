@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from serpent_ir.errors import SerpentError
+
 if os.name == "posix":
     import fcntl
 else:
@@ -130,3 +132,16 @@ def _remove_if_unlocked(path: Path) -> None:
             path.unlink()
     finally:
         os.close(file)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is always whole: the old content or the new.
+
+    Raises SerpentError where it cannot be written; the old file stays.
+    """
+    try:
+        with whole_file(path) as file:
+            file.write(content)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SerpentError(f"{path}: cannot be written ({reason}); make room and go on with --resume") from None

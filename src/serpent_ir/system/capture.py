@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from serpent_ir.forks import Lock
+from serpent_ir.system.forks import Lock
 
 Result = TypeVar("Result")
 
