@@ -8,7 +8,7 @@ import pytest
 
 from image_files import draw, exif, picture, same, tags_of
 from serpent_ir.image import read_image, write_image
-from serpent_ir.image_jxl import bits_of
+from serpent_ir.image.jxl import bits_of
 
 pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed: pip install 'serpent-ir[jxl]'")
 

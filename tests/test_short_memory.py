@@ -18,7 +18,8 @@ from commands import ENVIRONMENT, save_photo, serpent
 from networks import identity_network
 from serpent_ir import evaluate, inference, passes, tiling
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
-from serpent_ir.image import Picture, read_image, write_image
+from serpent_ir.image import read_image, write_image
+from serpent_ir.image.files import Picture
 from serpent_ir.inference import Restorer, restore
 from serpent_ir.system import memory
 
@@ -211,10 +212,10 @@ def test_a_row_of_tiles_that_does_not_fit_is_made_of_smaller_ones(monkeypatch):
 def test_files_for_which_memory_ends_are_not_called_damaged(tmp_path, monkeypatch):
     photo = save_photo(tmp_path / "photo.png", 20, 24)
     picture = read_image(photo)
-    monkeypatch.setattr("serpent_ir.image.decode", ends)
+    monkeypatch.setattr("serpent_ir.image.files.decode", ends)
     with pytest.raises(ImageError, match=r"photo.png: does not fit in memory"):
         read_image(photo)
-    monkeypatch.setattr("serpent_ir.image_encoders.encode", ends)
+    monkeypatch.setattr("serpent_ir.image.encoders.encode", ends)
     with pytest.raises(ImageError, match=r"new.png: not enough memory to write it"):
         write_image(tmp_path / "new.png", picture)
 

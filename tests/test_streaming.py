@@ -17,9 +17,9 @@ from networks import small_network
 from serpent_ir import streaming
 from serpent_ir.errors import ImageError
 from serpent_ir.image import read_image, write_image
+from serpent_ir.image.tiff import TiffRows
 from serpent_ir.inference import Restorer
 from serpent_ir.streaming import Source
-from serpent_ir.tiff import TiffRows
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -177,8 +177,8 @@ def test_memory_is_bounded_by_the_tiles_and_not_by_the_image(tmp_path):
 
 
 def test_writing_to_any_file_object():
-    from serpent_ir.picture import Picture
-    from serpent_ir.tiff import write_tiff
+    from serpent_ir.image import Picture
+    from serpent_ir.image.tiff import write_tiff
 
     buffer = io.BytesIO()
     array = draw(np.uint16, 100, 30)

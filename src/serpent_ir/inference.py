@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
-from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
+from serpent_ir.image import fill_transparent, to_pixels, to_tensor
+from serpent_ir.image.files import Picture, Pixels
+from serpent_ir.image.picture import Span
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.passes import (
@@ -29,7 +31,6 @@ from serpent_ir.passes import (
 )
 from serpent_ir.system.devices import available_devices, pick_device, pick_precision
 from serpent_ir.system.forks import Lock
-from serpent_ir.tiling import Span
 
 __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_picture", "run_network"]
 

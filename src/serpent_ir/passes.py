@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
+from serpent_ir.image.picture import Span
 from serpent_ir.models import preset_of
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import pick_precision
 from serpent_ir.system.forks import Lock, in_child
 from serpent_ir.system.memory import SHARE, available, network_bytes
-from serpent_ir.tiling import Axis, Span, blend, cut
+from serpent_ir.tiling import Axis, blend, cut
 
 LARGEST_TILE = 4096
 """Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""

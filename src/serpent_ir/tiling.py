@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from serpent_ir.errors import UsageError
-
-Span = tuple[int, int]
+from serpent_ir.image.picture import Span
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serpent_ir.image import Picture
 from serpent_ir.inference import Restorer
-from serpent_ir.picture import Picture
 
 if TYPE_CHECKING:
     import av

@@ -14,7 +14,7 @@ from serpent_ir.errors import SerpentError, UsageError
 
 if TYPE_CHECKING:
     from serpent_ir.batch import Job, Outcome
-    from serpent_ir.image import Picture
+    from serpent_ir.image.files import Picture
 
 R = TypeVar("R")
 W = TypeVar("W")

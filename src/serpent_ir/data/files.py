@@ -10,46 +10,8 @@ from torch import Tensor
 from serpent_ir.data.pack import SUFFIX, Pack, PackedImage
 from serpent_ir.errors import UsageError
 from serpent_ir.image import read_image_pixels
-from serpent_ir.image_jxl import INSTALLED
-
-# What counts as an image in a folder. A file that is named is read whatever its suffix is.
-SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dds",
-        ".dib",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".ico",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpe",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-        ".jpx",
-        ".mpo",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".qoi",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
+from serpent_ir.image.folders import SUFFIXES, find_images
+from serpent_ir.image.jxl import INSTALLED
 
 PASSED_OVER = frozenset(
     [
@@ -114,24 +76,6 @@ PASSED_OVER = frozenset(
 
 if INSTALLED:
     SUFFIXES, PASSED_OVER = SUFFIXES | {".jxl"}, PASSED_OVER - {".jxl"}
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All image files under a folder, subfolders included, in the order of their paths.
-
-    Not those that macOS puts beside each on other disks, `._NAME`, which hold its notes and no pixels.
-
-    Raises:
-        UsageError: no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: {'is a file; give the folder of it' if folder.is_file() else 'no such folder'}")
-    files = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and p.is_file()
-    )
-    if not files:
-        raise UsageError(f"{folder}: no images in this folder")
-    return files
 
 
 def list_images(where: str | Path) -> list[Path] | list[PackedImage]:

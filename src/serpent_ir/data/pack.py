@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from serpent_ir.errors import ImageError, SerpentError
-from serpent_ir.image_decoders import reason
+from serpent_ir.image.decoders import reason
 
 SUFFIX = ".serpent"
 """What the name of a packed set ends with."""

@@ -14,7 +14,7 @@ from PIL import Image
 from serpent_ir.data.files import list_images, read_pixels
 from serpent_ir.data.pack import HEADER, SUFFIX, PackedImage, Record, footer_of
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.image_decoders import reason
+from serpent_ir.image.decoders import reason
 from serpent_ir.system.file_state import FileState
 from serpent_ir.system.whole_file import whole_file
 

@@ -5,7 +5,7 @@ import struct
 from typing import Any, BinaryIO
 
 from serpent_ir.errors import ImageError
-from serpent_ir.tiff_descriptions import files_of_ome
+from serpent_ir.image.tiff_descriptions import files_of_ome
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _CLASSIC = {16: (4, "I"), 17: (9, "i"), 18: (13, "I")}  # the types of 64 bits as those of 32

@@ -1,4 +1,4 @@
-"""Chunks of PNG files: what they carry beside the pixels, read for `image_metadata.py`, and written again."""
+"""Chunks of PNG files: what they carry beside the pixels, read for `image/metadata.py`, and written again."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serpent_ir.image_jpeg import iptc_of
+from serpent_ir.image.jpeg import iptc_of
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP_KEYWORD = b"XML:com.adobe.xmp"

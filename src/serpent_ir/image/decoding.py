@@ -1,4 +1,4 @@
-"""What decoders share: the bound on sizes, and OpenCV. Used by `image_decoders.py` and the modules of TIFF."""
+"""What decoders share: the bound on sizes, and OpenCV. Used by `image/decoders.py` and the modules of TIFF."""
 
 from typing import Any
 

@@ -1,13 +1,13 @@
 """Boxes of HEIC, AVIF (ISO base media) and JPEG 2000: colours by number, light levels, images beside the first one.
 
-Read for `image_metadata.py`; the pixels, EXIF, XMP and ICC are read by Pillow and pillow-heif.
+Read for `image/metadata.py`; the pixels, EXIF, XMP and ICC are read by Pillow and pillow-heif.
 """
 
 import struct
 from collections.abc import Iterator
 from typing import Any
 
-from serpent_ir.image_png import chunk
+from serpent_ir.image.png import chunk
 
 _DEPTH = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:depth", b"urn:mpeg:hevc:2015:auxid:2")
 _ALPHA = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha", b"urn:mpeg:hevc:2015:auxid:1", b"urn:mpeg:avc:2015:auxid:1")

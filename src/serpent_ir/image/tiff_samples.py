@@ -1,4 +1,4 @@
-"""The samples of a TIFF's first page that Pillow would cut to 8 bits, misread or refuse. For `image_decoders.py`."""
+"""The samples of a TIFF's first page that Pillow would cut to 8 bits, misread or refuse. For `image/decoders.py`."""
 
 import io
 import logging
@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serpent_ir.decoding import check_size, with_opencv
 from serpent_ir.errors import ImageError
+from serpent_ir.image.decoding import check_size, with_opencv
 
 _YCBCR, _JPEGS = 6, (6, 7)
 

@@ -1,4 +1,4 @@
-"""What an image file says beside its pixels: EXIF, ICC profile, XMP, resolution. Read here for `image_decoders.py`.
+"""What an image file says beside its pixels: EXIF, ICC profile, XMP, resolution. Read here for `image/decoders.py`.
 
 `image_carriers.CARRIERS` is the list of all that is looked for. Nothing here raises for damaged metadata: it must not
 cost the image. A note says what is left out.
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-from serpent_ir import image_xmp
-from serpent_ir.image_carriers import kept_by_none
-from serpent_ir.image_heif import carried_by_heif, carried_by_jp2
-from serpent_ir.image_jpeg import after_the_image, carried_by_jpeg, iptc_of
-from serpent_ir.image_jxl import xmp_of
-from serpent_ir.image_png import SIGNATURE, carried_by_png
-from serpent_ir.tiff_descriptions import kind_of
+from serpent_ir.image import xmp as image_xmp
+from serpent_ir.image.carriers import kept_by_none
+from serpent_ir.image.heif import carried_by_heif, carried_by_jp2
+from serpent_ir.image.jpeg import after_the_image, carried_by_jpeg, iptc_of
+from serpent_ir.image.jxl import xmp_of
+from serpent_ir.image.png import SIGNATURE, carried_by_png
+from serpent_ir.image.tiff_descriptions import kind_of
 
 EXIF_IFD, INTEROP_IFD = ExifTags.IFD.Exif, ExifTags.IFD.Interop
 SUB_IFDS = (EXIF_IFD, ExifTags.IFD.GPSInfo)

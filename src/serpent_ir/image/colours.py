@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from serpent_ir.image_png import chunks
+from serpent_ir.image.png import chunks
 
 _D65 = (0.3127, 0.3290)
 _SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), _D65)

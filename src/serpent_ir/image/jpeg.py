@@ -1,4 +1,4 @@
-"""Segments of JPEG files and what follows the image: read for `image_metadata.py`, and written again."""
+"""Segments of JPEG files and what follows the image: read for `image/metadata.py`, and written again."""
 
 import math
 import re

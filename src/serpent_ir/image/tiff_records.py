@@ -5,8 +5,8 @@ Sources: the GeoTIFF standard (OGC 19-008r4), GDAL's TIFF driver, ImageJ's TiffD
 
 from typing import Any, cast
 
-from serpent_ir.picture import TiffRecord
-from serpent_ir.tiff_descriptions import as_written, files_of_ome, kind_of, of_first_plane
+from serpent_ir.image.picture import TiffRecord
+from serpent_ir.image.tiff_descriptions import as_written, files_of_ome, kind_of, of_first_plane
 
 _DESCRIPTION, _X, _Y, _UNIT = 270, 282, 283, 296
 _PIXEL_SCALE, _TIEPOINTS, _MATRIX, _GEO_KEYS, _RPC = 33550, 33922, 34264, 34735, 50844

@@ -1,4 +1,4 @@
-"""Bytes of image files -> pictures. Used by `image.py`.
+"""Bytes of image files -> pictures. Used by `image/files.py`.
 
 The depth comes from the file's header, never from the pixels. Pillow decodes, but it holds colour in 8 bits: 16-bit PNG
 goes through OpenCV and 16-bit TIFF through tifffile, HEIC through pillow-heif where that is installed.
@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from serpent_ir import image_jxl
-from serpent_ir.decoding import MAX_PIXELS as MAX_PIXELS
-from serpent_ir.decoding import check_size, with_opencv
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import metadata_of
-from serpent_ir.image_png import alpha_of_png
-from serpent_ir.picture import Picture, TiffRecord
+from serpent_ir.image import jxl as image_jxl
+from serpent_ir.image.decoding import MAX_PIXELS as MAX_PIXELS
+from serpent_ir.image.decoding import check_size, with_opencv
+from serpent_ir.image.metadata import metadata_of
+from serpent_ir.image.picture import Picture, TiffRecord
+from serpent_ir.image.png import alpha_of_png
+from serpent_ir.image.tiff_records import read_record
+from serpent_ir.image.tiff_samples import read_samples
 from serpent_ir.system.forks import Lock, in_child
-from serpent_ir.tiff_records import read_record
-from serpent_ir.tiff_samples import read_samples
 
 _PNG, TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What Pillow knows well: if it finds no image there the file is damaged, and OpenCV would return a part of it.

@@ -64,3 +64,6 @@ class Picture:
     def is_grey(self) -> bool:
         """Whether the file had no colour."""
         return self.mode in GREY_MODES
+
+
+Span = tuple[int, int]

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image_metadata import (
+from serpent_ir.image.metadata import (
     EXIF_IFD,
     INTEROP_IFD,
     IPTC_TAG,
@@ -28,9 +28,8 @@ from serpent_ir.image_metadata import (
     interop_of,
     with_size,
 )
-from serpent_ir.picture import Picture
-from serpent_ir.tiff_records import tags_of
-from serpent_ir.tiling import Span
+from serpent_ir.image.picture import Picture, Span
+from serpent_ir.image.tiff_records import tags_of
 
 _STRIP = 1 << 20  # bytes of a written strip before compression, about
 _CLASSIC = 2**32 - 2**26  # bytes of samples up to which offsets of 32 bits do

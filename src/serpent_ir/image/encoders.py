@@ -1,4 +1,4 @@
-"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot. Used by `image.py`."""
+"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot. Used by `image/files.py`."""
 
 import io
 import struct
@@ -11,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from serpent_ir import image_jxl, image_xmp
 from serpent_ir.errors import ImageError
-from serpent_ir.image_carriers import CARRIERS, CONVERTED, TOLD, fate, not_kept
-from serpent_ir.image_colours import icc_of_cicp, icc_of_gamma, is_hdr
-from serpent_ir.image_jpeg import with_segments
-from serpent_ir.image_metadata import with_resolution, with_size
-from serpent_ir.image_png import chunk, with_chunks
-from serpent_ir.picture import Picture
-from serpent_ir.tiff import write_tiff
-from serpent_ir.tiff_records import names_of, tags_of
+from serpent_ir.image import jxl as image_jxl
+from serpent_ir.image import xmp as image_xmp
+from serpent_ir.image.carriers import CARRIERS, CONVERTED, TOLD, fate, not_kept
+from serpent_ir.image.colours import icc_of_cicp, icc_of_gamma, is_hdr
+from serpent_ir.image.jpeg import with_segments
+from serpent_ir.image.metadata import with_resolution, with_size
+from serpent_ir.image.picture import Picture
+from serpent_ir.image.png import chunk, with_chunks
+from serpent_ir.image.tiff import write_tiff
+from serpent_ir.image.tiff_records import names_of, tags_of
 
 _JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
