@@ -1,4 +1,4 @@
-"""Peak memory of one pass of each network for each pixel: what `serpent_ir.system.memory.BYTES_PER_PIXEL` predicts from.
+"""Peak memory of one pass of each network for each pixel: what `serpent_ir.inference.footprint.BYTES_PER_PIXEL` predicts from.
 
 python benchmarks/memory.py [--device cuda] [--side 1024] [--out memory.json]
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from serpent_ir import create_model, list_models
-from serpent_ir.inference import run_network
+from serpent_ir.inference.footprint import network_bytes
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.system.devices import PRECISIONS, device_name, pick_device, pick_precision
-from serpent_ir.system.memory import network_bytes
 
 
 def main() -> None:

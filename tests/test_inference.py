@@ -10,7 +10,14 @@ from networks import identity_network, small_network
 from serpent_ir import create_model
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image.files import Picture
-from serpent_ir.inference import Restorer, available_devices, pick_device, restore, restore_picture, run_network
+from serpent_ir.inference.restorer import (
+    Restorer,
+    available_devices,
+    pick_device,
+    restore,
+    restore_picture,
+    run_network,
+)
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from commands import ENVIRONMENT, save_photo, serpent
 from networks import identity_network
-from serpent_ir import evaluate, inference, passes, tiling
+from serpent_ir import evaluate
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.files import Picture
-from serpent_ir.inference import Restorer, restore
+from serpent_ir.inference import footprint, tiling
+from serpent_ir.inference import restorer as inference
+from serpent_ir.inference import whole_or_tiles as passes
+from serpent_ir.inference.restorer import Restorer, restore
 from serpent_ir.system import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -201,7 +204,7 @@ def test_a_row_of_tiles_that_does_not_fit_is_made_of_smaller_ones(monkeypatch):
 
     monkeypatch.setattr(tiling.Tensor, "new_zeros", new_zeros)
     model = identity_network()
-    need = memory.network_bytes(model, 1100 * 500, torch.device("cpu"), torch.float32)
+    need = footprint.network_bytes(model, 1100 * 500, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(passes, "available", lambda device: 1.2 * need)
     goes_on = "not enough memory on cpu for an image of 500x1100 px: goes on in tiles of"
     with pytest.warns(UserWarning, match="would need"), pytest.warns(UserWarning, match=goes_on):

@@ -18,7 +18,7 @@ from serpent_ir import streaming
 from serpent_ir.errors import ImageError
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.tiff import TiffRows
-from serpent_ir.inference import Restorer
+from serpent_ir.inference.restorer import Restorer
 from serpent_ir.streaming import Source
 
 # Where no C compiler is, the scan says once that a slower one serves.
@@ -141,7 +141,7 @@ def test_damage_within_a_large_file_leaves_nothing_behind(tmp_path, monkeypatch)
 MEASURE = """
 import json, pathlib, re, sys
 from networks import small_network
-from serpent_ir.inference import Restorer, restore
+from serpent_ir.inference.restorer import Restorer, restore
 from serpent_ir.streaming import Source
 import torch
 def kilobytes(field):

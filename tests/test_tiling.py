@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from networks import identity_network, small_network
-from serpent_ir import create_model, passes
+from serpent_ir import create_model
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.inference import Restorer, restore
-from serpent_ir.passes import Work, network_block, restored_strips
+from serpent_ir.inference import footprint
+from serpent_ir.inference import whole_or_tiles as passes
+from serpent_ir.inference.restorer import Restorer, restore
+from serpent_ir.inference.tiling import Axis, blend, cut
+from serpent_ir.inference.whole_or_tiles import Work, network_block, restored_strips
 from serpent_ir.system import memory
-from serpent_ir.tiling import Axis, blend, cut
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -190,7 +192,7 @@ def free(monkeypatch):
 
 def test_whole_where_it_fits_and_tiles_with_a_line_where_not(free):
     image, model = np.zeros((1100, 1300, 3), np.uint8), identity_network()
-    need = memory.network_bytes(
+    need = footprint.network_bytes(
         model,
         1104 * 1304,  # multiples of 8
         torch.device("cpu"),
@@ -216,14 +218,14 @@ def test_no_tile_needs_more_than_there_is(free):
     with pytest.warns(UserWarning, match="in tiles of"):
         restore(image, model)
     tile = max(h * w for h, w in shapes)
-    assert memory.network_bytes(model, tile, torch.device("cpu"), torch.float32) <= memory.SHARE * 60_000_000
+    assert footprint.network_bytes(model, tile, torch.device("cpu"), torch.float32) <= memory.SHARE * 60_000_000
     assert tile > 256**2
 
 
 def test_a_batch_that_does_not_fit_is_restored_one_by_one(free):
     model = identity_network()
     batch = torch.rand(3, 3, 256, 256)
-    free(memory.network_bytes(model, 256 * 256, torch.device("cpu"), torch.float32) / memory.SHARE + 1)
+    free(footprint.network_bytes(model, 256 * 256, torch.device("cpu"), torch.float32) / memory.SHARE + 1)
     torch.testing.assert_close(restore(batch, model), batch, atol=1e-6, rtol=0)
 
 
@@ -255,12 +257,12 @@ def test_a_prediction_that_was_too_low_is_mended_by_smaller_tiles():
 
 def test_networks_that_need_more_are_predicted_to():
     def predicted(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> int:
-        return memory.network_bytes(create_model(name), 1 << 20, torch.device(device), dtype)
+        return footprint.network_bytes(create_model(name), 1 << 20, torch.device(device), dtype)
 
     names = ["serpent_b", "serpent_l", "unet_32", "serpent_h", "unet_128"]
     assert [predicted(name) for name in names] == sorted(predicted(name) for name in names)
     assert predicted("serpent_l", "cuda") > predicted("serpent_l", "cuda", torch.bfloat16)
-    unknown = memory.network_bytes(nn.Conv2d(3, 3, 1), 1 << 20, torch.device("cpu"), torch.float32)
+    unknown = footprint.network_bytes(nn.Conv2d(3, 3, 1), 1 << 20, torch.device("cpu"), torch.float32)
     assert unknown > predicted("serpent_l")
     assert 1 << 28 < memory.host_available() < 1 << 50
 
@@ -290,7 +292,7 @@ def test_the_prediction_covers_what_a_network_takes():
     before = kilobytes("VmRSS")
     restore(x, model)
     taken = kilobytes("VmHWM") - before
-    assert memory.SHARE * taken < memory.network_bytes(model, 1 << 20, torch.device("cpu"), torch.float32)
+    assert memory.SHARE * taken < footprint.network_bytes(model, 1 << 20, torch.device("cpu"), torch.float32)
 
 
 # Threads

@@ -11,7 +11,7 @@ from serpent_ir import Restorer, create_degradation, create_model, list_models, 
 from serpent_ir.degradations import add_noise, evaluation_generator
 from serpent_ir.degradations.blur import blur_each
 from serpent_ir.image import to_tensor
-from serpent_ir.inference import run_network
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import psnr, ssim
 from serpent_ir.models import DEFAULT_WEIGHTS, WEIGHTS_DIR, load_weights
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import evaluation_generator
-from serpent_ir.inference import Restorer, run_network
+from serpent_ir.inference.restorer import Restorer, run_network
 from serpent_ir.metrics import psnr
 from serpent_ir.models import create_model
 

@@ -14,7 +14,7 @@ from serpent_ir.data import find_images, read_rgb8
 from serpent_ir.degradations import add_noise, evaluation_generator
 from serpent_ir.degradations.blur import blur_each
 from serpent_ir.degradations.jpeg import through_jpeg
-from serpent_ir.inference import run_network
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import eight_bits, psnr
 
 BLURS, NOISES, QUALITIES = (0, 1, 2, 3), (0.0, 0.03, 0.06), (None, 75, 30)

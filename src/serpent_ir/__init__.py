@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from serpent_ir.errors import ImageError as ImageError
     from serpent_ir.errors import SerpentError as SerpentError
     from serpent_ir.errors import UsageError as UsageError
-    from serpent_ir.inference import Restorer as Restorer
-    from serpent_ir.inference import restore as restore
+    from serpent_ir.inference.restorer import Restorer as Restorer
+    from serpent_ir.inference.restorer import restore as restore
     from serpent_ir.models import create_model as create_model
     from serpent_ir.models import list_models as list_models
     from serpent_ir.models import load_model as load_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ImageError": "serpent_ir.errors",
-    "Restorer": "serpent_ir.inference",
+    "Restorer": "serpent_ir.inference.restorer",
     "Serpent": "serpent_ir.models.serpent",
     "SerpentConfig": "serpent_ir.models.serpent",
     "SerpentError": "serpent_ir.errors",
@@ -32,7 +32,7 @@ _HOMES = {
     "create_model": "serpent_ir.models",
     "list_models": "serpent_ir.models",
     "load_model": "serpent_ir.models",
-    "restore": "serpent_ir.inference",
+    "restore": "serpent_ir.inference.restorer",
 }
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.inference import pick_device, run_network
+from serpent_ir.inference.network import OutOfMemoryError, device_of
+from serpent_ir.inference.restorer import pick_device, run_network
+from serpent_ir.inference.whole_or_tiles import says_what_is_too_large
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped
-from serpent_ir.passes import OutOfMemoryError, device_of, says_what_is_too_large
 from serpent_ir.system.devices import device_name, pick_precision
 
 FIGURES = ("psnr", "ssim", "input_psnr", "input_ssim")
@@ -41,7 +42,7 @@ def evaluate(
         task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
         model: network or weights, as `serpent_l.deblur`.
         weights: file as `load_model` takes it, instead of the weights that ship as `model`.
-        device: as `serpent_ir.inference.pick_device` takes.
+        device: as `serpent_ir.inference.restorer.pick_device` takes.
         precision: as `restore` takes it.
         seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
         lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it, to measure LPIPS, too.

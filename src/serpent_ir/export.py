@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from serpent_ir import __version__
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
+from serpent_ir.inference.network import check_task
 from serpent_ir.models import create_model
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.passes import check_task
 from serpent_ir.system.whole_file import whole_file
 
 FORMATS = ("onnx", "pt2")

@@ -16,7 +16,7 @@ from serpent_ir.image.metadata import metadata_of
 from serpent_ir.image.picture import Span
 from serpent_ir.image.tiff import TiffOutput, TiffRows, write_tiff
 from serpent_ir.image.tiff_pages import TiffPages, copies_left
-from serpent_ir.inference import Restorer, Samples
+from serpent_ir.inference.restorer import Restorer, Samples
 from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25

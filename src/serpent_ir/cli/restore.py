@@ -17,7 +17,7 @@ from serpent_ir.system.processes import _of_this_process
 if TYPE_CHECKING:
     from serpent_ir.batch import Job, Manifest
     from serpent_ir.cli.files import Parts
-    from serpent_ir.inference import Restorer
+    from serpent_ir.inference.restorer import Restorer
     from serpent_ir.streaming import Restored, Source
 
 
@@ -59,7 +59,7 @@ def restore(
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
-        device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
+        device: as `serpent_ir.inference.restorer.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
         precision: as for `serpent_ir.restore`.
         tile: the same.
         tile_overlap: the same.
@@ -79,9 +79,9 @@ def restore(
     """
     from serpent_ir.batch import Manifest, gather, rank_and_world
     from serpent_ir.compare import write_comparison
-    from serpent_ir.inference import Restorer, pick_device
+    from serpent_ir.inference.network import check_task
+    from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model, load_model, preset_of
-    from serpent_ir.passes import check_task
 
     rank, world = rank_and_world()
     if reference and not compare:

@@ -19,9 +19,9 @@ def video(
     device: Device = "auto",
 ) -> None:
     """Restore a video into a file, as `serpent_ir.video.restore_video` does, and tell how long it takes."""
-    from serpent_ir.inference import Restorer, pick_device
+    from serpent_ir.inference.network import check_task
+    from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model
-    from serpent_ir.passes import check_task
     from serpent_ir.video import restore_video
 
     name = model_name(name, weights)

@@ -15,20 +15,17 @@ from serpent_ir.errors import UsageError
 from serpent_ir.image import fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.files import Picture, Pixels
 from serpent_ir.image.picture import Span
-from serpent_ir.models import DEFAULT_WEIGHTS, create_model
-from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.passes import (
+from serpent_ir.inference.network import device_of, run_network, scale_of, undone_by
+from serpent_ir.inference.whole_or_tiles import (
     Work,
     check_tiles,
-    device_of,
     fits,
     network_block,
     restored_strips,
-    run_network,
     says_what_is_too_large,
-    scale_of,
-    undone_by,
 )
+from serpent_ir.models import DEFAULT_WEIGHTS, create_model
+from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import available_devices, pick_device, pick_precision
 from serpent_ir.system.forks import Lock
 

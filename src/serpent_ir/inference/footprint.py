@@ -1,0 +1,51 @@
+"""How much memory a network needs for an image."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+IMAGE = 72
+"""Bytes for each pixel of a network's input that hold the image itself: its pixels, the input and output in float32 and
+what turns one into the other."""
+
+# Peak bytes for each pixel of the network's input, beyond the weights and `IMAGE`: (in any case, for each channel of
+# the first level and pixel). A patch of P x P pixels is one position of Serpent's first level.
+BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
+    ("Serpent", "cpu"): (0, 40),
+    ("Serpent", "cuda"): (0, 25),
+    ("UNet", "cpu"): (0, 25),
+    ("UNet", "cuda"): (0, 13),
+    ("SwinIR", "cpu"): (0, 56),
+    ("SwinIR", "cuda"): (528, 25),  # heads are padded, which costs narrow networks more
+    ("Restormer", "cpu"): (0, 145),
+    ("Restormer", "cuda"): (0, 65),
+}
+
+_ENLARGED = {"cpu": 520, "cuda": 260}
+"""Bytes for each pixel of the output of a network that makes images larger: two maps of SwinIR's 64 channels there.
+
+Measured on a CPU 480 (`pixelshuffle`), 320 (`nearest+conv`).
+"""
+
+_UNKNOWN = (0, 128)  # a network that nobody measured, 32 channels wide: 4 KB a pixel
+
+
+def network_bytes(model: "nn.Module", pixels: int, device: "torch.device", dtype: "torch.dtype") -> int:
+    """Predicted peak memory on `device` of one pass of `model` over an input of so many pixels (images counted in).
+
+    `dtype` is what the network computes in: on CUDA the table holds bfloat16, and float32 takes twice as much.
+    """
+    import torch
+
+    config = getattr(model, "config", None)
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    maps, each = BYTES_PER_PIXEL.get((type(model).__name__, kind), _UNKNOWN)
+    width = getattr(config, "dim", None) or getattr(config, "channels", None) or 32
+    width /= getattr(config, "patch_size", 1) ** 2
+    wider = 2 if kind == "cuda" and dtype == torch.float32 else 1
+    if (scale := getattr(model, "scale", 1)) > 1:
+        maps += _ENLARGED[kind] * scale**2
+    return round(pixels * (IMAGE + wider * (maps + each * width)))

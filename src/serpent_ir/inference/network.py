@@ -1,0 +1,107 @@
+"""One pass of a network over its input."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from serpent_ir.degradations import Degradation, create_degradation
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.inference.whole_or_tiles import _check_size, _own_scale, says_what_is_too_large
+from serpent_ir.models import preset_of
+from serpent_ir.models.wrappers import network_of, unwrapped
+from serpent_ir.system.devices import pick_precision
+from serpent_ir.system.forks import Lock
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters are; the CPU for one that has none."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def undone_by(model: nn.Module) -> Degradation | None:
+    """The degradation that a network's weights undo, None where it names none. One inside of a wrapper counts."""
+    task = getattr(getattr(network_of(model), "config", None), "task", "")
+    return create_degradation(task) if task else None
+
+
+def check_task(model: nn.Module, weights: Path | None) -> None:
+    """Raise UsageError where weights are of no task that is known: `sr8`'s would be run without upsampling.
+
+    Not for the rivals, which take an image as it is, and whose `scale` says what size they return.
+    """
+    if undone_by(model) is None and not hasattr(model, "scale"):
+        known = preset_of(model.config)
+        remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
+        raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
+
+
+def scale_of(model: nn.Module) -> int:
+    """How many times larger than its image a restored one is: the task may ask for it, or the network do it itself."""
+    degradation = undone_by(model)
+    return _own_scale(model) * (1 if degradation is None else degradation.scale)
+
+
+def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
+    """One pass of a network over its input (B, C, H, W), without gradients: float32 (B, 3, H, W), not clamped.
+
+    The result is `model.scale` times larger where a network has that. A network for grey images gets each of three
+    channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in
+    float32 and under bfloat16 autocast on a CUDA device. Of what wraps a network see `models.wrappers`. Raises
+    SerpentError where the memory of the device does not suffice, or the result has another size.
+    """
+    model = unwrapped(model)
+    parameter = next(model.parameters(), torch.empty(0))
+    device = parameter.device
+    dtype = pick_precision(precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
+        x = x.to(parameter)
+        restored = _each_channel(model, x).float() if x.shape[1] == 3 and _takes_grey(model) else model(x).float()
+    _check_size(model, x, restored)
+    return restored
+
+
+def _takes_grey(model: nn.Module) -> bool:
+    return getattr(getattr(network_of(model), "config", None), "in_channels", 3) == 1
+
+
+def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, H, W) through a network for grey images; a grey one goes through it once."""
+    x = x[:, :1] if bool((x == x[:, :1]).all()) else x
+    restored = model(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])[:, :, 0]
+    return restored.repeat(1, 3 // x.shape[1], 1, 1)
+
+
+class OutOfMemoryError(SerpentError):
+    """A pass that did not fit in the memory of its device."""
+
+
+_modes_lock = Lock()
+
+_modes: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after, each module has its own flag again. Several threads may be inside at once."""
+    with _modes_lock:
+        inside, training = _modes.get(model, (0, []))
+        if not inside:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _modes[model] = inside + 1, training
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            inside, training = _modes.pop(model, (1, []))  # none in a child that was forked in here
+            if inside > 1:
+                _modes[model] = inside - 1, training
+            else:
+                for module in training:
+                    module.training = True
