@@ -14,12 +14,12 @@ from PIL import Image
 
 from image_files import ICC, draw, exif, tags_of
 from networks import small_network
-from serpent_ir import streaming
 from serpent_ir.errors import ImageError
+from serpent_ir.files import source as streaming
+from serpent_ir.files.source import Source
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.tiff import TiffRows
 from serpent_ir.inference.restorer import Restorer
-from serpent_ir.streaming import Source
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -142,7 +142,7 @@ MEASURE = """
 import json, pathlib, re, sys
 from networks import small_network
 from serpent_ir.inference.restorer import Restorer, restore
-from serpent_ir.streaming import Source
+from serpent_ir.files.source import Source
 import torch
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])

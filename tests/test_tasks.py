@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from skimage import data
 
 import serpent_ir
-from serpent_ir.compare import PANEL, draw_panels, find_detail
 from serpent_ir.degradations import DEGRADATIONS, create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
+from serpent_ir.files.compare import PANEL, draw_panels, find_detail
 from serpent_ir.image import read_image, to_tensor
 from serpent_ir.metrics import psnr
 from serpent_ir.models import TASK_CHANNELS, list_models

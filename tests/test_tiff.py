@@ -15,9 +15,9 @@ from PIL import Image
 from image_files import draw
 from serpent_ir import Restorer
 from serpent_ir.errors import ImageError
+from serpent_ir.files.source import Source
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.tiff import TiffRows
-from serpent_ir.streaming import Source
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -15,8 +15,8 @@ import pytest
 
 from networks import identity_network
 from serpent_ir.errors import SerpentError
+from serpent_ir.files.video import restore_video
 from serpent_ir.inference.restorer import Restorer
-from serpent_ir.video import restore_video
 
 av = pytest.importorskip("av", reason="pip install 'serpent-ir[video]'")
 from av.stream import Disposition  # noqa: E402
@@ -464,7 +464,7 @@ def test_a_disk_without_room_is_one_line(tmp_path, suffix):
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); from pathlib import Path;"
         "from networks import identity_network; from serpent_ir.inference.restorer import Restorer\n"
-        "import serpent_ir.video as v\n"
+        "import serpent_ir.files.video as v\n"
         "from serpent_ir.errors import SerpentError\n"
         "try: v.restore_video(Path(sys.argv[1]), Path(sys.argv[2]), Restorer(identity_network()))\n"
         "except SerpentError as e: print(e)"

@@ -29,7 +29,7 @@ from faults.scene import Scene
 
 LOADED = (
     "matplotlib.backends.backend_agg",
-    "serpent_ir.compare",
+    "serpent_ir.files.compare",
     "serpent_ir.evaluate",
     "serpent_ir.train",
     "torch._dynamo",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serpent_ir.cli.shell import progress_of, say
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
-    from serpent_ir.batch import Job, Outcome
+    from serpent_ir.files.pipeline import Job, Outcome
     from serpent_ir.image.files import Picture
 
 R = TypeVar("R")
@@ -23,39 +23,10 @@ _SILENCE = 10.0  # seconds without a word that a person should have to bear
 
 
 def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
-    """As `serpent_ir.inputs.plan`."""
-    from serpent_ir.inputs import plan
+    """As `serpent_ir.files.plan.plan`."""
+    from serpent_ir.files.plan import plan
 
     return plan(inputs, output)
-
-
-def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | None:
-    """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
-    from serpent_ir.data import SUFFIXES
-
-    if path is None or not path.is_dir():
-        return path
-    below = job.target.relative_to(output) if job.target != output else Path(output.name)
-    for suffix in (job.source.suffix, below.suffix, *sorted(SUFFIXES)):
-        if (path / below.with_suffix(suffix)).is_file():
-            return path / below.with_suffix(suffix)
-    raise SerpentError(f"{job.source}: {path} holds no {what} of that name ({below.with_suffix('')})")
-
-
-def sheet_of(job: "Job") -> Path:
-    """Where the comparison of an image goes."""
-    return job.target.with_name(f"{job.target.stem}-compare.png")
-
-
-def check_sheets(jobs: "Sequence[Job]") -> None:
-    """Raise UsageError where a comparison would take the place of an input or an output."""
-    taken = {path.resolve() for job in jobs for path in (job.source, job.target)}
-    sheets: set[Path] = set()
-    for job in jobs:
-        sheet = sheet_of(job).resolve()
-        if sheet in taken or sheet in sheets:
-            raise UsageError(f"{sheet_of(job)}: --compare would overwrite another image; run them apart")
-        sheets.add(sheet)
 
 
 def convert_files(jobs: "Sequence[Job]", convert: "Callable[[int, Picture], Picture]", done: str) -> None:
@@ -88,7 +59,7 @@ def run_files(
     *,
     raises: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run `serpent_ir.batch.run`; each image is reported on stderr as it is done, with what `describe` adds.
+    """Run `serpent_ir.files.pipeline.run`; each image is reported on stderr as it is done, with what `describe` adds.
 
     `work` tells of the parts of an image by its last argument, a function of (parts done, parts in all): a bar moves by
     them, and without one a long wait gets a line now and then.
@@ -96,7 +67,7 @@ def run_files(
     Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
     raised as SerpentError, except where other processes do other jobs.
     """
-    from serpent_ir.batch import rank_and_world, run
+    from serpent_ir.files.pipeline import rank_and_world, run
 
     for folder in {job.target.parent: None for job in jobs if not job.refused}:
         _make_folder(folder)  # before any work, or each file would fail for this one reason

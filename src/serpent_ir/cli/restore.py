@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serpent_ir.cli.files import check_sheets, companion, plan_files, raise_if_failed, run_files, sheet_of
+from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.files.plan import check_sheets, companion, sheet_of
 from serpent_ir.system.processes import _of_this_process
 
 if TYPE_CHECKING:
-    from serpent_ir.batch import Job, Manifest
     from serpent_ir.cli.files import Parts
+    from serpent_ir.files.pipeline import Job, Manifest
+    from serpent_ir.files.source import Restored, Source
     from serpent_ir.inference.restorer import Restorer
-    from serpent_ir.streaming import Restored, Source
 
 
 @shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
@@ -55,7 +56,7 @@ def restore(
     RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
 
     Args:
-        inputs: as `serpent_ir.inputs.plan` takes them.
+        inputs: as `serpent_ir.files.plan.plan` takes them.
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
@@ -67,7 +68,7 @@ def restore(
         manifest: leave out images that this file names as done with these settings, and note there what gets done.
         mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
         pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
-        compare: also write what `serpent_ir.compare` draws, beside each output.
+        compare: also write what `serpent_ir.files.compare` draws, beside each output.
         reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
             megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each,
@@ -77,8 +78,8 @@ def restore(
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
-    from serpent_ir.batch import Manifest, gather, rank_and_world
-    from serpent_ir.compare import write_comparison
+    from serpent_ir.files.compare import write_comparison
+    from serpent_ir.files.pipeline import Manifest, gather, rank_and_world
     from serpent_ir.inference.network import check_task
     from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model, load_model, preset_of
@@ -150,7 +151,7 @@ def _restore(
     Returns `rows` as `run_files` gives them with width, height and tiles; `problems`, lines on what failed besides;
     skipped and seconds.
     """
-    from serpent_ir.streaming import Source
+    from serpent_ir.files.source import Source
 
     skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
     kept = {job.index for job in skipped}

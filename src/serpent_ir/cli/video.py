@@ -18,11 +18,11 @@ def video(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Restore a video into a file, as `serpent_ir.video.restore_video` does, and tell how long it takes."""
+    """Restore a video into a file, as `serpent_ir.files.video.restore_video` does, and tell how long it takes."""
+    from serpent_ir.files.video import restore_video
     from serpent_ir.inference.network import check_task
     from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model
-    from serpent_ir.video import restore_video
 
     name = model_name(name, weights)
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)

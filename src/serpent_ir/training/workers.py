@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.batch import rank_and_world
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.files.pipeline import rank_and_world
 from serpent_ir.inference.restorer import pick_device
 from serpent_ir.recipe import RecipeError, of_key
 

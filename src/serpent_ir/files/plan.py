@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from serpent_ir.data import PASSED_OVER, SUFFIXES, find_images
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image import RAW_SUFFIXES, WRITTEN_SUFFIXES
 
 
@@ -232,3 +232,32 @@ def _leads_out(target: Path, root: Path) -> str:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | None:
+    """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
+    from serpent_ir.data import SUFFIXES
+
+    if path is None or not path.is_dir():
+        return path
+    below = job.target.relative_to(output) if job.target != output else Path(output.name)
+    for suffix in (job.source.suffix, below.suffix, *sorted(SUFFIXES)):
+        if (path / below.with_suffix(suffix)).is_file():
+            return path / below.with_suffix(suffix)
+    raise SerpentError(f"{job.source}: {path} holds no {what} of that name ({below.with_suffix('')})")
+
+
+def sheet_of(job: "Job") -> Path:
+    """Where the comparison of an image goes."""
+    return job.target.with_name(f"{job.target.stem}-compare.png")
+
+
+def check_sheets(jobs: "Sequence[Job]") -> None:
+    """Raise UsageError where a comparison would take the place of an input or an output."""
+    taken = {path.resolve() for job in jobs for path in (job.source, job.target)}
+    sheets: set[Path] = set()
+    for job in jobs:
+        sheet = sheet_of(job).resolve()
+        if sheet in taken or sheet in sheets:
+            raise UsageError(f"{sheet_of(job)}: --compare would overwrite another image; run them apart")
+        sheets.add(sheet)

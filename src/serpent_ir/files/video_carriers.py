@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from serpent_ir.video_along import Along, file_tags, is_cover, same_language
-from serpent_ir.video_frames import side_data
+from serpent_ir.files.video_along import Along, file_tags, is_cover, same_language
+from serpent_ir.files.video_frames import side_data
 
 FRAME_DATA = {
     "MASTERING_DISPLAY_METADATA": "mastering display of HDR10",

@@ -9,13 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from serpent_ir import video_along as along
 from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.files import video_along as along
+from serpent_ir.files.video_carriers import Reading, Seen, lost, told
+from serpent_ir.files.video_frames import Frames, side_data
 from serpent_ir.image import replacing
 from serpent_ir.inference.restorer import Restorer
 from serpent_ir.system.file_state import FileState
-from serpent_ir.video_carriers import Reading, Seen, lost, told
-from serpent_ir.video_frames import Frames, side_data
 
 if TYPE_CHECKING:
     import av

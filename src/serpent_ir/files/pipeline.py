@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serpent_ir.errors import SerpentError, is_out_of_memory, memory_line
-from serpent_ir.inputs import Job as Job
-from serpent_ir.inputs import plan as plan
-from serpent_ir.manifest import Manifest as Manifest
+from serpent_ir.files.manifest import Manifest as Manifest
+from serpent_ir.files.plan import Job as Job
+from serpent_ir.files.plan import plan as plan
 from serpent_ir.system.processes import gather as gather
 from serpent_ir.system.processes import rank_and_world as rank_and_world
 

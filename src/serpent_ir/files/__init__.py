@@ -1,0 +1,1 @@
+"""From file to file: plans, manifests, the pipeline over many images, videos, comparison sheets."""
