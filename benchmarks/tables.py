@@ -42,10 +42,10 @@ import torch
 import tables_job
 from serpent_ir.data import find_images, write_pack
 from serpent_ir.errors import OUT_OF_MEMORY, SerpentError
-from serpent_ir.figures import in_order
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
-from serpent_ir.paper import NAMES
+from serpent_ir.profiling.paper import NAMES
+from serpent_ir.profiling.rows import in_order
 from serpent_ir.system.devices import device_name, pick_device
 from tables_job import Job
 from tables_kept import done, is_here, place_of, rates, read, settings, settled, timed, told, undecided, unprobed, write

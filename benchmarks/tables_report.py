@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from serpent_ir.figures import in_order, label_of
+from serpent_ir.profiling.rows import in_order, label_of
 
 LONGER = 3  # times as long as the runs that time a network's steps: those that choose its learning rate
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from commands import ENVIRONMENT, process, serpent
-from serpent_ir import create_model, measure, report
-from serpent_ir.measure import Cell, Worker
-from serpent_ir.profiling import count, profile
+from serpent_ir import create_model
+from serpent_ir.profiling import cell as measure
+from serpent_ir.profiling import profile, tables
+from serpent_ir.profiling.cell import Cell, Worker
+from serpent_ir.profiling.count import count
 
 KEYS = {
     "model", "size", "batch", "device", "precision", "params", "macs", "flops", "infer_ms", "infer_gb", "train_ms",
@@ -145,7 +147,7 @@ def test_a_row_without_a_graph_says_so(monkeypatch):
     assert (row["infer_ms"], row["infer_graph_ms"], row["notes"]) == (2.0, None, [f"inference: {note}"])
     assert "error" not in row
     assert lines == [f"serpent_b 32 inference: 2 ms, 0.50 GB ({note})"]
-    assert note in "\n".join(report.markdown([row]))
+    assert note in "\n".join(tables.markdown([row]))
 
 
 def test_what_does_not_fit_is_null_and_the_rest_goes_on(monkeypatch):
@@ -252,7 +254,7 @@ def test_a_killed_report_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_what_measures_ends_with_the_one_that_asked():
     code = (
-        "import threading, time; from serpent_ir.measure import Cell, Worker; worker = Worker(fresh=False); "
+        "import threading, time; from serpent_ir.profiling.cell import Cell, Worker; worker = Worker(fresh=False); "
         "cell = Cell('infer', 'serpent_h', 256, 1, 'cpu', 'auto', 600.0); "
         "threading.Thread(target=worker, args=(cell, 600.0), daemon=True).start(); time.sleep(0.5); "
         "print(worker.process.pid, flush=True); time.sleep(600)"
@@ -260,7 +262,7 @@ def test_what_measures_ends_with_the_one_that_asked():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as asking:
         assert asking.stdout is not None
         measuring = Path(f"/proc/{int(asking.stdout.readline())}/cmdline")
-        assert b"serpent_ir.measure" in measuring.read_bytes()
+        assert b"serpent_ir.profiling.cell" in measuring.read_bytes()
         asking.kill()
     until = time.monotonic() + 20  # it may not have begun; its cell takes longer
     while measuring.exists() and measuring.read_bytes() and time.monotonic() < until:

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from commands import serpent
-from serpent_ir import profiling, report
 from serpent_ir.errors import SerpentError
-from serpent_ir.paper import CLAIMS, NAMES, TABLES
+from serpent_ir.profiling import profile as profiling
+from serpent_ir.profiling import rows as profiling_rows
+from serpent_ir.profiling.paper import CLAIMS, NAMES, TABLES
 
 COUNTS = {  # parameters and MACs at 256x256
     "serpent_b": (3.92e6, 1.402e9), "serpent_h": (3.917e6, 22.248e9), "unet_128": (124.1e6, 192.77e9),
@@ -115,7 +116,7 @@ def test_of_a_network_measured_again_the_last_row_counts(tmp_path):
 def test_rows_that_are_none_are_refused(wrong, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps([rows_of_a_gpu()[0], {**rows_of_a_gpu()[1], **wrong}]))
     with pytest.raises(SerpentError, match=r"p\.json: neither a profile"):
-        report.load([tmp_path / "p.json"])
+        profiling_rows.load([tmp_path / "p.json"])
 
 
 def test_errors_of_people_are_a_line(tmp_path, monkeypatch):

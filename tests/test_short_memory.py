@@ -231,7 +231,7 @@ def test_an_evaluation_names_the_image(tmp_path, monkeypatch):
 
 
 def test_a_command_says_it_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("serpent_ir.figures.new_figure", ends)
+    monkeypatch.setattr("serpent_ir.profiling.figures.new_figure", ends)
     said = serpent("report", tmp_path)
     assert said.exit_code == 1
     assert said.stderr.startswith("serpent: error: not enough memory (")

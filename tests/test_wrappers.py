@@ -13,7 +13,7 @@ from serpent_ir.evaluate import evaluate_network
 from serpent_ir.export import _WholeTask, export_network
 from serpent_ir.inference.restorer import Restorer, run_network
 from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.profiling import count
+from serpent_ir.profiling.count import count
 
 
 class Lit(nn.Module):

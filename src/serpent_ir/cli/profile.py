@@ -36,12 +36,13 @@ def profile(
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the figures into this folder, too.")] = None,
 ) -> None:
     """Print what `serpent_ir.profiling.profile` measures; "out of memory" is a result like any other."""
-    from serpent_ir.report import about, draw, markdown, tables
+    from serpent_ir.profiling.report import draw
+    from serpent_ir.profiling.tables import about, markdown, tables
 
     if as_json and as_markdown:
         raise UsageError("--json and --markdown: give one of them")
     if plot is not None:
-        from serpent_ir.figures import new_figure
+        from serpent_ir.profiling.figures import new_figure
 
         new_figure(1, 1)  # what is missing is better said before minutes of measuring
         make_folder(plot, "--plot")
@@ -90,8 +91,8 @@ def measured(
 ) -> list[dict[str, Any]]:
     """As `profile`, with progress shown; without names the networks of the paper."""
     from serpent_ir.models import list_models
-    from serpent_ir.paper import NAMES
     from serpent_ir.profiling import profile
+    from serpent_ir.profiling.paper import NAMES
 
     names = names or [name for name in NAMES if name in list_models()]
     with progress_of("measured") as progress:

@@ -32,9 +32,10 @@ def report(
     precision: Precision = "auto",
     seconds: Seconds = 2.0,
 ) -> None:
-    """Write figures (PNG and SVG) and report.md, as `serpent_ir.report.write` does."""
-    from serpent_ir.figures import new_figure
-    from serpent_ir.report import load, write
+    """Write figures (PNG and SVG) and report.md, as `serpent_ir.profiling.report.write` does."""
+    from serpent_ir.profiling.figures import new_figure
+    from serpent_ir.profiling.report import write
+    from serpent_ir.profiling.rows import load
 
     new_figure(1, 1)  # what is missing is better said before minutes of measuring
     rows, runs = load(source or [])
@@ -71,7 +72,7 @@ def _write_json(path: Path, content: object) -> None:
 
 def _known(part: Path, seconds: float) -> Rows:
     """The rows that an interrupted call left, of the same `seconds`; [] where there are none to go on from."""
-    from serpent_ir.report import MEASURED, is_row
+    from serpent_ir.profiling.rows import MEASURED, is_row
 
     try:
         content = json.loads(part.read_text())

@@ -1,22 +1,18 @@
 """The paper's efficiency figures redrawn from a profile, and a page that sets it beside the paper's numbers."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serpent_ir import figures, paper
-from serpent_ir.errors import OUT_OF_MEMORY, SerpentError, UsageError
+from serpent_ir.errors import OUT_OF_MEMORY, UsageError
 from serpent_ir.image import replacing
+from serpent_ir.profiling import figures, paper
+from serpent_ir.profiling import rows as profiling_rows
+from serpent_ir.profiling.rows import MEASURED, Rows, _of_one_budget
+from serpent_ir.profiling.tables import _line, about, markdown
 
-Rows = list[dict[str, Any]]
-
-TEXTS, COUNTS = ("model", "device", "precision"), ("size", "batch", "params", "macs", "flops")
-MEASURED = ("infer_ms", "infer_gb", "train_ms", "train_gb")
-TIMED = ("infer_graph_ms", "train_graph_ms", "images_per_s", "train_s_per_60k")
-RANGES = ("infer_range_ms", "infer_graph_range_ms", "train_range_ms", "train_graph_range_ms")
 SETTING = ("device", "precision", "batch")
 VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces512/val"}}
 """The set of ours that stands beside a table of the paper."""
@@ -53,84 +49,6 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     return [*files, folder / "report.md"]
 
 
-def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
-    """The rows of profiles (`serpent profile --json`) and the runs of comparisons (`benchmarks/tables.py`).
-
-    Raises SerpentError for a file that is neither.
-    """
-    rows, runs = [], []
-    for file in files:
-        try:
-            content = json.loads(file.read_text())
-        except OSError as error:
-            raise SerpentError(f"{file}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise SerpentError(f"{file}: not JSON ({error})") from None
-        if content == [] or content == {"runs": []}:
-            raise SerpentError(f"{file}: there is nothing in it, neither rows of a profile nor runs")
-        if isinstance(content, list) and all(map(is_row, content)):
-            rows += content
-        elif isinstance(content, dict) and isinstance(content.get("runs"), list) and all(map(_is_run, content["runs"])):
-            runs += content["runs"]
-        else:
-            raise SerpentError(
-                f"{file}: neither a profile (serpent profile --json) nor results of benchmarks/tables.py"
-            )
-    return rows, runs
-
-
-def _of_one_budget(runs: Rows) -> Rows:
-    models: dict[str, dict[float, set[str]]] = {}
-    for run in runs:
-        if run.get("evaluation"):
-            models.setdefault(run["task"], {}).setdefault(run["minutes"], set()).add(run["model"])
-    kept = {task: max(found, key=lambda minutes: (len(found[minutes]), minutes)) for task, found in models.items()}
-    return [run for run in runs if run["minutes"] == kept.get(run["task"])]
-
-
-def is_row(row: Any) -> bool:
-    """Whether something is a row of a profile; what was not measured may be None, or left out."""
-
-    def number(value: Any) -> bool:
-        return _is_number(value) and value >= 0
-
-    return (
-        isinstance(row, dict)
-        and all(isinstance(row.get(key), str) for key in TEXTS)
-        and all(number(row.get(key)) and row[key] for key in COUNTS)
-        and all(row.get(key) is None or number(row[key]) for key in (*MEASURED, *TIMED))
-        and all(row.get(key) != 0 for key in ("infer_ms", "train_ms", *TIMED))  # memory may be less than can be seen
-        and all(
-            row.get(key) is None or (isinstance(row[key], list) and len(row[key]) == 2 and all(map(number, row[key])))
-            for key in RANGES
-        )
-        and isinstance(row.get("error", ""), str)
-        and isinstance(row.get("notes", []), list)
-        and all(isinstance(note, str) for note in row.get("notes", []))
-    )
-
-
-def _is_run(run: Any) -> bool:
-    """Whether a run of benchmarks/tables.py has what is read of it; one that failed has no evaluation."""
-    if (
-        not isinstance(run, dict)
-        or not _is_number(run.get("minutes"))
-        or not all(isinstance(run.get(key), str) for key in ("model", "task"))
-    ):
-        return False
-    evaluation = run.get("evaluation", {})
-    return isinstance(evaluation, dict) and all(
-        isinstance(figures, dict)
-        and all(map(_is_number, (figures.get("psnr"), figures.get("ssim"), run.get("seconds"))))
-        and (figures.get("lpips") is None or _is_number(figures["lpips"]))
-        for figures in evaluation.values()
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -1e300 < value < 1e300  # which excludes NaN
-
-
 def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     """The figures alone, as PNG and SVG; their files."""
     told = about(rows)
@@ -148,21 +66,6 @@ def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
             drawing = partial(figures.quality_over_time, printed, size, f"{here} as the paper prints it")
             files += figures.save(drawing, folder, f"psnr_ms_{size}_paper")
     return files
-
-
-def about(rows: Rows) -> str:
-    """What all rows have in common, in a line."""
-    row = rows[0]
-    if row["device"] == "cpu":
-        device = f"CPU, {row['threads']} threads" if row.get("threads") else "CPU"
-    else:
-        device = row["device"]
-    graphed = [bool(r.get("infer_graph_ms")) for r in rows if r.get("infer_ms") is not None]
-    graph = ", times from CUDA graphs" if any(graphed) else ""
-    if graph and not all(graphed):
-        graph += " where there is one"
-    batch = "" if row["batch"] == 1 else f", batch {row['batch']}"
-    return f"{device}, {row['precision']}{batch}{graph}"
 
 
 def _ms(row: dict[str, Any]) -> float | None:
@@ -192,7 +95,7 @@ def _printed_quality(rows: Rows, size: int) -> list[tuple[str, float, float]]:
 
 def _with_times(rows: Rows, psnr: dict[str, float], size: int) -> list[tuple[str, float, float]]:
     times = {row["model"]: ms for row in rows if row["size"] == size and (ms := _ms(row)) is not None}
-    return [(model, times[model], psnr[model]) for model in figures.in_order(psnr.keys() & times.keys())]
+    return [(model, times[model], psnr[model]) for model in profiling_rows.in_order(psnr.keys() & times.keys())]
 
 
 def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
@@ -238,9 +141,11 @@ def _out_of_memory(rows: Rows) -> str:
     """The networks that run out of memory in training, each with the smallest size."""
     first: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["size"]):
-        if figures.why_missing(row, "training") == OUT_OF_MEMORY:
+        if profiling_rows.why_missing(row, "training") == OUT_OF_MEMORY:
             first.setdefault(row["model"], row["size"])
-    return ", ".join(f"{figures.label_of(model)} from {first[model]} on" for model in figures.in_order(set(first)))
+    return ", ".join(
+        f"{profiling_rows.label_of(model)} from {first[model]} on" for model in profiling_rows.in_order(set(first))
+    )
 
 
 def _beside_the_tables(rows: Rows) -> list[str]:
@@ -250,11 +155,17 @@ def _beside_the_tables(rows: Rows) -> list[str]:
         row = ours.get((printed.model, printed.size))
         if row is None or printed.gmacs is None:
             continue
-        cells = [printed.table, f"{figures.label_of(printed.model)} {printed.size}", f"{printed.gmacs}"]
+        cells = [printed.table, f"{profiling_rows.label_of(printed.model)} {printed.size}", f"{printed.gmacs}"]
         lines.append(_line([*cells, f"{row['macs'] / 1e9:.1f}", f"{printed.train_gb}", _training_memory(row)]))
     if row := ours.get(paper.DOES_NOT_TRAIN):
         name, size = paper.DOES_NOT_TRAIN
-        cells = ["section 4.3", f"{figures.label_of(name)} {size}", "", f"{row['macs'] / 1e9:.1f}", "more than 80"]
+        cells = [
+            "section 4.3",
+            f"{profiling_rows.label_of(name)} {size}",
+            "",
+            f"{row['macs'] / 1e9:.1f}",
+            "more than 80",
+        ]
         lines.append(_line([*cells, _training_memory(row)]))
     if not lines:
         return []
@@ -274,7 +185,7 @@ def _beside_the_tables(rows: Rows) -> list[str]:
 
 def _training_memory(row: dict[str, Any]) -> str:
     gb = row["train_gb"]
-    return figures.short(gb) if gb is not None else figures.why_missing(row, "training")
+    return profiling_rows.short(gb) if gb is not None else profiling_rows.why_missing(row, "training")
 
 
 def _claims(rows: Rows) -> list[str]:
@@ -288,7 +199,7 @@ def _claims(rows: Rows) -> list[str]:
         if not a or not b:
             kind = "training" if claim.figure.startswith("train") else "inference"
             ratio = " and ".join(
-                f"{figures.label_of(row['model'])}: {figures.why_missing(row, kind)}"
+                f"{profiling_rows.label_of(row['model'])}: {profiling_rows.why_missing(row, kind)}"
                 for row, value in zip(both, (a, b), strict=True)
                 if row and not value
             )
@@ -320,9 +231,9 @@ def _quality(runs: Rows) -> list[str]:
         for size, data in sizes.items():
             printed = {row.model: row for row in paper.TABLES if (row.task, row.size) == (task, size)}
             mine = {run["model"]: run for run in runs if run["task"] == task and data in run.get("evaluation", {})}
-            for model in figures.in_order(printed.keys() | mine.keys() if mine else set()):
+            for model in profiling_rows.in_order(printed.keys() | mine.keys() if mine else set()):
                 there = printed.get(model)
-                cells = [f"{task} {size}", figures.label_of(model)]
+                cells = [f"{task} {size}", profiling_rows.label_of(model)]
                 cells += [f"{there.psnr:.2f}", f"{there.ssim:.4f}", f"{there.lpips:.4f}"] if there else [""] * 3
                 if run := mine.get(model):
                     here = run["evaluation"][data]
@@ -352,63 +263,3 @@ def _quality(runs: Rows) -> list[str]:
         *lines,
         "",
     ]
-
-
-Table = tuple[str, list[str], list[list[str]]]
-
-
-def tables(rows: Rows) -> list[Table]:
-    """Every figure, as tables of one thing each: title, columns and cells; without the columns that hold nothing."""
-    counted = [[f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f}", f"{row['flops'] / 1e9:.3f}"] for row in rows]
-    found = [_kept("Counted, of one image", rows, ["parameters (M)", "GMACs", "GFLOPs"], counted)]
-    for kind, key, title in (("inference", "infer", "Inference"), ("training", "train", "A training step")):
-        if not figures.was_tried(rows, kind):
-            continue
-        rate = ("images/s", "images_per_s") if kind == "inference" else ("60,000 images (s)", "train_s_per_60k")
-        cells = [
-            [
-                *(_time(row, key), _time(row, f"{key}_graph"), _number(row.get(rate[1]))),
-                *(_number(row[f"{key}_gb"]), _missing(row, kind)),
-            ]
-            for row in rows
-        ]
-        columns = ["plain call (ms)", "CUDA graph (ms)", rate[0], "peak memory (GB)", "what is missing, and why"]
-        found.append(_kept(title, rows, columns, cells))
-    return found
-
-
-def _kept(title: str, rows: Rows, columns: list[str], cells: list[list[str]]) -> Table:
-    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
-    lines = [[row["model"], str(row["size"]), *(line[i] for i in kept)] for row, line in zip(rows, cells, strict=True)]
-    return title, ["network", "size", *(columns[i] for i in kept)], lines
-
-
-def _missing(row: dict[str, Any], kind: str) -> str:
-    notes = [note.removeprefix(f"{kind}: ") for note in row.get("notes", []) if note.startswith(f"{kind}: ")]
-    return "; ".join(filter(None, [figures.error_of(row, kind), *notes]))
-
-
-def markdown(rows: Rows) -> list[str]:
-    """The lines of the same in Markdown."""
-    lines = []
-    for title, columns, cells in tables(rows):
-        lines += [f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, cells), ""]
-    return lines[:-1]
-
-
-def _time(row: dict[str, Any], key: str) -> str:
-    """Median and half the width between the 10th and 90th percentile; a call that was timed once has none."""
-    ms, spread = row.get(f"{key}_ms"), row.get(f"{key}_range_ms")
-    if ms is None:
-        return ""
-    half = (spread[1] - spread[0]) / 2 if spread else 0
-    width = f"{half:.0f}" if half >= 10 else f"{half:.2g}"
-    return f"{figures.short(ms)} ± {width}" if half else figures.short(ms)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else figures.short(value)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -1,6 +1,6 @@
 """How long a network takes and how much memory, at one size, measured in a process of its own.
 
-`python -m serpent_ir.measure [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one that
+`python -m serpent_ir.profiling.cell [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one that
 crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it goes when
 the process of the number PARENT, which started it, is gone.
 """
@@ -261,7 +261,7 @@ class Worker:
 
     def _start(self) -> None:
         self.stop()
-        command = [sys.executable, "-m", "serpent_ir.measure", str(os.getpid())]
+        command = [sys.executable, "-m", "serpent_ir.profiling.cell", str(os.getpid())]
         # A session of its own: Ctrl-C reaches us, and we stop it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True

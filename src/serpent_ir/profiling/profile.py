@@ -1,79 +1,21 @@
 """What a network costs: counted by the paper's convention (1 MAC = 2 FLOPs, norms count too), and measured."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import nn
 
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import OUT_OF_MEMORY, UsageError
-from serpent_ir.figures import error_of, short
-from serpent_ir.measure import Cell, Worker
 from serpent_ir.models import create_model
-from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.ops.cpu import NORM_GATE
+from serpent_ir.profiling.cell import Cell, Worker
+from serpent_ir.profiling.count import count
+from serpent_ir.profiling.rows import error_of, short
 from serpent_ir.system.devices import device_name, pick_device, pick_precision
 from serpent_ir.system.memory import available
 
-# Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
-# less without a learned scale and shift.
-LAYER_NORM_MACS = 5
-INSTANCE_NORM_MACS = 4
-
 LARGEST = 1 << 24  # pixels a side; beyond, sizes in bytes overflow
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Raw counts of one forward pass. `macs` is the sum of the paper's tables; `flops` is twice that."""
-
-    params: int
-    macs: int
-    flops: int
-
-
-def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels: int = 3) -> Counts:
-    """Parameters, multiply-accumulates and floating-point operations of one forward pass.
-
-    Linear, convolution, matmul (attention's two included) and the scan are counted by PyTorch's flop counter; LayerNorm
-    adds 5 per element, or what the network says in `layer_norm_macs`, and instance norm (without parameters) 4.
-    Runs where the model's parameters are: on the meta device it costs no memory and no time. On a CUDA device SwinIR
-    counts the zeros that it adds to its heads too.
-    """
-
-    model = unwrapped(model, compiled=True)
-    norm_each = getattr(network_of(model), "layer_norm_macs", LAYER_NORM_MACS)
-
-    def layer_norm_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * norm_each * torch.Size(x_shape).numel()
-
-    def attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-        return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-    norm_macs = 0
-
-    def add_instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal norm_macs
-        norm_macs += INSTANCE_NORM_MACS * output.numel()
-
-    device = next(model.parameters()).device
-    image = torch.empty(batch, channels, height, width, device=device)
-    mapping: dict[Any, Any] = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
-    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch left it out
-    # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
-    norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
-    hooks = [module.register_forward_hook(add_instance_norm) for module in norms]
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    flops = counter.get_total_flops() + 2 * norm_macs
-    return Counts(sum(p.numel() for p in model.parameters()), flops // 2, flops)
 
 
 PAPER_IMAGES = 60_000

@@ -10,9 +10,7 @@ from typing import Any
 
 from serpent_ir.errors import OUT_OF_MEMORY, UsageError
 from serpent_ir.image import replacing
-from serpent_ir.paper import NAMES
-
-Rows = Sequence[dict[str, Any]]
+from serpent_ir.profiling.rows import Rows, by_plain_call, in_order, label_of, short, was_tried, why_missing
 
 FAMILIES = {
     "serpent": ("#0072B2", "o"),
@@ -47,15 +45,6 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float | None], str]] = [
 ]
 
 
-def label_of(model: str) -> str:
-    return NAMES.get(model, model)
-
-
-def in_order(models: set[str]) -> list[str]:
-    """The paper's networks first, in its order."""
-    return [name for name in NAMES if name in models] + sorted(models - NAMES.keys())
-
-
 def look_of(model: str) -> tuple[str, str, Any]:
     """Colour, marker and line style."""
     family, _, size = model.partition(".")[0].partition("_")
@@ -84,31 +73,6 @@ def save(draw: Callable[[], Any], folder: Path, name: str) -> list[Path]:
         with replacing(files[1]) as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
     return files
-
-
-def error_of(row: dict[str, Any], kind: str) -> str:
-    """Why there is no figure of `inference` or `training` in a row; "" where there is one, or none was tried."""
-    inference, _, training = f"; {row.get('error', '')}".partition("; training: ")
-    return training if kind == "training" else inference.removeprefix("; inference: ").removeprefix("; ")
-
-
-def why_missing(row: dict[str, Any], kind: str) -> str:
-    """The same in a few words."""
-    error = error_of(row, kind)
-    if not error:
-        return "not measured"
-    return OUT_OF_MEMORY if OUT_OF_MEMORY in error else "skipped" if "skipped" in error else "failed"
-
-
-def by_plain_call(row: dict[str, Any], rows: Rows, kind: str) -> bool:
-    """Whether the time of a row is that of plain calls, beside others that were replayed from a CUDA graph."""
-    key = {"training": "train", "inference": "infer"}[kind]
-    return bool(row[f"{key}_ms"] and not row.get(f"{key}_graph_ms") and any(r.get(f"{key}_graph_ms") for r in rows))
-
-
-def was_tried(rows: Rows, kind: str) -> bool:
-    """Whether `inference` or `training` was measured, or failed, in any row."""
-    return any(row["train_ms" if kind == "training" else "infer_ms"] or kind in row.get("error", "") for row in rows)
 
 
 def over_resolution(rows: Rows, told: str) -> Any:
@@ -271,10 +235,3 @@ def quality_over_time(points: Sequence[tuple[str, float, float]], size: int, tol
     axes.set_xlabel("inference, milliseconds per image; left is better")
     figure.supxlabel(told, fontsize=8, color="#444444")
     return figure
-
-
-def short(value: float) -> str:
-    """Three figures, and no exponent."""
-    if value >= 99.95:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value else "0"

@@ -1,0 +1,1 @@
+"""Networks counted and measured, the tables and figures of that."""
