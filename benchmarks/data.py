@@ -21,9 +21,9 @@ import torch
 
 from serpent_ir.data import Prefetcher, TrainingSet, write_pack
 from serpent_ir.data.store import Memory
-from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.system.devices import device_name
 from serpent_ir.train import Trainer, own_stream
+from serpent_ir.training.recipe import Recipe, Stage
 
 STAGES = {"cuda": [(64, 128), (128, 16), (256, 16)], "cpu": [(64, 8)]}  # crop, batch
 MEMORY: tuple[Memory, ...] = ("device", "host", "stream")

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_where_it_fits
+from serpent_ir.training.recipe import Recipe, Stage
 from serpent_ir.training.step import own_stream
 from timing import machine, median_ms
 

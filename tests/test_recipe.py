@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serpent_ir.errors import UsageError
-from serpent_ir.recipe import Recipe, Stage, load_recipe
+from serpent_ir.training.recipe import Recipe, Stage, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

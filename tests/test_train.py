@@ -16,10 +16,10 @@ from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.models import load_weights
-from serpent_ir.recipe import Recipe, Stage
 from serpent_ir.train import own_stream, plan, train
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.losses import create_loss
+from serpent_ir.training.recipe import Recipe, Stage
 from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep

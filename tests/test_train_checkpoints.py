@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from serpent_ir.training.checkpoints import Checkpoints
-from serpent_ir.training.report import read_rows
+from serpent_ir.training.log import read_rows
 
 
 def test_the_policy_keeps_the_last_and_the_best(tmp_path):

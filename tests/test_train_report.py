@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer
 from serpent_ir.training.checkpoints import Checkpoints
-from serpent_ir.training.report import Report
+from serpent_ir.training.log import Report
+from serpent_ir.training.recipe import load_recipe
 from training_files import draw_folders, logged, quiet_trainer, recipe_file
 
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer, train
-from serpent_ir.training import report
+from serpent_ir.training import log as report
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.lock import own_folder
+from serpent_ir.training.recipe import load_recipe
 from serpent_ir.training.stopping import Stop
 from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start

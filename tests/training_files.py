@@ -8,8 +8,8 @@ import torch
 import yaml
 from PIL import Image
 
-from serpent_ir.recipe import load_recipe
 from serpent_ir.train import Trainer
+from serpent_ir.training.recipe import load_recipe
 
 TINY = {"dim": 8, "blocks": [1, 1]}
 

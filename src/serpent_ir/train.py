@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serpent_ir.errors import UsageError
-from serpent_ir.recipe import RecipeError, file_of, load_recipe
 from serpent_ir.training.networks import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
+from serpent_ir.training.recipe import RecipeError, file_of, load_recipe
 from serpent_ir.training.room import loading, room_for
 from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer

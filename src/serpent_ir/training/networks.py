@@ -11,8 +11,8 @@ from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError
 from serpent_ir.models import PRESETS, WEIGHTS_DIR, create_model, list_models, load_weights
 from serpent_ir.models.weights import fill
-from serpent_ir.recipe import Recipe, RecipeError, of_key
 from serpent_ir.system.forks import Lock
+from serpent_ir.training.recipe import Recipe, RecipeError, of_key
 
 _drawing = Lock()  # by PyTorch's generator, which all threads share
 

@@ -11,8 +11,8 @@ import torch
 
 from serpent_ir.data import Prefetcher
 from serpent_ir.errors import OutOfRoomError
-from serpent_ir.recipe import Stage
 from serpent_ir.system.devices import device_name
+from serpent_ir.training.recipe import Stage
 from serpent_ir.training.room import remedies, room_for, training
 from serpent_ir.training.step import GraphedStep
 from serpent_ir.training.trainer import QUEUED, Trainer

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from serpent_ir.errors import OutOfRoomError, is_out_of_memory
-from serpent_ir.recipe import Recipe
+from serpent_ir.training.recipe import Recipe
 from serpent_ir.training.workers import Workers
 
 

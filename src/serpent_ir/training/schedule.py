@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from serpent_ir.recipe import Recipe, Stage
+from serpent_ir.training.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,17 @@ from serpent_ir.data import Prefetcher, TrainingSet, list_images
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models.seals import sealed
-from serpent_ir.recipe import Recipe, RecipeError, of_key
 from serpent_ir.system.devices import pick_precision
 from serpent_ir.system.whole_file import replace_file
-from serpent_ir.training import report, room, stopping
+from serpent_ir.training import log as report
+from serpent_ir.training import room, stopping
 from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors
 from serpent_ir.training.lock import own_folder
+from serpent_ir.training.log import Report
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
+from serpent_ir.training.recipe import Recipe, RecipeError, of_key
 from serpent_ir.training.recompute import recompute_blocks
-from serpent_ir.training.report import Report
 from serpent_ir.training.schedule import Schedule
 from serpent_ir.training.step import GraphedStep, Step
 from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError

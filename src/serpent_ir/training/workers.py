@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.pipeline import rank_and_world
 from serpent_ir.inference.restorer import pick_device
-from serpent_ir.recipe import RecipeError, of_key
+from serpent_ir.training.recipe import RecipeError, of_key
 
 T = TypeVar("T")
 
