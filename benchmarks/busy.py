@@ -32,7 +32,7 @@ def passes(cells: list[tuple[str, int]], count: int) -> dict[str, float]:
     import torch
 
     from serpent_ir import create_model
-    from serpent_ir.inference.network import run_network
+    from serpent_ir.inference import run_network
 
     found = {}
     for name, size in cells:

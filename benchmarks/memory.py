@@ -1,4 +1,4 @@
-"""Peak memory of one pass of each network for each pixel: what `serpent_ir.inference.footprint.BYTES_PER_PIXEL` predicts from.
+"""Peak memory of a pass at one size: the figures of `serpent_ir.inference.footprint.BYTES_PER_PIXEL`.
 
 python benchmarks/memory.py [--device cuda] [--side 1024] [--out memory.json]
 

@@ -40,8 +40,9 @@ from typing import Any
 import torch
 
 import tables_job
-from serpent_ir.data import find_images, write_pack
+from serpent_ir.data import write_pack
 from serpent_ir.errors import OUT_OF_MEMORY, SerpentError
+from serpent_ir.image.folders import find_images
 from serpent_ir.metrics import Lpips
 from serpent_ir.models import list_models
 from serpent_ir.profiling.paper import NAMES

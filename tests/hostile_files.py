@@ -10,8 +10,8 @@ import tifffile
 from PIL import Image, features
 
 from image_files import ICC, draw, exif
+from serpent_ir.image import Picture
 from serpent_ir.image.encoders import encode
-from serpent_ir.image.files import Picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from serpent_ir.image.files import Picture
+from serpent_ir.image import Picture
 
 _icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ICC = _icc[:24] + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + _icc[36:]  # not made now: every process gets the same files

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from serpent_ir import cli, create_model
 from serpent_ir.errors import UsageError
+from serpent_ir.files import Job, Manifest, Outcome, plan, run
 from serpent_ir.files import pipeline as batch
-from serpent_ir.files.pipeline import Job, Manifest, Outcome, plan, run
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

@@ -33,10 +33,9 @@ from carrier_files import (
 )
 from image_files import draw, exif, tags_of
 from serpent_ir.errors import ImageError
-from serpent_ir.image import read_image, write_image
+from serpent_ir.image import Picture, read_image, write_image
 from serpent_ir.image.carriers import CARRIERS, CONVERTED, TOLD, WRITTEN, fate
 from serpent_ir.image.colours import icc_of_cicp
-from serpent_ir.image.files import Picture
 from serpent_ir.image.heif import carried_by_heif
 from serpent_ir.image.png import chunk, chunks
 

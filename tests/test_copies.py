@@ -19,8 +19,8 @@ from PIL import Image
 from networks import small_network
 from serpent_ir.data import Pack, TrainingSet, list_images, write_pack
 from serpent_ir.degradations import DEGRADATIONS, create_degradation, evaluation_generator
-from serpent_ir.files.source import Source
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.files import Source
+from serpent_ir.inference import Restorer
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

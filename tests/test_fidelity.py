@@ -21,10 +21,9 @@ from image_files import ICC, draw, exif, tags_of
 from networks import identity_network
 from serpent_ir.data.files import read_rgb8
 from serpent_ir.errors import ImageError
-from serpent_ir.files.source import Source
-from serpent_ir.image import fill_transparent, read_image, to_tensor, write_image
-from serpent_ir.image.files import Picture
-from serpent_ir.inference.restorer import Restorer, restore
+from serpent_ir.files import Source
+from serpent_ir.image import Picture, fill_transparent, read_image, to_tensor, write_image
+from serpent_ir.inference import Restorer, restore
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

@@ -15,10 +15,9 @@ from PIL import Image, ImageOps, features
 
 from image_files import ICC, LOSSLESS, draw, exif, picture, same, tags_of
 from serpent_ir.errors import ImageError, UsageError
-from serpent_ir.files.source import Source
-from serpent_ir.image import read_image, to_pixels, to_tensor, write_image
-from serpent_ir.image.files import Picture
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.files import Source
+from serpent_ir.image import Picture, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.inference import Restorer
 from serpent_ir.models.padding import pad_to_multiple
 
 

@@ -14,9 +14,8 @@ from PIL import Image
 
 from image_files import ICC, draw, exif, same
 from serpent_ir.errors import ImageError, UsageError
-from serpent_ir.image import decoding, read_image, write_image
+from serpent_ir.image import Picture, decoding, read_image, write_image
 from serpent_ir.image.encoders import encode
-from serpent_ir.image.files import Picture
 
 DAMAGED = ["png", "jpg", "webp", "tif", "bmp", "progressive.jpg", "png16", "tif16", "lzw16.tif", "raw16.tif"]
 

@@ -9,15 +9,10 @@ from torch import Tensor, nn
 from networks import identity_network, small_network
 from serpent_ir import create_model
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.image.files import Picture
-from serpent_ir.inference.restorer import (
-    Restorer,
-    available_devices,
-    pick_device,
-    restore,
-    restore_picture,
-    run_network,
-)
+from serpent_ir.image import Picture
+from serpent_ir.inference import Restorer, restore, restore_picture
+from serpent_ir.inference.restorer import run_network
+from serpent_ir.system.devices import available_devices, pick_device
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

@@ -15,9 +15,8 @@ from torch import nn
 from commands import ENVIRONMENT, process, serpent
 from serpent_ir import create_model
 from serpent_ir.profiling import cell as measure
-from serpent_ir.profiling import profile, tables
+from serpent_ir.profiling import count, profile, tables
 from serpent_ir.profiling.cell import Cell, Worker
-from serpent_ir.profiling.count import count
 
 KEYS = {
     "model", "size", "batch", "device", "precision", "params", "macs", "flops", "infer_ms", "infer_gb", "train_ms",

@@ -18,12 +18,10 @@ from commands import ENVIRONMENT, save_photo, serpent
 from networks import identity_network
 from serpent_ir import evaluate
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
-from serpent_ir.image import read_image, write_image
-from serpent_ir.image.files import Picture
-from serpent_ir.inference import footprint, tiling
+from serpent_ir.image import Picture, read_image, write_image
+from serpent_ir.inference import Restorer, footprint, restore, tiling
 from serpent_ir.inference import restorer as inference
 from serpent_ir.inference import whole_or_tiles as passes
-from serpent_ir.inference.restorer import Restorer, restore
 from serpent_ir.system import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

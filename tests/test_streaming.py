@@ -15,11 +15,11 @@ from PIL import Image
 from image_files import ICC, draw, exif, tags_of
 from networks import small_network
 from serpent_ir.errors import ImageError
+from serpent_ir.files import Source
 from serpent_ir.files import source as streaming
-from serpent_ir.files.source import Source
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.tiff import TiffRows
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")

@@ -15,7 +15,7 @@ from PIL import Image
 from image_files import draw
 from serpent_ir import Restorer
 from serpent_ir.errors import ImageError
-from serpent_ir.files.source import Source
+from serpent_ir.files import Source
 from serpent_ir.image import read_image, write_image
 from serpent_ir.image.tiff import TiffRows
 

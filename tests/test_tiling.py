@@ -14,9 +14,8 @@ from networks import identity_network, small_network
 from serpent_ir import create_model
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.inference import footprint
+from serpent_ir.inference import Restorer, footprint, restore
 from serpent_ir.inference import whole_or_tiles as passes
-from serpent_ir.inference.restorer import Restorer, restore
 from serpent_ir.inference.tiling import Axis, blend, cut
 from serpent_ir.inference.whole_or_tiles import Work, network_block, restored_strips
 from serpent_ir.system import memory

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from serpent_ir import create_model, list_models, load_model
-from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.data import read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.image.folders import find_images
 from serpent_ir.models import load_weights
 from serpent_ir.train import own_stream, plan, train
 from serpent_ir.training.checkpoints import Checkpoints

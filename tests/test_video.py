@@ -15,7 +15,7 @@ from networks import identity_network
 from serpent_ir.cli import app
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.video import restore_video
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 
 av = pytest.importorskip("av", reason="pip install 'serpent-ir[video]'")
 TICKS = 12800  # a second

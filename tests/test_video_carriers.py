@@ -16,7 +16,7 @@ import pytest
 from networks import identity_network
 from serpent_ir.errors import SerpentError
 from serpent_ir.files.video import restore_video
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 
 av = pytest.importorskip("av", reason="pip install 'serpent-ir[video]'")
 from av.stream import Disposition  # noqa: E402

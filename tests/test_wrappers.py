@@ -11,9 +11,10 @@ from serpent_ir import create_model, restore
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
 from serpent_ir.export import _WholeTask, export_network
-from serpent_ir.inference.restorer import Restorer, run_network
+from serpent_ir.inference import Restorer
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.profiling.count import count
+from serpent_ir.profiling import count
 
 
 class Lit(nn.Module):

@@ -17,9 +17,11 @@ import torch
 from photo_grid import damaged
 from torch import Tensor, nn
 
-from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.data import read_rgb8
 from serpent_ir.degradations import evaluation_generator
-from serpent_ir.inference.restorer import Restorer, run_network
+from serpent_ir.image.folders import find_images
+from serpent_ir.inference import Restorer
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import psnr
 from serpent_ir.models import create_model
 

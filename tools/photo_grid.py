@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from serpent_ir.data import find_images, read_rgb8
+from serpent_ir.data import read_rgb8
 from serpent_ir.degradations import add_noise, evaluation_generator
 from serpent_ir.degradations.blur import blur_each
 from serpent_ir.degradations.jpeg import through_jpeg
+from serpent_ir.image.folders import find_images
 from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import eight_bits, psnr
 

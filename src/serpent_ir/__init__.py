@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from serpent_ir.errors import ImageError as ImageError
     from serpent_ir.errors import SerpentError as SerpentError
     from serpent_ir.errors import UsageError as UsageError
-    from serpent_ir.inference.restorer import Restorer as Restorer
-    from serpent_ir.inference.restorer import restore as restore
+    from serpent_ir.inference import Restorer as Restorer
+    from serpent_ir.inference import restore as restore
     from serpent_ir.models import create_model as create_model
     from serpent_ir.models import list_models as list_models
     from serpent_ir.models import load_model as load_model

@@ -2,7 +2,7 @@
 
 import sys
 
-from serpent_ir import interrupts
+from serpent_ir.system import interrupts
 
 
 def main() -> None:

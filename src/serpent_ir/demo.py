@@ -23,9 +23,8 @@ from PIL import Image
 
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.image import WRITTEN_SUFFIXES, read_image, to_pixels, to_tensor, write_image
-from serpent_ir.image.files import Picture
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
+from serpent_ir.inference import Restorer
 from serpent_ir.metrics import psnr
 from serpent_ir.models import list_models
 from serpent_ir.system.forks import Lock

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.inference.network import OutOfMemoryError, device_of
-from serpent_ir.inference.restorer import pick_device, run_network
-from serpent_ir.inference.whole_or_tiles import says_what_is_too_large
+from serpent_ir.inference import pick_device
+from serpent_ir.inference.network import OutOfMemoryError, device_of, says_what_is_too_large
+from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped

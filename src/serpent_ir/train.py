@@ -7,13 +7,13 @@ from pathlib import Path
 from serpent_ir.errors import UsageError
 from serpent_ir.training.networks import check_model_options
 from serpent_ir.training.plan import Plan, make_plan
-from serpent_ir.training.recipe import RecipeError, file_of, load_recipe
+from serpent_ir.training.recipe import Recipe, RecipeError, Stage, file_of, load_recipe
 from serpent_ir.training.room import loading, room_for
 from serpent_ir.training.step import GraphedStep, own_stream
 from serpent_ir.training.trainer import Trainer
 from serpent_ir.training.workers import Workers
 
-__all__ = ["GraphedStep", "Trainer", "open_trainer", "own_stream", "plan", "train"]
+__all__ = ["GraphedStep", "Recipe", "Stage", "Trainer", "open_trainer", "own_stream", "plan", "train"]
 
 
 def train(

@@ -17,7 +17,7 @@ from commands import pixels_of, save_photo, serpent
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate
 from serpent_ir.export import export
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 from serpent_ir.models import create_model, load_weights
 
 TINY = {

@@ -8,7 +8,7 @@ from serpent_ir.models import PRESETS, create_model, load_model, preset_of, reco
 from serpent_ir.models.recognise import FROM_FILE, shapes_of
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
-from serpent_ir.profiling.count import count
+from serpent_ir.profiling import count
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -3,7 +3,7 @@ import torch
 
 from serpent_ir.models import create_model
 from serpent_ir.models.serpent import VSSBlock
-from serpent_ir.profiling.count import count
+from serpent_ir.profiling import count
 
 PUBLISHED = {  # parameters in millions and giga-MACs at 256x256: design.md section 1, the paper's Table 1 and Figure 6
     "serpent_b": (3.920, 1.402),

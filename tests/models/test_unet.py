@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from serpent_ir.models import create_model
 from serpent_ir.models.unet import UNet
-from serpent_ir.profiling.count import count
+from serpent_ir.profiling import count
 
 PUBLISHED = {  # parameters in millions and giga-MACs at 256x256: design.md section 1, the paper's Table 1 and Figure 6
     "unet_32": (7.757, 12.155),

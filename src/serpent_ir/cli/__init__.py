@@ -9,7 +9,7 @@ One module a command; importing it here registers it, and `serpent --help` lists
 import os
 import sys
 
-from serpent_ir import interrupts
+from serpent_ir.system import interrupts
 
 # isort: off
 from serpent_ir.cli.shell import app as app, say

@@ -31,8 +31,7 @@ def degrade(
     import numpy as np
 
     from serpent_ir.degradations import create_degradation, evaluation_generator
-    from serpent_ir.image import to_pixels, to_tensor, write_image
-    from serpent_ir.image.files import Picture
+    from serpent_ir.image import Picture, to_pixels, to_tensor, write_image
 
     degradation = create_degradation(task)
     if masks and degradation.channels == 3:

@@ -18,7 +18,7 @@ def demo(
 ) -> None:
     """Serve the page of `serpent_ir.demo` until it is interrupted."""
     from serpent_ir.demo import Limits, serve
-    from serpent_ir.inference.restorer import pick_device
+    from serpent_ir.inference import pick_device
 
     pick_device(device)  # raises for one that is not there
     with terminated_like_interrupted():  # so that the temporary folder goes

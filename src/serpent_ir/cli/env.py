@@ -26,7 +26,7 @@ def env(as_json: Json = False) -> None:
     """
     import torch
 
-    from serpent_ir.inference.restorer import available_devices
+    from serpent_ir.inference import available_devices
 
     told = {
         "serpent_ir": __version__,

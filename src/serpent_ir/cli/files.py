@@ -13,8 +13,8 @@ from serpent_ir.cli.shell import progress_of, say
 from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
-    from serpent_ir.files.pipeline import Job, Outcome
-    from serpent_ir.image.files import Picture
+    from serpent_ir.files import Job, Outcome
+    from serpent_ir.image import Picture
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -24,7 +24,7 @@ _SILENCE = 10.0  # seconds without a word that a person should have to bear
 
 def plan_files(inputs: Sequence[Path], output: Path) -> "list[Job]":
     """As `serpent_ir.files.plan.plan`."""
-    from serpent_ir.files.plan import plan
+    from serpent_ir.files import plan
 
     return plan(inputs, output)
 
@@ -67,7 +67,8 @@ def run_files(
     Returns source, target, seconds and error ("" or why it failed) of each. With `raises` the failure of an only job is
     raised as SerpentError, except where other processes do other jobs.
     """
-    from serpent_ir.files.pipeline import rank_and_world, run
+    from serpent_ir.files import run
+    from serpent_ir.system.processes import rank_and_world
 
     for folder in {job.target.parent: None for job in jobs if not job.refused}:
         _make_folder(folder)  # before any work, or each file would fail for this one reason

@@ -15,7 +15,7 @@ def models(as_json: Json = False) -> None:
     """
     import torch
 
-    from serpent_ir.inference.restorer import available_devices
+    from serpent_ir.inference import available_devices
     from serpent_ir.models import DEFAULT_WEIGHTS, WEIGHTS_DIR, create_model, list_models
     from serpent_ir.ops import default_backend
 

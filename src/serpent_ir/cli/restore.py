@@ -13,13 +13,13 @@ from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.plan import check_sheets, companion, sheet_of
-from serpent_ir.system.processes import _of_this_process
+from serpent_ir.system.processes import own_device
 
 if TYPE_CHECKING:
     from serpent_ir.cli.files import Parts
-    from serpent_ir.files.pipeline import Job, Manifest
-    from serpent_ir.files.source import Restored, Source
-    from serpent_ir.inference.restorer import Restorer
+    from serpent_ir.files import Job, Manifest, Source
+    from serpent_ir.files.source import Restored
+    from serpent_ir.inference import Restorer
 
 
 @shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
@@ -60,7 +60,7 @@ def restore(
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
-        device: as `serpent_ir.inference.restorer.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
+        device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
         precision: as for `serpent_ir.restore`.
         tile: the same.
         tile_overlap: the same.
@@ -78,11 +78,12 @@ def restore(
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
+    from serpent_ir.files import Manifest
     from serpent_ir.files.compare import write_comparison
-    from serpent_ir.files.pipeline import Manifest, gather, rank_and_world
+    from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.inference.network import check_task
-    from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model, load_model, preset_of
+    from serpent_ir.system.processes import gather, rank_and_world
 
     rank, world = rank_and_world()
     if reference and not compare:
@@ -104,7 +105,7 @@ def restore(
         model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
     check_task(model, weights)
     restorer = Restorer(
-        model.to(pick_device(_of_this_process(device))),
+        model.to(pick_device(own_device(device))),
         tile=int(tile) if tile.isdecimal() else tile,
         tile_overlap=tile_overlap,
         precision=precision,
@@ -151,7 +152,7 @@ def _restore(
     Returns `rows` as `run_files` gives them with width, height and tiles; `problems`, lines on what failed besides;
     skipped and seconds.
     """
-    from serpent_ir.files.source import Source
+    from serpent_ir.files import Source
 
     skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
     kept = {job.index for job in skipped}

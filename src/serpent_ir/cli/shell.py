@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from serpent_ir import __version__, interrupts
+from serpent_ir import __version__
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory, memory_line
+from serpent_ir.system import interrupts
 from serpent_ir.system.memory import WORK, check_process
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -20,8 +20,8 @@ def video(
 ) -> None:
     """Restore a video into a file, as `serpent_ir.files.video.restore_video` does, and tell how long it takes."""
     from serpent_ir.files.video import restore_video
+    from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.inference.network import check_task
-    from serpent_ir.inference.restorer import Restorer, pick_device
     from serpent_ir.models import create_model
 
     name = model_name(name, weights)

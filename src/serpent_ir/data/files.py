@@ -10,69 +10,8 @@ from torch import Tensor
 from serpent_ir.data.pack import SUFFIX, Pack, PackedImage
 from serpent_ir.errors import UsageError
 from serpent_ir.image import read_image_pixels
-from serpent_ir.image.folders import SUFFIXES, find_images
+from serpent_ir.image.folders import PASSED_OVER, SUFFIXES, find_images
 from serpent_ir.image.jxl import INSTALLED
-
-PASSED_OVER = frozenset(
-    [
-        ".afphoto",
-        ".ai",
-        ".avifs",
-        ".bpg",
-        ".cdr",
-        ".cin",
-        ".clip",
-        ".czi",
-        ".dcm",
-        ".djv",
-        ".djvu",
-        ".dpx",
-        ".eps",
-        ".exr",
-        ".fit",
-        ".fits",
-        ".fts",
-        ".flif",
-        ".hdp",
-        ".hdr",
-        ".heics",
-        ".jbg",
-        ".jls",
-        ".jng",
-        ".jpm",
-        ".jxl",
-        ".jxr",
-        ".kra",
-        ".ktx",
-        ".ktx2",
-        ".lif",
-        ".mng",
-        ".mrc",
-        ".nd2",
-        ".ndpi",
-        ".nii",
-        ".nrrd",
-        ".oib",
-        ".oif",
-        ".ora",
-        ".pdf",
-        ".pfm",
-        ".pic",
-        ".ps",
-        ".psb",
-        ".psd",
-        ".rgbe",
-        ".svg",
-        ".svgz",
-        ".svs",
-        ".vsi",
-        ".wdp",
-        ".wmf",
-        ".xcf",
-    ]
-)
-"""Images to a person, of formats that are not read: in a folder they are passed over, but not in silence."""
-
 
 if INSTALLED:
     SUFFIXES, PASSED_OVER = SUFFIXES | {".jxl"}, PASSED_OVER - {".jxl"}

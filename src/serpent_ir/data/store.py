@@ -14,7 +14,7 @@ from serpent_ir.data.pack import PackedImage
 from serpent_ir.data.packing import in_threads
 from serpent_ir.errors import UsageError
 from serpent_ir.system.memory import available, host_available
-from serpent_ir.system.processes import _processes
+from serpent_ir.system.processes import processes_of_host
 
 Memory = Literal["auto", "device", "host", "stream"]
 
@@ -133,7 +133,7 @@ def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
     """The pixels of each; files are decoded, packed images are not read yet."""
     images: list[np.ndarray] = []
-    decoded, limit = 0, host_available() / _processes()  # each of them reads all
+    decoded, limit = 0, host_available() / processes_of_host()  # each of them reads all
     for file, pixels in zip(files, in_threads(_mapped, files), strict=True):
         images.append(pixels)
         if isinstance(file, Path):
@@ -150,4 +150,4 @@ def _mapped(image: Path | PackedImage) -> np.ndarray:
 def _choose(total: int, device: torch.device) -> Memory:
     if total <= _SHARE * available(device):
         return "device"
-    return "host" if total * _processes() <= _SHARE * host_available() else "stream"
+    return "host" if total * processes_of_host() <= _SHARE * host_available() else "stream"

@@ -1,1 +1,8 @@
-"""From file to file: plans, manifests, the pipeline over many images, videos, comparison sheets."""
+"""From file to file: plans, manifests, the pipeline over many images, videos, comparisons."""
+
+from serpent_ir.files.manifest import Manifest as Manifest
+from serpent_ir.files.pipeline import Outcome as Outcome
+from serpent_ir.files.pipeline import run as run
+from serpent_ir.files.plan import Job as Job
+from serpent_ir.files.plan import plan as plan
+from serpent_ir.files.source import Source as Source

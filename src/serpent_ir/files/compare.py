@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from serpent_ir.errors import ImageError
-from serpent_ir.image import read_image_pixels, to_pixels, to_tensor, write_image
-from serpent_ir.image.files import Picture
+from serpent_ir.image import Picture, read_image_pixels, to_pixels, to_tensor, write_image
 from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
 
 PANEL = 768

@@ -1,4 +1,4 @@
-"""Many images: a pipeline over them. What else a batch needs is of `inputs`, `shares` and `manifest`."""
+"""A pipeline over many images: read, worked on and written at the same time for three neighbouring ones."""
 
 import time
 from collections import deque
@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serpent_ir.errors import SerpentError, is_out_of_memory, memory_line
-from serpent_ir.files.manifest import Manifest as Manifest
-from serpent_ir.files.plan import Job as Job
-from serpent_ir.files.plan import plan as plan
-from serpent_ir.system.processes import gather as gather
-from serpent_ir.system.processes import rank_and_world as rank_and_world
+from serpent_ir.files.plan import Job
 
 R = TypeVar("R")
 W = TypeVar("W")

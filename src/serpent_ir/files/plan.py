@@ -13,9 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from serpent_ir.data import PASSED_OVER, SUFFIXES, find_images
+from serpent_ir.data import PASSED_OVER
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image import RAW_SUFFIXES, WRITTEN_SUFFIXES
+from serpent_ir.image.folders import SUFFIXES, find_images
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | None:
     """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
-    from serpent_ir.data import SUFFIXES
+    from serpent_ir.image.folders import SUFFIXES
 
     if path is None or not path.is_dir():
         return path

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from serpent_ir.errors import ImageError, is_out_of_memory
-from serpent_ir.image import read_image, read_image_pixels, replacing, write_image
+from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image.decoders import MAX_PIXELS, TIFFS, decode, open_header, tiff_record
 from serpent_ir.image.encoders import check_sides, fitting, left_at_size, samples_of
-from serpent_ir.image.files import Picture
 from serpent_ir.image.metadata import metadata_of
 from serpent_ir.image.picture import Span
 from serpent_ir.image.tiff import TiffOutput, TiffRows, write_tiff
 from serpent_ir.image.tiff_pages import TiffPages, copies_left
-from serpent_ir.inference.restorer import Restorer, Samples
+from serpent_ir.inference import Restorer
+from serpent_ir.inference.restorer import Samples
 from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25

@@ -14,7 +14,7 @@ from serpent_ir.files import video_along as along
 from serpent_ir.files.video_carriers import Reading, Seen, lost, told
 from serpent_ir.files.video_frames import Frames, side_data
 from serpent_ir.image import replacing
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 from serpent_ir.system.file_state import FileState
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serpent_ir.image import Picture
-from serpent_ir.inference.restorer import Restorer
+from serpent_ir.inference import Restorer
 
 if TYPE_CHECKING:
     import av

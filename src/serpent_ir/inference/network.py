@@ -1,6 +1,6 @@
 """One pass of a network over its input."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, create_degradation
-from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.inference.whole_or_tiles import _check_size, _own_scale, says_what_is_too_large
+from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import preset_of
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import pick_precision
@@ -105,3 +104,34 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             else:
                 for module in training:
                     module.training = True
+
+
+def _own_scale(model: nn.Module) -> int:
+    return getattr(network_of(model), "scale", 1)
+
+
+def _check_size(model: nn.Module, x: Tensor, restored: Tensor) -> None:
+    """Raise SerpentError where a network made another size than it says."""
+    scale = _own_scale(model)
+    (height, width), (made_height, made_width) = x.shape[-2:], restored.shape[-2:]
+    if (made_height, made_width) != (scale * height, scale * width):
+        raise SerpentError(
+            f"{type(model).__name__} made {made_width}x{made_height} px of {width}x{height}, and its scale is {scale}; "
+            "give the network itself, or one that says its `scale`"
+        )
+
+
+@contextmanager
+def says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Turn every way in which PyTorch and numpy run out of memory into one line that names the remedy."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+    # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
+    raise OutOfMemoryError(
+        f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
+        "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"
+    )

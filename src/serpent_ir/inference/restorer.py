@@ -12,18 +12,10 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
-from serpent_ir.image import fill_transparent, to_pixels, to_tensor
-from serpent_ir.image.files import Picture, Pixels
+from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.picture import Span
-from serpent_ir.inference.network import device_of, run_network, scale_of, undone_by
-from serpent_ir.inference.whole_or_tiles import (
-    Work,
-    check_tiles,
-    fits,
-    network_block,
-    restored_strips,
-    says_what_is_too_large,
-)
+from serpent_ir.inference.network import device_of, run_network, says_what_is_too_large, scale_of, undone_by
+from serpent_ir.inference.whole_or_tiles import Work, check_tiles, fits, network_block, restored_strips
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import available_devices, pick_device, pick_precision

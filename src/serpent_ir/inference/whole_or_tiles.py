@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation
-from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
+from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image.picture import Span
 from serpent_ir.inference.footprint import network_bytes
 from serpent_ir.inference.network import (
     OutOfMemoryError,
     _modes,
+    _own_scale,
     _takes_grey,
     device_of,
     run_network,
+    says_what_is_too_large,
     scale_of,
     undone_by,
 )
@@ -31,21 +33,6 @@ from serpent_ir.system.memory import SHARE, available
 
 LARGEST_TILE = 4096
 """Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
-
-
-def _own_scale(model: nn.Module) -> int:
-    return getattr(network_of(model), "scale", 1)
-
-
-def _check_size(model: nn.Module, x: Tensor, restored: Tensor) -> None:
-    """Raise SerpentError where a network made another size than it says."""
-    scale = _own_scale(model)
-    (height, width), (made_height, made_width) = x.shape[-2:], restored.shape[-2:]
-    if (made_height, made_width) != (scale * height, scale * width):
-        raise SerpentError(
-            f"{type(model).__name__} made {made_width}x{made_height} px of {width}x{height}, and its scale is {scale}; "
-            "give the network itself, or one that says its `scale`"
-        )
 
 
 @dataclass(frozen=True)
@@ -261,19 +248,3 @@ def _one_thread() -> None:
     with suppress(OSError):
         if "libgomp" in Path("/proc/self/maps").read_text():
             torch.set_num_threads(1)
-
-
-@contextmanager
-def says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Turn every way in which PyTorch and numpy run out of memory into one line that names the remedy."""
-    try:
-        yield
-        return
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-    # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
-    raise OutOfMemoryError(
-        f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
-        "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"
-    )

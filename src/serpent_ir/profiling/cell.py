@@ -1,8 +1,8 @@
 """How long a network takes and how much memory, at one size, measured in a process of its own.
 
-`python -m serpent_ir.profiling.cell [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one that
-crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it goes when
-the process of the number PARENT, which started it, is gone.
+`python -m serpent_ir.profiling.cell [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one
+that crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it
+goes when the process of the number PARENT, which started it, is gone.
 """
 
 import contextlib

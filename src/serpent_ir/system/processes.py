@@ -37,7 +37,7 @@ def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
     return everybody
 
 
-def _processes() -> int:
+def processes_of_host() -> int:
     """How many of this host train, each with images of its own."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not told.isdecimal() or int(told) < 1:
@@ -45,7 +45,7 @@ def _processes() -> int:
     return int(told)
 
 
-def _of_this_process(device: str) -> str:
+def own_device(device: str) -> str:
     """`auto` as the GPU of a process that `torchrun` started."""
     import torch
 

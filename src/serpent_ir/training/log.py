@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.image import to_pixels, write_image
-from serpent_ir.image.files import Picture
+from serpent_ir.image import Picture, to_pixels, write_image
 from serpent_ir.system.whole_file import replace_file
 
 Say = Callable[[str], None]

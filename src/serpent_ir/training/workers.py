@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.files.pipeline import rank_and_world
-from serpent_ir.inference.restorer import pick_device
+from serpent_ir.inference import pick_device
+from serpent_ir.system.processes import rank_and_world
 from serpent_ir.training.recipe import RecipeError, of_key
 
 T = TypeVar("T")

@@ -1,0 +1,7 @@
+"""The former name of `serpent_ir.files`'s Source, kept for one release."""
+
+import warnings
+
+from serpent_ir.files import Source as Source
+
+warnings.warn("serpent_ir.streaming goes; import Source from serpent_ir.files", DeprecationWarning, stacklevel=2)
