@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from serpent_ir import cli, create_model
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import UsageError, memory_line
 from serpent_ir.files import Job, Manifest, Outcome, plan, run
-from serpent_ir.files import pipeline as batch
+from serpent_ir.system.processes import rank_and_world
 
 # Where no C compiler is, the scan says once that a slower one serves.
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
@@ -310,7 +310,7 @@ def test_a_failure_at_any_stage_is_of_one_image():
     run(jobs(8), at(0), at(1), at(2), lambda outcome: errors.append(outcome.error))
     assert errors[:4] == [
         "0.in: [Errno 28] No space left",
-        "1.in: not enough memory; use a smaller image or --tile",
+        "1.in: " + memory_line(MemoryError()),
         "2.in: unexpected ZeroDivisionError: x",
         "",
     ]
@@ -438,4 +438,4 @@ def test_manifest_lines_are_per_target(tmp_path):
     (tmp_path / "a.out").unlink()
     with closing(Manifest(tmp_path / "m", {"model": "x"})) as manifest:
         assert not manifest.has(job)
-    assert batch.rank_and_world() == (0, 1)
+    assert rank_and_world() == (0, 1)

@@ -114,7 +114,9 @@ FORK = """
     import os, signal, sys, threading
     import numpy as np, torch
     from PIL import Image
-    from serpent_ir import Restorer, image_decoders, passes
+    from serpent_ir import Restorer
+    from serpent_ir.image import decoders
+    from serpent_ir.inference import network
     from serpent_ir.system.forks import Lock
     sys.path.insert(0, sys.argv[1])
     from networks import small_network
@@ -131,11 +133,11 @@ FORK = """
         forked.wait()
 
     def work():
-        with passes._evaluation_mode(restorer.model), image_decoders._bound_lock:
-            image_decoders._bounds.append(Image.MAX_IMAGE_PIXELS)
+        with network._evaluation_mode(restorer.model), decoders._bound_lock:
+            decoders._bounds.append(Image.MAX_IMAGE_PIXELS)
             Image.MAX_IMAGE_PIXELS = None
             restorer(image, progress=wait)
-            Image.MAX_IMAGE_PIXELS = image_decoders._bounds.pop()
+            Image.MAX_IMAGE_PIXELS = decoders._bounds.pop()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -148,7 +150,7 @@ FORK = """
         same = np.array_equal(restorer(image), wanted)
         with own:
             bound = Image.MAX_IMAGE_PIXELS
-        with image_decoders._bound_lock:
+        with decoders._bound_lock:
             os._exit(not (same and restorer.model.training and bound))
     forked.set()
     thread.join()

@@ -155,6 +155,9 @@ def test_a_failed_write_leaves_the_old_file(where, tmp_path, monkeypatch):
             def __exit__(self, *_):
                 self.opened.close()
 
+            def __getattr__(self, name):
+                return getattr(self.opened, name)
+
             def write(self, data):
                 self.opened.write(data[:10])
                 fail()

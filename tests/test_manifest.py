@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from commands import ENVIRONMENT, pixels_of, save_photo, serpent, untrained_weights
+from serpent_ir import image
 from serpent_ir.data import write_pack
 from serpent_ir.errors import ImageError, UsageError
 from serpent_ir.files import Job, Manifest
 from serpent_ir.files import source as streaming
-from serpent_ir.image import files as image
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
 

@@ -107,7 +107,7 @@ def test_groups_that_nobody_tells_of(tmp_path):
 
 ULIMIT = """
 import resource
-from serpent_ir import memory
+from serpent_ir.system import memory
 print(memory.host_available() >> 20)
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + (100 << 20),) * 2)

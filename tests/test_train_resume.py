@@ -151,14 +151,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folders):
 @pytest.mark.parametrize("full", ["log.jsonl", "weights.safetensors", "run.png"])
 def test_other_files_on_a_full_disk_stop_training_too(folders, monkeypatch, full):
     trainer = quiet_trainer(recipe_file(folders))
-    opened = Path.open
+    opened, replaced = Path.open, Path.replace
 
     def refuse(path, mode="r", **options):
         if full in path.name and mode != "r" and trainer.step:
             raise OSError(28, "No space left on device")
         return opened(path, mode, **options)
 
+    def refuse_to_replace(path, target):
+        if full in target.name and trainer.step:
+            raise OSError(28, "No space left on device")
+        return replaced(path, target)
+
     monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "replace", refuse_to_replace)
     with pytest.raises(SerpentError, match=rf"{full}: cannot be written \(No space left on device\); make room"):
         trainer.run()
 

@@ -12,8 +12,6 @@ import typer
 from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.files.plan import check_sheets, companion, sheet_of
-from serpent_ir.system.processes import own_device
 
 if TYPE_CHECKING:
     from serpent_ir.cli.files import Parts
@@ -80,10 +78,11 @@ def restore(
     """
     from serpent_ir.files import Manifest
     from serpent_ir.files.compare import write_comparison
+    from serpent_ir.files.plan import check_sheets, companion, sheet_of
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.inference.network import check_task
     from serpent_ir.models import create_model, load_model, preset_of
-    from serpent_ir.system.processes import gather, rank_and_world
+    from serpent_ir.system.processes import gather, own_device, rank_and_world
 
     rank, world = rank_and_world()
     if reference and not compare:
@@ -203,6 +202,8 @@ def _restore(
 
 def _draw_lost_sheets(jobs: "Sequence[Job]", compare: "Callable[[Job], dict[str, float]]") -> list[str]:
     """Draw the comparisons that are missing of images that are done: a stop came between. Returns what failed."""
+    from serpent_ir.files.plan import sheet_of
+
     problems = []
     for job in jobs:
         if job.refused or (sheet := sheet_of(job)).exists():
