@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import photo_bars
 from photo_grid import measure, told
 from safetensors.torch import save
 
@@ -26,8 +27,8 @@ CARD = """# {name}
 
 Network `{model}` ({params:.3f} M parameters) for the task `{task}`: {task_text}.
 
-- **Licence**: CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use.
-- **Data**: {data}. What they are, and whose: see "Training images" below.
+- **Licence**: {licence}
+- **Data**: {data}. What they are, and whose: "Training images" below.
 - **Recipe**: Adam, {warmup} steps of warm-up, then a cosine to zero; gradients clipped at {clip:g}; bfloat16
   autocast; averaged weights (decay {ema:g}); seed {seed}. Flips and transposes.
 {runs}
@@ -45,24 +46,37 @@ RGB, [0, 1], clamped and rounded to 8 bits, no crop, per image and then averaged
 {grid}
 ## Training images
 
-Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab
-London Set.{faces512}
-Natural images: 393 of BSDS500 (train and test), 143 of ImageNet. No validation image, nor another image of a face in
-one of them, was trained on. FFHQ, One Million Impressions: CC BY-NC-SA 4.0; London Set: CC BY 4.0; BSDS500 and
-ImageNet: non-commercial research and education.
+{images}
 
 ## Limits
 
 {limits}
 """
 
+LICENCE = "CC BY-NC-SA 4.0 (file LICENSE in this folder), because the training images are for non-commercial use."
+IMAGES = """\
+Faces (256x256): 1088 of FFHQ, 850 synthetic ones of One Million Impressions, 170 of the Face Research Lab
+London Set.{faces512}
+Natural images: 393 of BSDS500 (train and test), 143 of ImageNet. No validation image, nor another image of a face in
+one of them, was trained on. FFHQ, One Million Impressions: CC BY-NC-SA 4.0; London Set: CC BY 4.0; BSDS500 and
+ImageNet: non-commercial research and education."""
 FACES512 = "\nFaces (512x512): 165 of One Million Impressions, 85 of the London Set."
+# Of weights that saw photographs with free licences alone, and went on from no others.
+FREE_LICENCE = """CC BY-SA 4.0 (file LICENSE in this folder): all training images have free licences. They are in the
+  public domain or under CC0, CC BY, BSD or CC BY-SA; whether a network is an adaptation of what it was trained on is
+  unsettled, so it has the one licence among them that asks to be passed on."""
+FREE_IMAGES = """\
+{count} images of 512x512 pixels, reductions and crops of photographs with free licences: ATTRIBUTION.csv in this folder
+names author, licence, source page and where it states the licence, image by image. Left out of the collection were
+those under GPL and LGPL, those of which only the linked page says which of several licences they have, those of CC BY
+without a version or an author, and photographs of guests of one website. No validation image was trained on."""
 
 TASK_TEXT = {
     "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
     "sr8": "8 times smaller by antialiased bicubic, and Gaussian noise of standard deviation 0.05",
     "photo": "Gaussian blur of up to 3 px, Gaussian noise of up to 0.06 and JPEG of quality 30 to 100, in that order, "
-    "of strengths that it is not told; each is left out of 30 % of images, all three of 1 in 37",
+    "of strengths that it is not told, each left out of 30 % of images, all three of 1 in 37; and `real`, what "
+    "lens, sensor, film, camera and messenger do to a picture",
 }
 
 ONE_STRENGTH = """\
@@ -73,11 +87,9 @@ LIMITS = {
     "deblur": ONE_STRENGTH,
     "sr8": ONE_STRENGTH,
     "photo": """\
-Made for the synthetic chain above, up to its strengths. Motion blur, discs of a lens out of focus, the coloured or
-smeared noise of a sensor, JPEG before the blur and images that were enlarged are none of it. Clean images were JPEG
-files of high quality themselves. The faces that were seen are of people that the collections above favour; details that
-it adds may reflect that. Small images, and tiles, say less about how they were degraded: undegraded crops of a sharp
-portrait (scikit-image's astronaut) come back at 46 dB on average at 256x256, at 40 at 128x128 and at 34 at 64x64.""",
+Made for what a camera and a messenger do to a good photograph, and for the synthetic chain above. Strong blur, strong
+noise and strong JPEG are undone in part. It is not told what is wrong, and now and then judges wrongly: fine regular
+texture is taken for noise, soft detail for a blur, saturated colours for those of an interpolated mosaic.""",
 }
 
 
@@ -87,7 +99,8 @@ def _told(run: dict[str, Any]) -> str:
     stages += f", of which it made the first {run['stopped']}" if "stopped" in run else ""
     cost = f"{run['minutes']:.1f} minutes on {run.get('gpus', 'one')} {run['device']}"
     rate = f"{run.get('loss', 'l1').upper()}; learning rate {run['lr']:g}"
-    return f"- **Run** (`{run['task']}`, {' + '.join(run['train'])}): {stages}; {rate}; {cost}."
+    task = "` and `".join(dict.fromkeys(run.get("mix") or [run["task"]]))
+    return f"- **Run** (`{task}`, {' + '.join(run['train'])}): {stages}; {rate}; {cost}."
 
 
 def _training(run: Path, device: str, gpus: int, train: list[str] | None) -> dict[str, Any]:
@@ -113,6 +126,16 @@ def _training(run: Path, device: str, gpus: int, train: list[str] | None) -> dic
     return training
 
 
+def _licensed(runs: list[dict[str, Any]], attribution: Path | None) -> dict[str, str]:
+    """Licence and images of the card; the attributions go beside the weights."""
+    if attribution:
+        shutil.copy(attribution, WEIGHTS_DIR / "ATTRIBUTION.csv")
+        count = len(attribution.read_text().splitlines()) - 1
+        return {"licence": FREE_LICENCE, "images": FREE_IMAGES.format(count=count)}
+    larger = "faces512/train" in {folder for run in runs for folder in run["train"]}
+    return {"licence": LICENCE, "images": IMAGES.format(faces512=FACES512 if larger else "")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -120,6 +143,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="how many of them; the same for runs that it went on from")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders to evaluate on")
     parser.add_argument("--train", nargs="+", help="what the recipe's folders held, where their names do not say")
+    parser.add_argument("--attribution", type=Path, help="ATTRIBUTION.csv of the images, if all have free licences")
+    parser.add_argument("--bars", type=Path, help="of `photo`: folder with natural, free and real_noise")
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
@@ -132,6 +157,7 @@ def main() -> None:
     file.write_bytes(sealed(save({key: tensor.half() for key, tensor in state.items()}, metadata)))
     network = create_model(recipe["model"], checkpoint_path=file)
     grid = measure(network, args.data[-1], args.run / "grid.jsonl") if recipe["task"] == "photo" else None
+    bars = photo_bars.measure(network, args.bars) if args.bars else None
     evaluations = []
     for folder in args.data:
         result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
@@ -143,6 +169,7 @@ def main() -> None:
         runs.insert(0, runs[0]["before"])
     card = {"name": name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     card |= {"training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
+    card |= {"bars": bars} if bars else {}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
     rows = [row.format(**evaluation) for evaluation in evaluations]
@@ -152,13 +179,15 @@ def main() -> None:
         params=sum(p.numel() for p in network.parameters()) / 1e6,
         task_text=TASK_TEXT[recipe["task"]],
         data=", ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
-        faces512=FACES512 if "faces512/train" in {folder for run in runs for folder in run["train"]} else "",
+        **_licensed(runs, args.attribution),
         runs="\n".join(_told(run) for run in runs),
         minutes=sum(run["minutes"] * run.get("gpus", 1) for run in runs),
         megabytes=file.stat().st_size / 1e6,
         device=evaluations[0]["device"],
         rows="\n".join(rows),
-        grid=(told(grid) if grid else "") + (f"\n{args.notes.read_text()}" if args.notes else ""),
+        grid=(told(grid) if grid else "")
+        + (photo_bars.told(bars) if bars else "")
+        + (f"\n{args.notes.read_text()}" if args.notes else ""),
         limits=LIMITS[recipe["task"]],
     )
     (WEIGHTS_DIR / f"{name}.md").write_text(text)

@@ -25,7 +25,7 @@ from serpent_ir import __version__
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.inference.network import check_task
-from serpent_ir.models import create_model
+from serpent_ir.models import create_model, licence_of
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.whole_file import whole_file
@@ -35,7 +35,6 @@ TOLERANCE = 1e-4
 """Largest relative error (norm of the difference over norm) of an exported file against the network."""
 METADATA_FILE = "serpent_ir.json"
 """Where a pt2 file holds its metadata: `torch.export.load(path, extra_files={METADATA_FILE: ""})` fills it in."""
-WEIGHTS_LICENCE = "CC BY-NC-SA 4.0"
 _LARGEST = 1 << 16  # pixels a side
 _LOGGERS = ("onnxscript", "onnx_ir", "onnx_ir._convenience", "torch.onnx", "torch._export.serde.serialize")
 
@@ -71,7 +70,7 @@ def network_to_export(name: str, weights: Path | None = None) -> tuple[nn.Module
     if weights is not None:
         check_task(model, weights)
     return model, {"network": name.partition(".")[0]} | (
-        {"weights_licence": WEIGHTS_LICENCE} if weights is None else {}
+        {"weights_licence": licence_of(name)} if weights is None else {}
     )
 
 

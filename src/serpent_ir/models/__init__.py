@@ -7,6 +7,7 @@ from serpent_ir.models.recognise import recognise as recognise
 from serpent_ir.models.registry import DEFAULT_WEIGHTS as DEFAULT_WEIGHTS
 from serpent_ir.models.registry import WEIGHTS_DIR as WEIGHTS_DIR
 from serpent_ir.models.registry import create_model as create_model
+from serpent_ir.models.registry import licence_of as licence_of
 from serpent_ir.models.registry import list_models as list_models
 from serpent_ir.models.registry import load_model as load_model
 from serpent_ir.models.restormer import Restormer as Restormer

@@ -16,7 +16,7 @@ from serpent_ir.errors import SerpentError
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-LICENCE = "LICENSE"  # as the file beside the weights that ship is called
+LICENCE, ATTRIBUTION = "LICENSE", "ATTRIBUTION.csv"  # as files beside the weights that ship are called
 
 _USE = """## How to use
 
@@ -35,7 +35,7 @@ _OWN = """# {name}
 A `{kind}` for {task}, saved by serpent-ir {version}.
 
 - **Licence**: whoever trained these weights says it; they are none of those that ship with serpent-ir. If their
-  training began from such weights, CC BY-NC-SA 4.0 goes with them.
+  training began from such weights, their licence goes with them.
 - **Figures**: none were measured when they were saved. `serpent evaluate --data IMAGES --task TASK --weights
   model.safetensors` measures PSNR and SSIM.
 """
@@ -55,7 +55,10 @@ class HubModel(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         if shipped := _shipped_as(self):  # pyright: ignore[reportArgumentType]
-            (save_directory / LICENCE).write_bytes(shipped.with_name(LICENCE).read_bytes())
+            from serpent_ir.models.registry import FREE_WEIGHTS
+
+            for name in (LICENCE, ATTRIBUTION) if shipped.stem in FREE_WEIGHTS else (LICENCE,):
+                (save_directory / name).write_bytes(shipped.with_name(name).read_bytes())
 
 
 def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
@@ -63,6 +66,7 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
 
     from serpent_ir import __version__
     from serpent_ir.models.recognise import preset_of
+    from serpent_ir.models.registry import licence_of
 
     config: Any = model.config
     task, kind, shipped = str(config.task), type(model).__name__, _shipped_as(model)
@@ -72,7 +76,7 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
         "tags": ["image-restoration", "model_hub_mixin", "pytorch_model_hub_mixin", *([task] if task else [])],
     }
     if shipped:
-        fields["license"] = "cc-by-nc-sa-4.0"
+        fields["license"] = licence_of(shipped.stem).lower().replace(" ", "-")
         title, _, rest = shipped.with_suffix(".md").read_text(encoding="utf-8").partition("\n")
         text = title + "\n" + _SHIPPED.format(name=shipped.stem, version=__version__) + rest.lstrip("\n")
     else:

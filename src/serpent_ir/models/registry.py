@@ -18,6 +18,14 @@ WEIGHTS_DIR = SHIPPED
 
 DEFAULT_WEIGHTS = "serpent_l.photo"
 
+FREE_WEIGHTS = {"serpent_l.photo": "CC BY-SA 4.0"}
+"""Licences of weights that were trained on images with free licences alone."""
+
+
+def licence_of(weights: str) -> str:
+    """The licence of weights that ship."""
+    return FREE_WEIGHTS.get(weights, "CC BY-NC-SA 4.0")
+
 
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
     """Names that `create_model` takes: networks, or with `pretrained` the weights that ship (network.task).
