@@ -86,11 +86,11 @@ BAD_INPUT = {
     "train: ill-typed key": ("train {good.yaml} lr=fast", 2, "command line: lr: expected float, got str 'fast'"),
     "train: unknown model": ("train {good.yaml} model=nope", 2, "unknown model 'nope'; valid: serpent_b"),
     "train: unknown task": ("train {good.yaml} task=nope", 2, "'nope'; the known ones are deblur, sr8"),
-    "train: --resume of a plan": ("train {good.yaml} --dry-run --resume", 2, "--resume: of no use to a --dry-run"),
+    "train: --resume of a plan": ("train {good.yaml} --dry-run --resume", 2, "--resume: of no use with --dry-run"),
     "train: options of a plan": (
         "train {good.yaml} --tensorboard --stop-after-minutes 0 --dry-run",
         2,
-        "--stop-after-minutes, --tensorboard: of no use to a --dry-run",
+        "--stop-after-minutes, --tensorboard: of no use with --dry-run",
     ),
     "train: missing images": ("train {good.yaml} val={none}", 2, "{none}: no such folder"),
     "train: file as the run's folder": ("train {good.yaml} out={notes.txt}", 1, "{notes.txt}"),

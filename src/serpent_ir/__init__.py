@@ -1,6 +1,6 @@
 """Image restoration with linear-time state space networks.
 
-The public names are loaded at first use, so that `import serpent_ir` costs nothing.
+The public names are loaded when they are first used, so `import serpent_ir` costs almost nothing.
 """
 
 import importlib

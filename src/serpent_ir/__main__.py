@@ -1,4 +1,4 @@
-"""The command `serpent`, also as `python -m serpent_ir`: what has to stand before anything heavy is imported."""
+"""The command `serpent`, also `python -m serpent_ir`. It sets up what must be in place before any heavy import."""
 
 import sys
 

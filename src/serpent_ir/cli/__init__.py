@@ -1,9 +1,10 @@
-"""The command `serpent`. Each command is a plain function that Python may call as well; torch is imported inside them.
+"""The command `serpent`. Each command is a plain function that Python may also call; torch is imported inside them.
 
-From Python they raise SerpentError. In the shell an error is one line on stderr and an exit status: 1 where the work
-failed, 2 where the call was wrong, 130 where it was interrupted. Results go to stdout, progress and errors to stderr.
+Called from Python, the functions raise SerpentError. In the shell an error is one line on stderr and an exit status:
+1 if the work failed, 2 if the call was wrong, 130 if it was interrupted. Results go to stdout; progress and errors go
+to stderr.
 
-One module a command; importing it here registers it, and `serpent --help` lists them in this order.
+There is one module per command. Importing it here registers it, and `serpent --help` lists commands in this order.
 """
 
 import os
@@ -29,23 +30,24 @@ from serpent_ir.cli.report import report as report
 # isort: on
 from serpent_ir.errors import is_out_of_memory, memory_line
 
-# How people say how OpenMP waits. By default its threads spin, milliseconds after every operation, and on a busy
-# machine take the cores from those that work: serpent_b at 256 px took 0.5 to 1.5 s by two threads, 0.12 to 0.15 by
-# two that sleep, and 0.17 to 0.38 by one (two cores at a load of 7 to 9; benchmarks/busy.py).
+# The variables that set how OpenMP threads wait. By default they spin for milliseconds after every operation, and on a
+# busy machine they take the cores from threads that have work. Measured with serpent_b at 256 px on two cores at a load
+# of 7 to 9 (benchmarks/busy.py): two spinning threads take 0.5 to 1.5 s, two sleeping ones 0.12 to 0.15 s, and one
+# thread 0.17 to 0.38 s.
 _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 
 
 def main() -> None:
     """What the console script runs, once `serpent_ir.__main__` has imported this."""
     interrupts.install()
-    if not _WAITING & os.environ.keys():  # read when PyTorch is loaded, which is later
+    if not _WAITING & os.environ.keys():  # PyTorch reads this when it is loaded, which happens later
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder, and all in it
+    if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder and everything in it
         say("serpent: error: an argument is empty; is a variable unset?")
         sys.exit(2)
     try:
         app(prog_name="serpent")
-    except Exception as error:  # of what Typer imports, while it reads the arguments
+    except Exception as error:  # raised by an import of Typer's while it parses the arguments
         if not is_out_of_memory(error):
             raise
         say(f"serpent: error: {memory_line(error)}")

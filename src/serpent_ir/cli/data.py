@@ -13,11 +13,11 @@ data = typer.Typer(name="data", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, help="Pack images for training into one file, and check such files.")
 
 
-@shell_command("Decode the images of folders, once, into one file that training maps into memory.", data)
+@shell_command("Decode the images of folders once and pack them into one file that training maps into memory.", data)
 def pack(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER", help="Folders of images, subfolders included; 'FOLDER[A:B]' picks by number."),
+        typer.Argument(metavar="FOLDER", help="Folders of images, with subfolders; 'FOLDER[A:B]' picks by number."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The packed set, FILE.serpent.")],
     size: Annotated[
@@ -38,7 +38,7 @@ def pack(
 def check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Packed sets.")],
 ) -> None:
-    """Say that packed sets are whole; SerpentError names what is damaged in the first that is not."""
+    """Report which packed sets are whole. SerpentError names what is damaged in the first one that is not."""
     from serpent_ir.data import Pack
 
     for file in files:

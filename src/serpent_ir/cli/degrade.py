@@ -11,22 +11,22 @@ from serpent_ir.cli.shell import Inputs, Output, Seed, Task, shell_command
 from serpent_ir.errors import UsageError
 
 
-@shell_command("Degrade clean images. The outputs have 8 bits; sr8 writes the small files.")
+@shell_command("Degrade clean images. Outputs have 8 bits per channel; sr8 writes the small images.")
 def degrade(
     inputs: Inputs,
     output: Output,
     task: Task,
     seed: Seed = 0,
     masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With inpaint: where the masks go, named as the outputs are.")
+        Path | None, typer.Option(metavar="DIR", help="With inpaint: the folder for the masks, named like the outputs.")
     ] = None,
 ) -> None:
-    """Write degraded versions of image files and folders of them, in 8 bits, RGB, without alpha.
+    """Write degraded versions of image files and of folders of them: 8 bits per channel, RGB, without alpha.
 
-    The noise of the i-th image is that of the i-th image of an evaluation with this seed (grey images get it in
-    colour, as they do there). Images are cropped on the right and bottom to a multiple of the task's scale. Inputs,
-    output and errors are those of `restore`. The holes of `inpaint` are black; its masks, white there, are written
-    into the folder `masks`, as PNG, where `restore --mask` finds them.
+    The i-th image gets the same noise as the i-th image of an evaluation with this seed (grey images get coloured
+    noise, as they do there). Images are cropped on the right and at the bottom to a multiple of the task's scale.
+    Inputs, output and errors work as in `restore`. The holes of `inpaint` are black. Its masks, in which holes are
+    white, are written as PNG into the folder `masks`, where `restore --mask` finds them.
     """
     import numpy as np
 
@@ -47,7 +47,7 @@ def degrade(
             file.parent.mkdir(parents=True, exist_ok=True)
             mask = to_pixels(y[:, 3:].expand(-1, 3, -1, -1), np.uint8)
             write_image(file.with_suffix(".png"), Picture(mask, mode="L"))
-        profile = None if picture.is_grey else picture.icc_profile  # one for grey does not fit RGB
+        profile = None if picture.is_grey else picture.icc_profile  # a grey profile does not fit RGB
         return replace(picture, pixels=to_pixels(y[:, :3], np.uint8), alpha=None, mode="RGB", icc_profile=profile)
 
     convert_files(jobs, degraded, "degraded")

@@ -12,17 +12,17 @@ from serpent_ir import __version__
 from serpent_ir.cli.shell import Json, shell_command
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "SERPENT_CPU_LEVEL", "TRITON_INTERPRET")
-"""Of the environment, what decides how the package runs."""
+"""Environment variables that change how the package runs."""
 
 
-@shell_command("Tell what a bug report needs: versions, devices, and which backend serves each device, and why.")
+@shell_command("Print what a bug report needs: versions, devices, the backend that serves each device, and why.")
 def env(as_json: Json = False) -> None:
-    """Print what of this machine and its packages decides how serpent-ir runs. A home folder is written as `~`.
+    """Print what decides, on this machine and in its packages, how serpent-ir runs. A home folder is shown as `~`.
 
-    In JSON: `serpent_ir`, `python`, `platform` and `torch`, strings; `packages`, name -> version, null where it is not
-    installed; `devices`, a list of {name, product, backend, backends}, where `backends` says of each why it cannot
-    serve, "" where it can; `cpu_library`, {level, levels, file}, null without the library; `threads`; `cache`,
-    {folder, bytes}; `variables`.
+    The JSON object holds: `serpent_ir`, `python`, `platform` and `torch`, strings; `packages`, name -> version, null
+    if not installed; `devices`, a list of {name, product, backend, backends}, where `backends` maps each backend to
+    the reason why it cannot serve, "" if it can; `cpu_library`, {level, levels, file}, null without the library;
+    `threads`; `cache`, {folder, bytes}; `variables`.
     """
     import torch
 
@@ -59,7 +59,7 @@ def env(as_json: Json = False) -> None:
 
 
 def _packages() -> dict[str, str | None]:
-    """Versions of what the package asks for, in its order; extras included, tools for developers not."""
+    """Versions of the packages in the requirements, in their order, with extras but without developers' tools."""
     names: dict[str, str | None] = {}
     for requirement in importlib.metadata.requires("serpent-ir") or []:
         if (name := re.match(r"[\w.-]+", requirement)) and not re.search(r"extra == .(dev|wheels|docs)", requirement):
@@ -104,6 +104,6 @@ def _cache() -> dict[str, Any]:
 
 def _short(path: Path) -> str:
     """A path without the name of the person whose home folder it lies in."""
-    home = os.path.expanduser("~")  # noqa: PTH111  raises nothing where there is no home
+    home = os.path.expanduser("~")  # noqa: PTH111  Path.home() raises if there is no home; this does not
     text = str(path)
     return "~" + text[len(home) :] if home not in ("~", os.sep) and text.startswith(home + os.sep) else text

@@ -21,7 +21,7 @@ from serpent_ir.cli.shell import (
 )
 
 
-@shell_command("Measure PSNR, SSIM and LPIPS. The clean images of a folder are degraded, restored and compared.")
+@shell_command("Measure PSNR, SSIM and LPIPS: degrade the clean images of a folder, restore them and compare.")
 def evaluate(
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder of clean images.")],
     task: Task,
@@ -37,12 +37,12 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Measure LPIPS, too, with this copy of torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth.",
+            help="Also measure LPIPS, with this copy of torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what `serpent_ir.evaluate.evaluate` measures: as a table of means, or the whole as one JSON object.
+    """Print what `serpent_ir.evaluate.evaluate` measures: a table of means, or everything as one JSON object.
 
     In JSON a figure that is not finite (the PSNR of identical images) is null.
     """

@@ -8,13 +8,13 @@ import typer
 from serpent_ir.cli.shell import Name, Weights, model_name, print_table, say, shell_command
 
 
-@shell_command("Write a network for other runtimes. The file is run and compared with the network before it is kept.")
+@shell_command("Write a network for other runtimes. The file is run, and kept only if it agrees with the network.")
 def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")],
     name: Name = None,
     weights: Weights = None,
     format: Annotated[str, typer.Option(help="onnx or pt2 (torch.export).")] = "onnx",
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Take images of any size, instead of one.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Accept images of any size instead of one size.")] = False,
     size: Annotated[int, typer.Option(help="Side of the image in pixels; with --dynamic, of the largest check.")] = 256,
 ) -> None:
     """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""

@@ -5,13 +5,13 @@ import json
 from serpent_ir.cli.shell import Json, print_table, shell_command
 
 
-@shell_command("List networks and weights. Also what runs the scan on each device of this machine.")
+@shell_command("List networks and weights, and the backend that runs the scan on each device of this machine.")
 def models(as_json: Json = False) -> None:
-    """Print the networks, the weights with the PSNR of their cards, and the scan backend of each device here.
+    """Print the networks, the weights with the PSNR from their cards, and the scan backend of each device here.
 
-    In JSON: `models`, a list of {name, params (raw count), tasks}; `weights`, a list of {name, sha256, evaluations} as
-    in their cards (loading compares the hash; files of `serpent train` have theirs within, those of others none); and
-    `backends`, device -> backend.
+    The JSON object holds: `models`, a list of {name, params (raw count), tasks}; `weights`, a list of {name, sha256,
+    evaluations} as in their cards; and `backends`, device -> backend. Loading compares the hash of shipped weights.
+    Files of `serpent train` carry their hash inside; files from elsewhere have none.
     """
     import torch
 

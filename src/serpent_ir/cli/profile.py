@@ -13,27 +13,27 @@ from serpent_ir.errors import SerpentError, UsageError
 
 Names = Annotated[
     list[str] | None,
-    typer.Option("-n", "--name", help="A network; may be repeated.  [default: the eight of the paper]"),
+    typer.Option("-n", "--name", help="A network; may be repeated.  [default: the paper's eight]"),
 ]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16.")]
 Seconds = Annotated[
     float,
-    typer.Option(min=0.01, max=3600, help="About so long the calls of each figure are timed; longer calls want more."),
+    typer.Option(min=0.01, max=3600, help="Seconds to spend on each figure; give more if single calls are slow."),
 ]
 
 
 @shell_command("Measure networks: parameters, MACs and FLOPs, time and memory of inference and training.")
 def profile(
     name: Names = None,
-    size: Annotated[str, typer.Option(help="Sides of the images in pixels, as 256,512,1024.")] = "256",
-    batch: Annotated[int, typer.Option(min=1, help="Images in a pass.")] = 1,
-    train: Annotated[bool, typer.Option("--train", help="Measure a training step, too.")] = False,
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, for example 256,512,1024.")] = "256",
+    batch: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 1,
+    train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     seconds: Seconds = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of raw figures.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the figures into this folder, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the figures into this folder.")] = None,
 ) -> None:
     """Print what `serpent_ir.profiling.profile` measures; "out of memory" is a result like any other."""
     from serpent_ir.profiling.report import draw
@@ -44,7 +44,7 @@ def profile(
     if plot is not None:
         from serpent_ir.profiling.figures import new_figure
 
-        new_figure(1, 1)  # what is missing is better said before minutes of measuring
+        new_figure(1, 1)  # raises at once if a package is missing, not after minutes of measuring
         make_folder(plot, "--plot")
     rows = measured(name, sizes_of(size), batch, train, device, precision, seconds)
     if as_json:
@@ -61,7 +61,7 @@ def profile(
 
 
 def make_folder(folder: Path, what: str) -> None:
-    """SerpentError where nothing can be written there: better now than after minutes of measuring."""
+    """Make a folder. SerpentError if nothing can be written there, at once and not after minutes of measuring."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -75,7 +75,7 @@ def sizes_of(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--size {text}: sides in pixels with commas between, as 256,512") from None
+        raise UsageError(f"--size {text}: give sides in pixels separated by commas, for example 256,512") from None
 
 
 def measured(
@@ -89,7 +89,7 @@ def measured(
     known: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """As `profile`, with progress shown; without names the networks of the paper."""
+    """Run `profile` and show progress. Without names it measures the networks of the paper."""
     from serpent_ir.models import list_models
     from serpent_ir.profiling import profile
     from serpent_ir.profiling.paper import NAMES

@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 SIZES = "256,512,1024,2048"
 
 
-@shell_command("Write the paper's efficiency figures, redrawn from a profile, beside the numbers that it prints.")
+@shell_command("Redraw the paper's efficiency figures from a profile, beside the numbers that the paper prints.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
     source: Annotated[
@@ -21,13 +21,13 @@ def report(
         typer.Option(
             "--from",
             metavar="JSON",
-            help="What `serpent profile --json` printed, or results of benchmarks/tables.py; may be repeated. "
-            "Without: DIR/profile.json; where there is none, all networks are measured first and it is written. "
-            "Rows are kept as they come: after an interruption the same command goes on.",
+            help="Output of `serpent profile --json`, or results of benchmarks/tables.py; may be repeated. By default "
+            "DIR/profile.json is used; if it does not exist, all networks are measured first and it is written. "
+            "Rows are kept as they arrive, so after an interruption the same command continues.",
         ),
     ] = None,
     name: Names = None,
-    size: Annotated[str, typer.Option(help="Sides of the images, where they are measured.")] = SIZES,
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, if they are measured.")] = SIZES,
     device: Device = "auto",
     precision: Precision = "auto",
     seconds: Seconds = 2.0,
@@ -37,7 +37,7 @@ def report(
     from serpent_ir.profiling.report import write
     from serpent_ir.profiling.rows import load
 
-    new_figure(1, 1)  # what is missing is better said before minutes of measuring
+    new_figure(1, 1)  # raises at once if a package is missing, not after minutes of measuring
     rows, runs = load(source or [])
     make_folder(folder, "DIR")
     if not rows:
@@ -71,7 +71,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _known(part: Path, seconds: float) -> Rows:
-    """The rows that an interrupted call left, of the same `seconds`; [] where there are none to go on from."""
+    """The rows that an interrupted call with the same `seconds` left; [] if there are none."""
     from serpent_ir.profiling.rows import MEASURED, is_row
 
     try:

@@ -1,4 +1,4 @@
-"""What the commands of `serpent` share: the application, how errors are reported, options, tables and progress."""
+"""What the commands of `serpent` share: the application, error reporting, options, tables and progress."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: it would read [key=value] as markup
+    rich_markup_mode=None,  # plain help, since markup would swallow [key=value]
 )
 
 Inputs = Annotated[
@@ -38,7 +38,7 @@ Inputs = Annotated[
 ]
 Output = Annotated[
     Path,
-    typer.Option("-o", "--output", metavar="OUT", help="A folder; or an image file, where INPUT is one file."),
+    typer.Option("-o", "--output", metavar="OUT", help="A folder, or an image file if INPUT is one file."),
 ]
 Name = Annotated[
     str | None,
@@ -48,31 +48,31 @@ Name = Annotated[
         help="Weights, as `serpent models` lists them.  [default: serpent_l.photo]",
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Other weights instead: safetensors or .pth.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Use this weights file: safetensors or .pth.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps.")]
 Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint, photo or real.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def say(line: str) -> None:
-    """Print one line on stderr; control characters, which a file's name may hold, are escaped."""
+    """Print one line on stderr. Control characters, which a file name may contain, are escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    sys.stderr.write(f"{shown}\n")  # at once: print writes the end of the line apart, and several threads come here
+    sys.stderr.write(f"{shown}\n")  # one write: print writes the line end separately, and several threads call this
     sys.stderr.flush()
 
 
 def _reporting(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as a shell runs it: errors and warnings are one line each on stderr, and set the exit status."""
+    """The function as the shell runs it: errors and warnings become one line each on stderr and set the exit status."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with interrupts.working(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                warnings.filterwarnings("always", category=UserWarning)  # to be shown, whatever -W says
+                warnings.filterwarnings("always", category=UserWarning)  # shown whatever -W says
                 warnings.filterwarnings("always", message="serpent_ir: ")
-                warnings.filterwarnings("ignore", module=r"PIL\.")  # names no file; what matters is an error of ours
+                warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; what matters is our own error
                 _check_room()
                 function(*args, **kwargs)
             if sys.stdout:  # None where the shell closed it
@@ -83,7 +83,7 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say(interrupts.LINE)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of our output has gone, as in `serpent models | head -1`
+        except BrokenPipeError:  # the reader of our output has ended, as in `serpent models | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
             raise typer.Exit(1) from None
         except Exception as error:
@@ -99,12 +99,12 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_room() -> None:
-    """Where too little memory is left, libraries end the process without a word, or with one that names no remedy."""
+    """Check free memory first: with too little, libraries end the process silently or without naming a remedy."""
     check_process(WORK if "torch" in sys.modules else _size_of_torch() + 3 * WORK)
 
 
 def _size_of_torch() -> int:
-    """Bytes that its libraries take when they are loaded."""
+    """Bytes that PyTorch's libraries take when they are loaded."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     return sum(file.stat().st_size for folder in folders for file in Path(folder, "lib").glob("libtorch_*.so"))
@@ -115,7 +115,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def shell_command(help: str, group: typer.Typer = app) -> Callable[[Command], Command]:
-    """Register a function as a command of the same name, whose errors are reported; the function itself stays plain."""
+    """Register a function as the command of the same name, with errors reported. The function itself stays plain."""
 
     def register(function: Command) -> Command:
         group.command(function.__name__, help=help)(_reporting(function))
@@ -140,7 +140,7 @@ def options(
 
 
 def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
-    """The model to build: as asked for, else as the weights' metadata say, else the default (of a task)."""
+    """The model to build: the one asked for, else the one named in the weights' metadata, else the (task's) default."""
     from serpent_ir.degradations import create_degradation
     from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights, preset_of, recognise
     from serpent_ir.models.recognise import shapes_of
@@ -150,18 +150,18 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     if weights is None:
         of_the_task = f"{DEFAULT_WEIGHTS.partition('.')[0]}.{task}"
         if task and of_the_task not in list_models(pretrained=True):
-            create_degradation(task)  # one that is unknown has no weights either
+            create_degradation(task)  # an unknown task has no weights either, and this says so
             raise UsageError(f"no weights for {task} ship; give a file of them: --weights FILE")
         return of_the_task if task else DEFAULT_WEIGHTS
     state, metadata = load_weights(weights)
     network = metadata.get("network") or preset_of(recognise(shapes_of(state)))
     if not network:
-        raise UsageError(f"{weights}: does not say which network it is for; name it with -n")
+        raise UsageError(f"{weights}: the file does not say which network it is for; name the network with -n")
     return network
 
 
 def finite(value: Any) -> Any:
-    """The same with every number that JSON has no word for as None."""
+    """The same value with None in place of every number that JSON cannot express."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -177,15 +177,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
     table = Table(*columns, title=Text(title) if title else None, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*map(Text, row))  # as text: a name is no markup
+        table.add_row(*map(Text, row))  # Text, so that a name is not read as markup
     Console().print(table)
 
 
 @contextmanager
 def progress_of(verb: str) -> Iterator[Callable[..., None]]:
-    """A function of (done, total, line): moves a bar on a terminal; elsewhere prints the line, or each tenth for "".
+    """A function of (done, total, line) that shows progress. `done` may be fractional.
 
-    `done` may hold a part of one.
+    On a terminal it moves a bar. Elsewhere it prints the line, or one line per tenth if the line is "".
     """
     if not sys.stderr.isatty():
 

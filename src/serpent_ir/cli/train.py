@@ -12,38 +12,38 @@ if TYPE_CHECKING:
     from serpent_ir.training.plan import Plan
 
 
-@shell_command("Train a network by a recipe. Recipes are in configs/; key=value replaces a key, as seed=1.")
+@shell_command("Train a network from a recipe. Recipes are in configs/; key=value, as in seed=1, replaces a key.")
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Keys of the recipe to set.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder out=, if there is one.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder out=, if there is one.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what it would take, by a few steps of each stage, and write nothing."),
+        typer.Option("--dry-run", help="Run a few steps of each stage, print what training takes, and write nothing."),
     ] = False,
     images: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: as if there were N training images.")
+        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: pretend that there are N training images.")
     ] = None,
     stop_after_minutes: Annotated[
-        float | None, typer.Option(min=0, metavar="MINUTES", help="Save, validate and end after so long.")
+        float | None, typer.Option(min=0, metavar="MINUTES", help="Save, validate and end after this time.")
     ] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's event files, too.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")] = False,
 ) -> None:
-    """Train a network; see `serpent_ir.train.train`, which raises for a recipe with an unknown or ill-typed key."""
+    """Train a network; see `serpent_ir.train.train`, which raises if a key of the recipe is unknown or ill-typed."""
     import serpent_ir.train
     from serpent_ir.training.stopping import StoppedError
     from serpent_ir.training.workers import end_at_exit
 
     if images is not None and not dry_run:
-        raise UsageError("--images: it stands for the training set of a --dry-run; train takes the images there are")
+        raise UsageError("--images only goes with --dry-run; without it, training takes the images that there are")
     given = {"--resume": resume, "--stop-after-minutes": stop_after_minutes is not None, "--tensorboard": tensorboard}
     if dry_run and any(given.values()):
         told = ", ".join(option for option in given if given[option])
-        raise UsageError(f"{told}: of no use to a --dry-run, which neither trains nor writes; leave one of them out")
+        raise UsageError(f"{told}: of no use with --dry-run, which neither trains nor writes; leave one of them out")
     try:
         if dry_run:
             plan = serpent_ir.train.plan(config, overrides or (), images=images)
@@ -54,7 +54,7 @@ def train(
             config, overrides or (), resume=resume, stop_after_minutes=stop_after_minutes, tensorboard=tensorboard
         )
     except StoppedError as stopped:
-        if str(stopped):  # one of several processes speaks
+        if str(stopped):  # of several processes only one has a message
             say(f"serpent: {stopped}")
         raise typer.Exit(stopped.status) from None
     except ModuleNotFoundError as error:

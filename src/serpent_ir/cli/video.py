@@ -10,15 +10,15 @@ from serpent_ir.cli.files import terminated_like_interrupted
 from serpent_ir.cli.shell import Device, Name, Weights, model_name, progress_of, say, shell_command
 
 
-@shell_command("Restore a video frame by frame. What else it carries goes along, or is told in one line.")
+@shell_command("Restore a video frame by frame. Everything else it carries is copied, or one line says what is lost.")
 def video(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="A video file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .mp4, .mov, .mkv or .webm.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .mp4, .mov, .mkv or .webm file.")],
     name: Name = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Restore a video into a file, as `serpent_ir.files.video.restore_video` does, and tell how long it takes."""
+    """Restore a video into a file, as `serpent_ir.files.video.restore_video` does, and show the time left."""
     from serpent_ir.files.video import restore_video
     from serpent_ir.inference import Restorer, pick_device
     from serpent_ir.inference.network import check_task
