@@ -89,7 +89,7 @@ LIMITS = {
     "photo": """\
 Made for what a camera and a messenger do to a good photograph, and for the synthetic chain above. Strong blur, strong
 noise and strong JPEG are undone in part. It is not told what is wrong, and now and then judges wrongly: fine regular
-texture is taken for noise, soft detail for a blur, saturated colours for those of an interpolated mosaic.""",
+texture is taken for noise, detail for blurred detail, and saturated colours may come back with a pattern.""",
 }
 
 
