@@ -1,5 +1,6 @@
-/* The depthwise 3x3 convolution before the scan and its SiLU, forwards and backwards: parts of the network beside the
- * scan. PyTorch's way prepares weights and layouts in every call, which for these maps takes longer than the sums. */
+/* The depthwise 3x3 convolution before the scan, with its SiLU, forward and backward. It is a part of the network
+ * beside the scan. PyTorch prepares weights and layouts in every call, which takes longer than the arithmetic on such
+ * maps. */
 #ifndef SERPENT_CONV_H
 #define SERPENT_CONV_H
 
@@ -8,7 +9,8 @@
 
 enum { TAPS = 9 };
 
-/* The nine pixels around (row, x) of the input from channel c on, of an image `from`; `zeros` where there is none. */
+/* The nine pixels around (row, x) of the image `from`, from channel c on. A pixel outside the image points to
+ * `zeros`. */
 ALWAYS_INLINE void neighbours(const conv_problem *p, const float *from, int64_t row, int64_t x, int64_t c,
                               const float *zeros, const float **to) {
     for (int i = 0; i < 3; i++) {
@@ -21,7 +23,7 @@ ALWAYS_INLINE void neighbours(const conv_problem *p, const float *from, int64_t 
     }
 }
 
-/* The convolution at LANES channels, in three sums for shorter chains. */
+/* The convolution at LANES channels. Three separate sums shorten the dependency chains. */
 ALWAYS_INLINE vf convolve(const float *const *at, const vf *taps, vf bias) {
     vf sums[3] = {bias + vload(at[0]) * taps[0], vload(at[3]) * taps[3], vload(at[6]) * taps[6]};
     for (int i = 0; i < 3; i++)
@@ -29,7 +31,7 @@ ALWAYS_INLINE vf convolve(const float *const *at, const vf *taps, vf bias) {
     return (sums[0] + sums[1]) + sums[2];
 }
 
-/* Row number `number`, counted through all images, of out = SiLU(convolution + bias), or without SiLU. */
+/* Writes one row of out = SiLU(convolution + bias), or without SiLU. `number` counts rows through all images. */
 ALWAYS_INLINE void conv_row(const conv_problem *p, int64_t number, const int silu) {
     const int64_t d = p->channels, row = number % p->rows;
     const float *from = p->from + number / p->rows * p->height * p->width * d, zeros[LANES] = {0}, *at[TAPS];
@@ -52,8 +54,9 @@ static void conv(const conv_problem *p, int64_t number) {
         conv_row(p, number, 0);
 }
 
-/* Of that row, with z the convolution again and `grad` the gradient of SiLU(z): that of z goes to `out`, and the row's
- * sums of those of the taps and the bias, (10, channels), to `sums`. */
+/* The backward pass of that row. z is the convolution, computed again, and `grad` the gradient for SiLU(z). The
+ * gradient for z goes to `out`. The row's sums for the gradients of the taps and the bias, (10, channels), go to
+ * `sums`. */
 static void pull_conv(const conv_problem *p, int64_t number, float *sums) {
     const int64_t d = p->channels, row = number % p->rows;
     const float *from = p->from + number / p->rows * p->height * p->width * d, zeros[LANES] = {0}, *at[TAPS];

@@ -1,7 +1,7 @@
-/* The library's interface: choice of the dispatch level, memory, and the order in which tasks run.
+/* The library's interface: the choice of the dispatch level, memory, and the order in which tasks run.
  *
- * Every number is written by one task, and sums over tasks are taken afterwards in a fixed order: results do not
- * depend on the number of threads. */
+ * Every number is written by one task only, and sums over tasks are taken afterwards in a fixed order. So results do
+ * not depend on the number of threads. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,9 +22,9 @@ extern const scan_kernels scan_kernels_x86_64_v2, scan_kernels_x86_64_v3, scan_k
 #if defined(SERPENT_X86_LEVELS)
 #include <cpuid.h>
 
-/* The highest of the levels 0 to 3 that the processor has and the system saves the registers of, with the features that
- * CMakeLists.txt compiles each for. Asked of the processor itself: __builtin_cpu_supports needs a table of the compiler's
- * runtime, which zig's lacks. */
+/* The highest of the levels 0 to 3 that the processor supports and whose registers the operating system saves. The
+ * features are those that CMakeLists.txt compiles each level for. They are read with cpuid, because
+ * __builtin_cpu_supports needs a table of the compiler's runtime that zig's runtime lacks. */
 static int x86_level(void) {
     enum { SSSE3 = 1 << 9, FMA = 1 << 12, SSE4 = 3 << 19, OSXSAVE = 1 << 27 };               /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, AVX512 = 1 << 16 | 1 << 17 | 1 << 30, AVX512VL = (int)(1u << 31) }; /* leaf 7, ebx: F, DQ, BW */
@@ -41,7 +41,7 @@ static int x86_level(void) {
 
 const scan_kernels *kernels_at(int level) {
 #if defined(SERPENT_X86_LEVELS)
-    static int known; /* the highest level and one, once asked: under a hypervisor each cpuid takes microseconds */
+    static int known; /* the highest level + 1 once it is known; in a virtual machine each cpuid takes microseconds */
     int highest = __atomic_load_n(&known, __ATOMIC_RELAXED) - 1;
     if (highest < 0) __atomic_store_n(&known, (highest = x86_level()) + 1, __ATOMIC_RELAXED);
     const scan_kernels *const found[] = {&scan_kernels_generic, &scan_kernels_x86_64_v2, &scan_kernels_x86_64_v3,
@@ -59,8 +59,8 @@ EXPORT const char *serpent_scan_level(int level) {
     return kernels ? kernels->name : NULL;
 }
 
-/* Large memory that was just got is faulted in 2 MB at a time where the system does so; 4 KB at a time would take a
- * fifth of the time of a large scan. */
+/* Asks the system to map large fresh memory in pages of 2 MB, where it can. With pages of 4 KB, page faults would take
+ * a fifth of the time of a large scan. */
 static void use_large_pages(void *from, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 1 << 21;
@@ -80,7 +80,7 @@ typedef struct {
     float *scratch;
     int64_t scratch_floats;
     float *out;   /* y or du */
-    float *parts; /* those of directions 1 to 3 where directions are tasks of their own, else NULL */
+    float *parts; /* the outputs of directions 1 to 3 if directions are tasks of their own, else NULL */
     float *const *grads;
 } call;
 
@@ -98,8 +98,8 @@ static block *swap_spare(block *with) {
 }
 #endif
 
-/* The memory of one call, up to 32 MB, is left for the next: fresh memory costs a fault every 4 KB, in all a fifth of a
- * small map's backward pass. Of calls side by side one gets it; after a fork each process has its own. */
+/* The memory of one call. Up to 32 MB are kept for the next call, since fresh memory costs a page fault every 4 KB: a
+ * fifth of a small map's backward pass. Of concurrent calls one gets it. After a fork each process has its own. */
 block *borrow(int64_t floats) {
     block *found = swap_spare(NULL);
     if (found && found->floats >= floats) return found;
@@ -115,14 +115,16 @@ block *borrow(int64_t floats) {
 
 void give_back(block *memory) { free(memory && memory->floats > SPARE_FLOATS ? memory : swap_spare(memory)); }
 
-/* Whether directions should be tasks of their own: where those of (image, group or pair) alone would leave threads idle
- * for a fifth of the time or more. Sums stay in the same order, so the bits do too. */
+/* Whether directions should be tasks of their own. They should if tasks of (image, group or pair) alone would leave
+ * threads idle for a fifth of the time or more. Sums are taken in the same order either way, so the bits are the
+ * same. */
 static int split_directions(int64_t tasks, int threads) {
     int64_t whole = (tasks + threads - 1) / threads, split = (DIRECTIONS * tasks + threads - 1) / threads;
     return 5 * split <= 4 * DIRECTIONS * whole;
 }
 
-/* The task of that number; the phase's directions are to be done, forward of all groups, backward of some pairs. */
+/* The task with this number, for the directions of the current phase: forward over all groups, backward over some
+ * pairs. */
 static scan_task find_task(const call *c, int64_t number, int backward) {
     const scan_problem *p = &c->problem;
     int64_t k = c->parts ? number % DIRECTIONS : 0, first = backward ? p->pair_begin : 0;
@@ -158,7 +160,7 @@ static void run_merge(call *c, int threads, gomp_parallel *openmp) {
     run_tasks(merge_task, c, tasks, clamp_threads(threads, tasks), openmp);
 }
 
-/* How many floats the states of a call take. */
+/* The number of floats that the states of a call take. */
 EXPORT int64_t serpent_scan_states(const int64_t sizes[6]) {
     const float *none[6] = {0};
     scan_problem p = problem_of(sizes, none);
@@ -171,8 +173,8 @@ static void forward_task(void *context, int64_t task, int thread) {
     c->kernels->forward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
-/* sizes: batch, height, width, channels, state, rank, all at least 1; inputs: u, proj, dt_weight, dt_bias, A_log, D.
- * openmp: see threads.h. Writes y and, unless NULL, states: serpent_scan_states floats. */
+/* sizes: batch, height, width, channels, state, rank, each at least 1. inputs: u, proj, dt_weight, dt_bias, A_log, D.
+ * openmp: see threads.h. Writes y and, unless `states` is NULL, serpent_scan_states floats of states. */
 EXPORT int serpent_scan_forward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                 const float *const inputs[6], float *y, float *states) {
     call c = {problem_of(sizes, inputs), kernels_at(level), NULL, 0, y, NULL, NULL};
@@ -203,7 +205,7 @@ static void backward_task(void *context, int64_t task, int thread) {
     c->kernels->backward(&c->problem, &t, c->scratch + thread * c->scratch_floats);
 }
 
-/* Adds up the pairs' gradients of one chunk of proj and writes them to its pixels. */
+/* Adds up the pairs' gradients for one chunk of proj and writes them to the chunk's pixels. */
 static void gather_task(void *context, int64_t task, int thread) {
     const scan_problem *p = &((call *)context)->problem;
     int64_t chunks = scan_chunks(p), row = scan_row(p), pairs = p->pair_end - p->pair_begin;
@@ -229,7 +231,7 @@ static void gather_task(void *context, int64_t task, int thread) {
     }
 }
 
-/* Parameter gradients of a direction and group: the images' added up in order, and laid out as the parameters are. */
+/* The parameter gradients of a direction and group: added up over images in order, laid out like the parameters. */
 static void gather_parameters(void *context, int64_t task, int thread) {
     const call *c = context;
     const scan_problem *p = &c->problem;
@@ -254,8 +256,9 @@ static void gather_parameters(void *context, int64_t task, int thread) {
         }
 }
 
-/* As serpent_scan_forward, whose states it takes, or NULL to compute them again; writes the gradients of the six inputs, in their order. The gradients of proj before their
- * sum over channels take at most partial_floats floats, or as many as that sum where this is more. */
+/* Writes the gradients of the six inputs, in their order. `states` are those that serpent_scan_forward wrote, or NULL
+ * to compute them again. The gradients of proj before their sum over channels take at most partial_floats floats, or as
+ * many as the sum takes if that is more. */
 EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[6],
                                  const float *const inputs[6], float *states, const float *grad_y,
                                  float *const grads[6], int64_t partial_floats) {
@@ -267,14 +270,14 @@ EXPORT int serpent_scan_backward(int level, int threads, gomp_parallel *openmp, 
     int64_t per_pair = p->batch * chunks * scan_row(p) * CHUNK, whole = DIRECTIONS * per_pair;
     int64_t limit = whole > partial_floats ? whole : partial_floats;
     threads = threads < 1 ? 1 : threads;
-    /* As much side by side as the limit allows: all directions of all pairs, or some pairs of one direction. */
+    /* Run as much side by side as the limit allows: all directions of all pairs, or some pairs of one direction. */
     int64_t directions = whole * pairs <= limit ? DIRECTIONS : 1;
     int64_t pairs_at_once = directions == DIRECTIONS ? pairs : limit / per_pair;
     if (pairs_at_once > pairs) pairs_at_once = pairs;
     if (pairs_at_once < pairs && pairs_at_once > threads) pairs_at_once -= pairs_at_once % threads;
 
     int split = directions == DIRECTIONS && split_directions(p->batch * pairs, threads);
-    int64_t per_cell = split ? DIRECTIONS : 1; /* tasks of an image and pair */
+    int64_t per_cell = split ? DIRECTIONS : 1; /* tasks per image and pair */
     int workers = clamp_threads(threads, p->batch * pairs_at_once * per_cell);
     c.scratch_floats = c.kernels->scratch_floats(p, 1);
     int64_t scratch = workers * c.scratch_floats, partial = directions * pairs_at_once * per_pair;

@@ -1,4 +1,4 @@
-/* What the interface's two units, driver.c and parts.c, share. */
+/* What driver.c and parts.c, the two files of the interface, share. */
 #ifndef SERPENT_DRIVER_H
 #define SERPENT_DRIVER_H
 
@@ -14,16 +14,16 @@
 
 enum { OK = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 
-/* The level of that number, from the plainest on; NULL past the last that this machine can run. */
+/* The level with this number, counted from the plainest; NULL past the last one that this machine can run. */
 const scan_kernels *kernels_at(int level);
 
-/* The memory of a call, `floats` numbers from `from` on, cache line aligned. */
+/* The memory of a call: `floats` numbers from `from` on, aligned to cache lines. */
 typedef struct {
     int64_t floats;
     float *from;
 } block;
 
-/* NULL where there is not so much. */
+/* NULL if there is not enough memory. */
 block *borrow(int64_t floats);
 void give_back(block *memory);
 

@@ -1,5 +1,5 @@
-/* LayerNorm of a map of pixels, times SiLU of its gate: a part of the network beside the scan, which PyTorch takes
- * through memory three times, and this once. */
+/* LayerNorm of a map of pixels, times SiLU of its gate. It is a part of the network beside the scan. PyTorch reads and
+ * writes the map three times for it; this does so once. */
 #ifndef SERPENT_GATE_H
 #define SERPENT_GATE_H
 
@@ -13,8 +13,8 @@ ALWAYS_INLINE void inverse_deviations(const float *squares, int64_t channels, fl
     for (int i = 0; i < LANES; i++) to[i] = 1.0f / sqrtf(squares[i] / (float)channels + eps);
 }
 
-/* The mean and the inverse deviation of `count` pixels at y, LANES at most: sums over their channels, a multiple of
- * GROUP, are taken in one transposition. `partial` has LANES * LANES numbers, all finite. */
+/* The mean and the inverse deviation of `count` pixels at y, at most LANES. Sums over the channels, whose number is a
+ * multiple of GROUP, are taken in one transposition. `partial` holds LANES * LANES numbers, all finite. */
 ALWAYS_INLINE void moments(const float *y, int64_t count, int64_t d, float eps, float *partial, float *means,
                            float *scales) {
     for (int64_t i = 0; i < count; i++) {
@@ -56,12 +56,12 @@ static void gate(const gate_problem *p, int64_t begin, int64_t end) {
     }
 }
 
-/* Backwards, with n = (y - mean) scale, l = weight n + bias, s = sigmoid(z), g the gradient of out = l z s:
+/* The backward pass. n = (y - mean) scale, l = weight n + bias, s = sigmoid(z), out = l z s; g is the gradient for out:
  *
  *     grad_z = g l s (1 + z (1 - s))          grad_bias = sum of g z s, grad_weight = sum of g z s n
  *     m = g z s weight                        grad_y = scale (m - mean of m - n mean of m n), means over the channels
  *
- * sums: weight's and bias's of these pixels. */
+ * sums: the sums of these pixels for grad_weight and grad_bias. */
 static void pull_gate(const gate_problem *p, int64_t begin, int64_t end, float *sums) {
     const int64_t d = p->channels;
     float partial[LANES * LANES] = {0}, partial_n[LANES * LANES] = {0};

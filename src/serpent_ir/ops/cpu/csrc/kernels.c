@@ -1,4 +1,4 @@
-/* The scan of channel groups of one image; compiled once for each dispatch level (LEVEL names it). */
+/* The scan of channel groups of one image, compiled once for each dispatch level (named by LEVEL). */
 #include "conv.h"
 #include "gate.h"
 #include "pull.h"

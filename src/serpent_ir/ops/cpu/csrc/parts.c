@@ -1,10 +1,11 @@
-/* The interface of the parts of the network beside the scan: the gate and the convolution. */
+/* The interface to the parts of the network beside the scan: the gate and the convolution. */
 #include <string.h>
 
 #include "driver.h"
 #include "threads.h"
 
-/* to[i] = the sum of rows' numbers i, `count` rows of a multiple of GROUP numbers, taken in double in their order. */
+/* to[i] = the sum of column i over `count` rows of `width` numbers, a multiple of GROUP. Summed in double, in row
+ * order. */
 static void add_up(const float *rows, int64_t count, int64_t width, float *to) {
     for (int64_t first = 0; first < width; first += GROUP) {
         double sums[GROUP] = {0};
@@ -20,7 +21,7 @@ typedef struct {
     float *sums; /* backward: (task, 2, channels) */
 } gate_call;
 
-enum { GATED = 256 }; /* pixels of a task */
+enum { GATED = 256 }; /* pixels per task */
 
 static int64_t gate_tasks(int64_t pixels) { return (pixels + GATED - 1) / GATED; }
 
@@ -34,7 +35,7 @@ static void gate_task(void *context, int64_t task, int thread) {
         c->kernels->gate(&c->problem, begin, end);
 }
 
-/* out = LayerNorm(y) SiLU(z), maps of (pixels, channels), channels a multiple of 16; out may be z. */
+/* out = LayerNorm(y) SiLU(z), for maps of (pixels, channels) with a multiple of 16 channels; out may be z. */
 EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
                              const float *y, const float *weight, const float *bias, float eps, const float *z,
                              float *out) {
@@ -44,8 +45,8 @@ EXPORT int serpent_scan_gate(int level, int threads, gomp_parallel *openmp, int6
     return OK;
 }
 
-/* The gradients for `grad`, that of out: of y and z, of weight and bias (one after the other in grad_affine); and out
- * once more, which need not be kept. */
+/* Given `grad`, the gradient for out, writes the gradients of y, of z, and of weight and bias (one after the other in
+ * grad_affine). Also writes out again, so that it need not be kept. */
 EXPORT int serpent_scan_gate_backward(int level, int threads, gomp_parallel *openmp, int64_t pixels, int64_t channels,
                                       const float *y, const float *weight, const float *bias, float eps,
                                       const float *z, const float *grad, float *out, float *grad_y, float *grad_z,
@@ -79,7 +80,7 @@ static void conv_task(void *context, int64_t task, int thread) {
         c->kernels->conv(&c->problem, task);
 }
 
-/* sizes: images, height, width, channels, padding; taps: (10, channels), the bias last. out = SiLU(convolution). */
+/* out = SiLU(convolution). sizes: images, height, width, channels, padding. taps: (10, channels), the bias last. */
 EXPORT int serpent_scan_conv(int level, int threads, gomp_parallel *openmp, const int64_t sizes[5], const float *from,
                              const float *taps, float *out) {
     int64_t rows = sizes[1] - 2 + 2 * sizes[4], tasks = sizes[0] * rows;
@@ -90,7 +91,7 @@ EXPORT int serpent_scan_conv(int level, int threads, gomp_parallel *openmp, cons
     return OK;
 }
 
-/* The gradients for `grad`, that of out, where padding is 1: of `from`, and of taps and bias in their order. */
+/* Given `grad`, the gradient for out with padding 1, writes the gradients of `from` and of the taps and the bias. */
 EXPORT int serpent_scan_conv_backward(int level, int threads, gomp_parallel *openmp, const int64_t sizes[5],
                                       const float *from, const float *taps, const float *grad, float *grad_from,
                                       float *grad_taps) {
@@ -104,7 +105,7 @@ EXPORT int serpent_scan_conv_backward(int level, int threads, gomp_parallel *ope
     c.sums = turned + row;
     run_tasks(conv_task, &c, tasks, clamp_threads(threads, tasks), openmp);
     add_up(c.sums, tasks, row, grad_taps);
-    /* The same convolution with its taps turned round, of the gradient of what SiLU was taken of. */
+    /* The gradient of the input is the same convolution, with its taps reversed, of the gradient before SiLU. */
     for (int i = 0; i < WITH_BIAS - 1; i++) memcpy(turned + i * d, taps + (WITH_BIAS - 2 - i) * d, d * sizeof(float));
     memset(turned + (WITH_BIAS - 1) * d, 0, d * sizeof(float));
     c.problem.from = memory->from, c.problem.taps = turned, c.problem.out = grad_from;

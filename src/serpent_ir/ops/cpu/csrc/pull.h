@@ -1,30 +1,30 @@
 /* The backward pass of a task: PULLED channel groups of one image.
  *
- * There, unless the forward pass kept them: the recurrence, for the states at the starts of chunks; of the last chunks,
- * the decays too. Back, chunk by
- * chunk from the last: the states inside the chunk again, then all gradients. */
+ * First the recurrence is walked forward, to get the states at the starts of chunks; that is skipped if the forward
+ * pass kept them. For the last chunks the decays are kept as well. Then come the chunks from the last to the first: in
+ * each the states inside the chunk are computed again, then all gradients. */
 #ifndef SERPENT_PULL_H
 #define SERPENT_PULL_H
 
 #include "walk.h"
 
-/* Vectors that are pulled side by side: their products add up before they leave the registers. */
+/* Vectors that are processed together: their products are added up before they leave the registers. */
 enum { ABREAST = GROUP / LANES < 2 ? 1 : 2 };
 
 /* x[0] + x[1] for two, x[0] for one. */
 ALWAYS_INLINE vf of_pair(const vf *x, const int count) { return count == 2 ? x[0] + x[1] : x[0]; }
 
-/* `states` states from n on, of the channels from v on, through a chunk and back. With g the gradient of the loss for
- * h[t], all that follows it included:
+/* Takes `states` states from n on, of the channels from v on, forward and then backward through a chunk. g is the
+ * gradient of the loss for h[t], including everything after step t:
  *
- *     forth:  h[t] = a[t] h[t-1] + dtu[t] B[t]              dC[t] = sum over channels of grad_y[t] h[t]
- *     back:   g += C[t] grad_y[t]                           dB[t] = sum over channels of g dtu[t]
- *             grad_dtu[t] += g B[t]                         e = g a[t] h[t-1]: the gradient for A dt
- *             grad_dt[t] += e A,  dA += e dt[t]             g = g a[t], handed to t - 1
+ *     forward:   h[t] = a[t] h[t-1] + dtu[t] B[t]           dC[t] = sum over channels of grad_y[t] h[t]
+ *     backward:  g += C[t] grad_y[t]                        dB[t] = sum over channels of g dtu[t]
+ *                grad_dtu[t] += g B[t]                      e = g a[t] h[t-1]: the gradient for A dt
+ *                grad_dt[t] += e A,  dA += e dt[t]          g = g a[t], handed to t - 1
  *
- * Two states at a time hide the latency of g's chain and halve the traffic of what they share. The products of the
- * first channels (`add` unset) are stored, the others' added to them. `decays` lie [CHUNK][stride]: given if `known`,
- * else written on the way forth. */
+ * Two states at a time hide the latency of g's chain and halve the memory traffic of what they share. The products of
+ * the first channels (`add` unset) are stored; those of the others are added to them. `decays` is [CHUNK][stride]. It
+ * is an input if `known`, else it is written in the forward part. */
 ALWAYS_INLINE void pull_states(const workspace *ws, const scan_problem *p, const lane_group *g, int64_t n, int v,
                                float *decays, int64_t stride, const int states, const int known, const int add) {
     const int64_t row = scan_row(p), count = ws->count, sum = n / PULLED_STATES % SUMS * CHUNK * GROUP + v;
@@ -86,7 +86,7 @@ ALWAYS_INLINE void pull_states(const workspace *ws, const scan_problem *p, const
         }
 }
 
-/* pull_states for the states from n on, of all channels of the task, and their sums over the channels. */
+/* pull_states for the states from n on, for all channels of the task, and the sums over the channels. */
 ALWAYS_INLINE void pull_some(const workspace *ws, const scan_problem *p, float *partial, int64_t n, float *kept,
                              const int states) {
     for (int64_t i = 0; i < ws->groups; i++) {
@@ -114,8 +114,8 @@ ALWAYS_INLINE void pull_some(const workspace *ws, const scan_problem *p, float *
 
 ALWAYS_INLINE vf total(const float *sums) { return vload(sums) + vload(sums + CHUNK * GROUP); }
 
-/* The gradients of dt and dt u, and grad_y, to those of u (left in grad_dtu), dt_bias and D; that of z, which softplus
- * makes dt of, is left in grad_dt. */
+/* From the gradients of dt and dt u, and grad_y: the gradients of u (left in grad_dtu), dt_bias and D. dt =
+ * softplus(z); the gradient of z is left in grad_dt. */
 static void pull_inputs(const workspace *ws, const scan_problem *p, const lane_group *g) {
     const int64_t count = ws->count;
     const float *us = g->u, *dts = g->dt, *slopes = g->slope, *grad_ys = g->grad_y;
@@ -136,7 +136,7 @@ static void pull_inputs(const workspace *ws, const scan_problem *p, const lane_g
     }
 }
 
-/* The gradient of z to those of dt_weight and low. */
+/* From the gradient of z: the gradients of dt_weight and low. */
 static void pull_low(const workspace *ws, const scan_problem *p, float *partial) {
     const int64_t row = scan_row(p), count = ws->count;
     float *products = ws->products_B;
@@ -159,7 +159,7 @@ static void pull_low(const workspace *ws, const scan_problem *p, float *partial)
     }
 }
 
-/* One chunk backwards; `partial` is (rank + 2 state, CHUNK), the chunk's gradient of proj from these groups alone. */
+/* One chunk backward. `partial`, (rank + 2 state, CHUNK), gets the chunk's gradient of proj from these groups alone. */
 static void pull_chunk(const workspace *ws, const scan_problem *p, float *partial, float *kept) {
     int64_t n = 0;
     for (int64_t i = 0; i < ws->groups; i++) {
@@ -172,7 +172,7 @@ static void pull_chunk(const workspace *ws, const scan_problem *p, float *partia
     pull_low(ws, p, partial);
 }
 
-/* Where chunk number `chunk` is kept, or NULL; dt and slope of the groups are there then, else in their own place. */
+/* Where a chunk is kept, or NULL. If it is kept, dt and slope of the groups lie there too, else in their own place. */
 static float *kept_place(workspace *ws, const scan_problem *p, int64_t chunk) {
     int64_t last = scan_chunks(p) - 1, number = last - 1 - chunk;
     int is_kept = number >= 0 && number < kept_chunks(p);
@@ -185,7 +185,7 @@ static float *kept_place(workspace *ws, const scan_problem *p, int64_t chunk) {
     return kept;
 }
 
-/* The way there, for g->starts and what is kept. */
+/* Walks forward to fill g->starts and what is kept for the last chunks. */
 static void go_there(workspace *ws, const scan_problem *p) {
     int64_t chunks = scan_chunks(p), states = p->state * GROUP;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -213,7 +213,7 @@ static void backward(const scan_problem *p, const scan_task *task, float *scratc
     int64_t offset = image * scan_length(p) * p->channels;
     ws.groups = scan_groups(p) - group < PULLED ? scan_groups(p) - group : PULLED;
     lay_out(&ws, p, (int)ws.groups, 1, scratch);
-    /* A short last chunk's missing rows are summed too, though nobody reads those sums. */
+    /* The missing rows of a short last chunk are summed too, though nobody reads those sums. */
     memset(ws.products_B, 0, PULLED_STATES * CHUNK * LANES * sizeof(float));
     memset(ws.products_C, 0, PULLED_STATES * CHUNK * LANES * sizeof(float));
     for (int64_t k = task->k_begin; k < task->k_end; k++) {
@@ -254,7 +254,7 @@ static void backward(const scan_problem *p, const scan_task *task, float *scratc
                 float *du = task->out + offset + (group + i) * GROUP;
                 for (int64_t t = 0; t < ws.count; t++)
                     store_lanes(du + ws.pixel[t] * p->channels, g->grad_dtu + t * GROUP, g->width, add);
-                /* Double: a large image adds up a hundred thousand chunks. */
+                /* In double, since a large image adds up a hundred thousand chunks. */
                 double *to = dparams + i * scan_params(p) * GROUP;
                 for (int64_t j = 0; j < scan_params(p) * GROUP; j++) to[j] += g->sums[j];
             }

@@ -1,13 +1,13 @@
-/* Two ways to run the shares of a call; the caller works in both.
+/* Two ways to run the shares of a call. The caller works in both.
  *
- * PyTorch's own OpenMP threads, where Python found their entry GOMP_parallel: they spin for a while after every
- * operation of PyTorch's, so threads of ours would wait for the cores that those hold (on 2 cores right after a matrix
- * product: 1.8 ms instead of 0.8). On a machine busy with other work they stall as PyTorch's operations do.
+ * First way: PyTorch's own OpenMP threads, if Python found their entry GOMP_parallel. They spin for a while after every
+ * operation of PyTorch's, so threads of our own would wait for the cores that those hold (on 2 cores right after a
+ * matrix product: 1.8 ms instead of 0.8). On a machine busy with other work they stall as PyTorch's operations do.
  *
- * Else threads made for the call and joined before it returns. Nothing outlives the call, so this way is safe in a
- * forked child, where the OpenMP threads are gone and waiting for them would never end.
+ * Second way: threads that are started for the call and joined before it returns. Nothing outlives the call, so this is
+ * safe in a forked child, where the OpenMP threads do not exist and waiting for them would never end.
  *
- * Either way the shares are the same, and calls from several Python threads share nothing. */
+ * The shares are the same in both, and calls from several Python threads share nothing. */
 #include "threads.h"
 
 #include <stdlib.h>
@@ -73,7 +73,7 @@ typedef struct {
     int threads, next;
 } team;
 
-/* Run by every thread of the team, which may have fewer of them than asked for. */
+/* Run by every thread of the team, which may have fewer threads than were asked for. */
 static void team_main(void *context) {
     team *t = context;
     int i;
@@ -109,7 +109,7 @@ void run_tasks(task_function function, void *context, int64_t count, int threads
         if (own[i].started)
             join(&own[i]);
         else
-            work(&own[i].share); /* the system had no thread to give: slower, not wrong */
+            work(&own[i].share); /* the system could not start a thread: slower, but correct */
     }
     free(own);
 }

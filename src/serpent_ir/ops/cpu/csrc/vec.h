@@ -1,6 +1,6 @@
-/* Vectors of floats of the unit's native width, and the few functions the scan needs of them.
+/* Vectors of floats of the native width of the dispatch level, and the few functions of them that the scan needs.
  *
- * GCC and Clang have vector types with operators; elsewhere (MSVC) a "vector" is one float and the same code runs.
+ * GCC and Clang have vector types with operators. Elsewhere (MSVC) a "vector" is one float and the same code runs.
  * No function here loses a NaN, and none needs -ffast-math. */
 #ifndef SERPENT_VEC_H
 #define SERPENT_VEC_H
@@ -58,7 +58,7 @@ ALWAYS_INLINE vf vset(float x) {
     return x - zero;
 }
 
-/* max(x, low), and x where it is NaN: the x86 instruction returns its second operand then. */
+/* max(x, low), or x if it is NaN: the x86 instruction returns its second operand in that case. */
 ALWAYS_INLINE vf at_least(vf x, float low) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)vset(low), (__m512)x);
@@ -74,8 +74,8 @@ ALWAYS_INLINE vf at_least(vf x, float low) {
 #endif
 }
 
-/* 2^f for f in [-1/2, 1/2] as 1 + f q(f); q minimax to 1.1e-8 of its value, so that decays next to 1 (long memory) keep
- * the relative error of 1 - 2^f small too. */
+/* 2^f for f in [-1/2, 1/2] as 1 + f q(f). q is a minimax fit with a relative error of 1.1e-8, so that for decays close
+ * to 1 (long memory) the relative error of 1 - 2^f stays small too. */
 ALWAYS_INLINE vf exp2_fraction(vf f) {
     vf q = vset(1.54035137e-4f);
     q = q * f + 1.33907355e-3f;
@@ -86,12 +86,13 @@ ALWAYS_INLINE vf exp2_fraction(vf f) {
     return q * f + 1.0f;
 }
 
-/* Adding ROUND rounds to an integer and leaves 127 + n in the low bits of the sum: the exponent field of 2^n. */
+/* Adding ROUND rounds to an integer n and leaves 127 + n in the low bits of the sum, which is the exponent field of
+ * 2^n. */
 #define ROUND (12582912.0f + 127.0f)
 
 ALWAYS_INLINE vf power_of_two(vf rounded) { return from_bits(bits_of(rounded) << 23); }
 
-/* 2^x for x <= 0, not below 2^-126. */
+/* 2^x for x <= 0, but never below 2^-126. */
 ALWAYS_INLINE vf exp2_decay(vf x) {
     x = at_least(x, -126.0f);
     vf rounded = x + ROUND;
@@ -99,18 +100,18 @@ ALWAYS_INLINE vf exp2_decay(vf x) {
     return exp2_fraction(f) * power_of_two(rounded);
 }
 
-/* e^z for z from -87 to 88, in two-part reduction since an error in z log2(e) would grow with |z|. */
+/* e^z for z from -87 to 88. The reduction is in two parts, since an error in z log2(e) would grow with |z|. */
 ALWAYS_INLINE vf exp_in_range(vf z) {
     vf rounded = z * 1.44269504f + ROUND;
     vf n = rounded - ROUND;
-    vf r = z - n * 0.693359375f; /* exact: few bits */
+    vf r = z - n * 0.693359375f; /* exact, since the constant has few bits */
     r = r + n * 2.12194440e-4f;
     return exp2_fraction(r * 1.44269504f) * power_of_two(rounded);
 }
 
 ALWAYS_INLINE vf exp_minus_abs(vf z) { return exp_in_range(at_least(from_bits(bits_of(z) | INT32_MIN), -87.0f)); }
 
-/* e^z; past the range's ends, its values there. */
+/* e^z; beyond the ends of that range, the value at the end. */
 ALWAYS_INLINE vf exp_clamped(vf z) { return exp_in_range(-at_least(-at_least(z, -87.0f), -88.0f)); }
 
 /* 1 / (1 + e^-z), with e = e^-|z|. */
@@ -120,13 +121,13 @@ ALWAYS_INLINE vf sigmoid(vf z, vf e) {
     return from_bits(numerator) / (e + 1.0f);
 }
 
-/* log(1 + e^z) = max(z, 0) + log(1 + e) with e = e^-|z|. log(1 + e) = 2 atanh(e / (2 + e)) keeps its precision for
- * small e, that is for small time steps. `slope`, where wanted, takes the derivative 1 / (1 + e^-z). */
+/* log(1 + e^z) = max(z, 0) + log(1 + e) with e = e^-|z|. log(1 + e) = 2 atanh(e / (2 + e)) stays precise for small e,
+ * that is, for small time steps. `slope`, unless NULL, receives the derivative 1 / (1 + e^-z). */
 ALWAYS_INLINE vf softplus(vf z, vf *slope) {
     vf e = exp_minus_abs(z);
     vf s = e / (e + 2.0f);
     vf w = s * s;
-    vf p = vset(2.79379409e-1f); /* minimax to 5e-9 for w in [0, 1/9] */
+    vf p = vset(2.79379409e-1f); /* minimax fit to 5e-9 for w in [0, 1/9] */
     p = p * w + 2.80186781e-1f;
     p = p * w + 4.00203320e-1f;
     p = p * w + 6.66664418e-1f;
@@ -136,7 +137,7 @@ ALWAYS_INLINE vf softplus(vf z, vf *slope) {
 }
 
 #if LANES > 1
-/* In every block of four: the sums of neighbours of a, then those of b. */
+/* In every block of four: the sums of neighbours of a, then the sums of neighbours of b. */
 #if LANES == 4
 #define PAIRS(first) 0 + first, 2 + first, 4 + first, 6 + first
 #elif LANES == 8
@@ -165,7 +166,7 @@ ALWAYS_INLINE vf add_blocks(vf a, vf b) { return SHUFFLE(a, b, BLOCKS(0)) + SHUF
 #endif
 #endif
 
-/* Rows of LANES floats to their sums, by a transposition that adds on the way. */
+/* Sums each row of LANES floats, by a transposition that adds on the way. */
 #if LANES > 1
 ALWAYS_INLINE vf sums_of_2(const float *rows) { return add_pairs(vload(rows), vload(rows + LANES)); }
 ALWAYS_INLINE vf sums_of_4(const float *rows) { return add_pairs(sums_of_2(rows), sums_of_2(rows + 2 * LANES)); }
@@ -184,7 +185,7 @@ ALWAYS_INLINE vf sums_of_16(const float *rows) { return add_blocks(sums_of_8(row
 #define SUMS_OF_ROWS vload
 #endif
 
-/* sums[t] = the sum of the LANES floats of row t, for t < count and up to LANES - 1 more. */
+/* sums[t] = the sum of the LANES floats of row t, for t < count. Up to LANES - 1 sums more are written. */
 ALWAYS_INLINE void sum_lanes(const float *rows, float *sums, int64_t count) {
     for (int64_t t = 0; t < count; t += LANES) vstore(sums + t, SUMS_OF_ROWS(rows + t * LANES));
 }

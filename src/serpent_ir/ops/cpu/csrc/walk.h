@@ -1,13 +1,13 @@
-/* The walk of a task along one direction: its memory, loading chunk by chunk, time steps, and the recurrence.
+/* The walk of a task along one direction: its memory, loading of chunks, time steps, and the recurrence.
  *
- * For every direction k, along its walk over the pixels, channel by channel:
+ * For every direction k, along its walk over the pixels, for each channel:
  *
  *     dt = softplus(dt_weight . low + dt_bias)        low, B, C: the pixel's row of proj for this direction
  *     h  = exp(A dt) h + dt u B                       A = -exp(A_log); h has `state` numbers
  *     y += C . h + D u
  *
- * Arrays in the scratch are [...][GROUP], the channel innermost; vectors cut a group into GROUP / LANES parts. Lanes
- * past the last channel hold zeros, and dt = 0 there, so that they add nothing anywhere. */
+ * Arrays in the scratch memory are [...][GROUP], with the channel innermost; a group is GROUP / LANES vectors. Lanes
+ * past the last channel hold zeros, and dt = 0 there, so they never add anything. */
 #ifndef SERPENT_WALK_H
 #define SERPENT_WALK_H
 
@@ -18,15 +18,15 @@ enum { SUMS = 2, PULLED_STATES = 2 };
 
 /* One group of channels. */
 typedef struct {
-    /* Of the direction and group: */
+    /* Per direction and group: */
     float *A, *A_log2e, *weight; /* [state][], [state][], [rank][] */
     float *bias, *D;
-    int64_t width; /* channels in the group, GROUP but for the last */
-    /* The first pixel's values of the image and group; `touched` are more maps to have at hand, or NULL: */
+    int64_t width; /* channels in the group: GROUP, except in the last one */
+    /* The first pixel's values of the image and group; `touched` are further maps to prefetch, or NULL: */
     const float *from_u, *touched[2];
-    /* Of the chunk, [CHUNK][] each: */
+    /* Per chunk, [CHUNK][] each: */
     float *u, *dt, *dtu, *slope, *grad_y;
-    float *grad_dt, *grad_dtu; /* [SUMS][CHUNK][]: several sums over the states, since rounding grows with a sum */
+    float *grad_dt, *grad_dtu; /* [SUMS][CHUNK][]: several partial sums over the states, to limit rounding errors */
     /* States, [state][]: */
     float *h, *grad_h;
     float *sums;            /* backward: [scan_params][] parameter gradients of a chunk */
@@ -39,9 +39,9 @@ typedef struct {
     const float *from_rows; /* the image's and direction's first row of proj */
     float *rows;            /* [CHUNK][rank + 2 state] of the chunk */
     int64_t pixel[CHUNK], count;
-    int64_t next[CHUNK], next_count; /* the chunk to come */
+    int64_t next[CHUNK], next_count; /* the next chunk */
     lane_group group[PULLED];
-    /* Backward, of PULLED_STATES states: */
+    /* Backward, for PULLED_STATES states: */
     float *decay, *before;           /* [CHUNK][PULLED_STATES][GROUP] */
     float *products_B, *products_C;  /* [PULLED_STATES][CHUNK][LANES] */
     float *kept;                     /* [kept_chunks][groups][kept_floats] */
@@ -53,18 +53,18 @@ static float *take(float *base, int64_t *used, int64_t floats) {
     return here;
 }
 
-/* What a kept chunk takes for each group: dt, slope, and the decays of its states. */
+/* The floats that a kept chunk takes per group: dt, slope, and the decays of its states. */
 static inline int64_t kept_floats(const scan_problem *p) { return CHUNK * GROUP * (2 + p->state); }
 
-/* How many chunks' decays are kept from the way there for the way back: the last ones, which it meets first, as many
- * as a second level cache has room for. */
+/* The number of chunks whose decays are kept from the forward walk for the backward walk. These are the last chunks,
+ * which the backward walk meets first, and as many as fit into a second-level cache. */
 static int64_t kept_chunks(const scan_problem *p) {
     if (p->states) return 0;
     int64_t most = KEPT_FLOATS / (PULLED * kept_floats(p)), chunks = scan_chunks(p) - 1;
     return most < chunks ? most : chunks;
 }
 
-/* Lays the workspace out from `base` on and returns its size; with base = NULL it only measures. */
+/* Lays out the workspace from `base` on and returns its size; with base = NULL it only measures. */
 static int64_t lay_out(workspace *ws, const scan_problem *p, int groups, int backward, float *base) {
     int64_t used = 0, states = p->state * GROUP, chunk = CHUNK * GROUP;
     ws->rows = take(base, &used, CHUNK * scan_row(p));
@@ -103,20 +103,20 @@ static int64_t scratch_floats(const scan_problem *p, int backward) {
     return lay_out(&ws, p, backward ? PULLED : 1, backward, 0);
 }
 
-/* Where the states before each chunk of a group's walk are kept from the forward pass for the backward pass. */
+/* Where the forward pass keeps, for the backward pass, the states before each chunk of a group's walk. */
 ALWAYS_INLINE float *kept_states(const scan_problem *p, int64_t image, int64_t k, int64_t group) {
     return p->states + ((image * DIRECTIONS + k) * scan_groups(p) + group) * scan_states(p);
 }
 
-/* Puts the pixels of a chunk into ws->next; none, where the walk ends. */
+/* Puts the pixels of a chunk into ws->next, or none if the walk has ended. */
 ALWAYS_INLINE void look_ahead(workspace *ws, const scan_problem *p, int64_t chunk) {
     int64_t left = chunk < 0 ? 0 : scan_length(p) - chunk * CHUNK;
     ws->next_count = left < 0 ? 0 : left < CHUNK ? left : CHUNK;
     scan_pixels(p, ws->k, chunk * CHUNK, ws->next_count, ws->next);
 }
 
-/* Makes ready for a walk of direction k, over groups from `group` on, that begins with the given chunk; `touched` are
- * maps of all channels. */
+/* Prepares a walk of direction k, over the groups from `group` on, that begins with the given chunk. `touched` are maps
+ * of all channels. */
 ALWAYS_INLINE void begin_walk(workspace *ws, const scan_problem *p, int64_t image, int64_t group, int64_t k,
                               int64_t chunk, const float *touched, const float *touched_too) {
     int64_t first = image * scan_length(p);
@@ -152,7 +152,7 @@ static void load_parameters(lane_group *g, const scan_problem *p, int64_t k, int
     }
 }
 
-/* A pixel's channels of this group: to or from 16 lanes. The full group is a copy of constant size. */
+/* Copies a pixel's channels of this group to or from 16 lanes. A full group is a copy of constant size. */
 ALWAYS_INLINE void load_lanes(float *lanes, const float *from, int64_t width) {
     if (width == GROUP) {
         memcpy(lanes, from, GROUP * sizeof(float));
@@ -170,8 +170,8 @@ ALWAYS_INLINE void store_lanes(float *to, const float *lanes, int64_t width, int
     for (int64_t i = 0; i < width; i++) to[i] = add ? to[i] + lanes[i] : lanes[i];
 }
 
-/* Packs the chunk that was ahead, the rows of proj and u at its pixels, from any distance apart to side by side; the
- * next one is `chunk`. */
+/* Packs the next chunk, that is the rows of proj and u at its pixels, which lie far apart, into contiguous memory. Then
+ * `chunk` becomes the next one. */
 ALWAYS_INLINE void load_chunk(workspace *ws, const scan_problem *p, int64_t chunk) {
     int64_t row = scan_row(p), count = ws->count = ws->next_count;
     float *rows = ws->rows;
@@ -190,9 +190,9 @@ ALWAYS_INLINE void load_chunk(workspace *ws, const scan_problem *p, int64_t chun
     }
 }
 
-/* Asks for what step t of the chunk to come will read, while this one keeps the processor busy. A group's share of a
- * pixel is one cache line, the next pixel's lies d lines on, or a row of the map: no hardware foresees that, and with
- * maps beyond the second level cache waiting would double the time. */
+/* Prefetches what step t of the next chunk will read, while this chunk keeps the processor busy. A group's share of a
+ * pixel is one cache line, and that of the next pixel lies d lines on, or a row of the map away. No hardware prefetcher
+ * foresees that, and with maps larger than the second-level cache waiting would double the time. */
 ALWAYS_INLINE void fetch(const workspace *ws, const scan_problem *p, const lane_group *g, int64_t t) {
     int64_t pixel = ws->next[t], row = scan_row(p);
     const float *rows = ws->from_rows + pixel * DIRECTIONS * row;
@@ -205,7 +205,7 @@ ALWAYS_INLINE void fetch(const workspace *ws, const scan_problem *p, const lane_
     PREFETCH(rows + row - 1);
 }
 
-/* dt and dt u of the chunk, and dt's derivative if `want_slope`; if `known`, dt and slope are there already. */
+/* dt and dt u of the chunk, and dt's derivative if `want_slope`. If `known`, dt and slope are already there. */
 ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, lane_group *g, int want_slope, int known) {
     const int64_t row = scan_row(p), rank = p->rank, count = ws->count;
     const float *rows = ws->rows, *us = g->u, *weight = g->weight;
@@ -221,7 +221,7 @@ ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, lane_group *
                 continue;
             }
             for (int64_t r = 0; r < rank; r++) z = z + vload(weight + r * GROUP + v) * rows[t * row + r];
-            /* The bias last: it is the largest term, and would round every sum after it. */
+            /* The bias is added last: it is the largest term, and would make every later addition round more. */
             vf dt = softplus(z + bias, want_slope ? &slope : 0);
             vstore(dts + at, dt);
             vstore(dtus + at, dt * vload(us + at));
@@ -236,7 +236,8 @@ ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, lane_group *
         }
 }
 
-/* One step of `states` states from those at h, A_log2e and kept on, added to as many sums y. */
+/* One step of `states` states. h, A_log2e and kept point to the first of them; each state adds to a sum of its own in
+ * y. */
 ALWAYS_INLINE void step_states(float *h, const float *A_log2e, const float *B, const float *C, float *kept, vf dt,
                                vf dtu, vf *y, const int states) {
     for (int i = 0; i < states; i++) {
@@ -248,8 +249,9 @@ ALWAYS_INLINE void step_states(float *h, const float *A_log2e, const float *B, c
     }
 }
 
-/* The recurrence over a chunk from g->h on; y, where wanted, is written over g->dt, which has served by then.
- * Four sums of y: shorter chains, and smaller rounding errors than one long sum. `keep`: the decays go to `kept`. */
+/* The recurrence over a chunk, from g->h on. y, if wanted, overwrites g->dt, which is no longer needed then. y is taken
+ * in four sums: shorter dependency chains, and smaller rounding errors than in one long sum. `keep`: store the decays
+ * in `kept`. */
 ALWAYS_INLINE void walk_chunk(const workspace *ws, const scan_problem *p, const lane_group *g, const int want_y,
                               float *kept, const int keep) {
     const int64_t row = scan_row(p), state = p->state, rank = p->rank, count = ws->count;
