@@ -1,7 +1,7 @@
-"""One operator: the selective scan of an image in four directions (design: Serpent section 2.3, VMamba's SS2D).
+"""One operator: the selective scan of an image in four directions (Serpent, section 2.3; VMamba's SS2D).
 
-`ss2d` checks its arguments and calls the custom operator `serpent_ir::ss2d`, which has a fake (shapes without data),
-an autograd formula and a FLOP formula. The backend that does the work is chosen by device, or by name.
+`ss2d` checks its arguments and calls the custom operator `serpent_ir::ss2d`. That has a fake (shapes without data), an
+autograd formula and a FLOP formula. The backend that does the work is chosen by device, or by name.
 """
 
 import functools
@@ -26,7 +26,7 @@ _MODULES = {
 }
 BACKENDS = ("reference", *_MODULES)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_KERNELS = ("cpu", "cuda", "triton")  # whose states are float32
+_KERNELS = ("cpu", "cuda", "triton")  # these hold float32 states
 _LABELS = {"triton": "Triton", "torch": "PyTorch"}
 
 
@@ -42,7 +42,8 @@ def ss2d(
 ) -> Tensor:
     """Selective scan of a channels-last map in four directions, summed on the image grid.
 
-    Per direction k (0 row by row, 1 column by column, 2 and 3 those two backwards), walking all H * W positions:
+    Direction 0 goes row by row and 1 column by column; 2 and 3 are those two backwards. Each direction k visits all
+    H * W positions:
 
         dt = softplus(dt_weight[k] . proj[..., k, :R] + dt_bias[k])
         h  = exp(-exp(A_log[k]) dt) h + dt B u      B = proj[..., k, R:R+N]
@@ -50,24 +51,24 @@ def ss2d(
 
     Args:
         u: (B, H, W, d_inner), float64, float32, bfloat16 or float16.
-        proj: (B, H, W, 4, R + 2N), of u's dtype. All arguments lie on u's device, with any strides.
-        dt_weight: (4, d_inner, R). Parameters may have any of those dtypes, and are cast to that of the states.
+        proj: (B, H, W, 4, R + 2N), of u's dtype. All arguments must lie on u's device; they may have any strides.
+        dt_weight: (4, d_inner, R). Parameters may have any of those dtypes; they are cast to the dtype of the states.
         dt_bias: (4, d_inner).
         A_log: (4, d_inner, N).
         D: (4, d_inner).
         backend: one of `BACKENDS`, or None to choose by device (see `default_backend`). `cpu`, `cuda` and `triton`
-            take no float64, and only tensors on their kind of device.
+            take no float64, and take tensors on their own kind of device only.
 
     Returns:
-        y, (B, H, W, d_inner) in u's dtype. States and sums are float32, float64 where u is. Where gradients are asked
-        for with `create_graph`, so that they can be differentiated again, and within the transforms of `torch.func`
-        (`grad`, `vmap`, `jacrev` and what is made of them), the PyTorch path computes. Forward-mode derivatives
-        (`torch.func.jvp`, `jacfwd`) come from the reference alone.
+        y, (B, H, W, d_inner) in u's dtype. States and sums are float32, or float64 if u is float64. The PyTorch path
+        computes if gradients are requested with `create_graph`, so that they can be differentiated again, and within
+        the transforms of `torch.func` (`grad`, `vmap`, `jacrev` and what is built from them). Only the reference
+        provides forward-mode derivatives (`torch.func.jvp`, `jacfwd`).
 
     Raises:
-        NotImplementedError: forward-mode derivatives of another backend.
-        RuntimeError: the backend that was named cannot run on this machine.
-        ValueError: a shape, dtype, device or backend name that does not fit.
+        NotImplementedError: forward-mode derivatives were requested from another backend than the reference.
+        RuntimeError: the named backend cannot run on this machine.
+        ValueError: a shape, dtype, device or backend name does not fit.
     """
     if u.ndim != 4 or proj.ndim != 5 or dt_weight.ndim != 3 or A_log.ndim != 3:
         raise ValueError(
@@ -109,7 +110,7 @@ def ss2d(
 
 
 def _check_backend(name: str, u: Tensor) -> None:
-    """Raises where a backend that was asked for by name does not take u; of devices each speaks where it runs."""
+    """Raise if the named backend does not take u. The device is checked by the backend itself, when it runs."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; valid: {', '.join(BACKENDS)}")
     if name not in _KERNELS:
@@ -123,13 +124,13 @@ def _check_backend(name: str, u: Tensor) -> None:
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves tensors of this device and dtype: `cuda`, `cpu`, or where these do not run `triton`
-    (CUDA devices, AMD's too) or `torch`.
+    """The backend that serves tensors of this device and dtype: `cuda` or `cpu`.
 
-    Falling back to one of the latter gives one RuntimeWarning a process that says why.
+    Where these cannot run it is `triton` (on CUDA devices, AMD's too) or `torch`. Such a fallback gives one
+    RuntimeWarning per process, which says why.
     """
     if dtype == torch.float64:
-        return "torch"  # the kernels hold float32 states; double is asked for by tests alone
+        return "torch"  # the kernels hold float32 states; only tests ask for float64
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     name, missing = _fast_backend(device)
@@ -139,7 +140,7 @@ def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 
 def why_not(backend: str, device: torch.device) -> str:
-    """Why a backend cannot serve float32 tensors of a device, in one line; empty where it can."""
+    """The reason, in one line, why a backend cannot serve float32 tensors of a device; empty if it can."""
     wanted = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}.get(backend, (device.type,))
     if device.type not in wanted:
         return f"for {', '.join(wanted)} devices"
@@ -152,8 +153,10 @@ def why_not(backend: str, device: torch.device) -> str:
 
 @functools.cache
 def _fast_backend(device: torch.device) -> tuple[str, str]:
-    """The backend of a device, and what is missing where that is not the fastest for it. A host may have several kinds
-    of GPU, so each is asked."""
+    """The backend of a device, and what is missing if it is not the fastest for the device.
+
+    A host may have several kinds of GPU, so each one is asked.
+    """
     if device.type == "cuda":
         reason = _module("cuda").unavailable(device)
         if not reason:
@@ -179,7 +182,7 @@ def _backend_module(name: str, u: Tensor) -> ModuleType:
     return _module(default_backend(u.device, u.dtype) if name == "auto" else name)
 
 
-# Not torch.library.custom_op: the first call of its operators imports torch._dynamo, which takes a second.
+# torch.library.custom_op is not used: the first call of its operators imports torch._dynamo, which takes a second.
 _INPUTS = "Tensor u, Tensor proj, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, str backend"
 for _name, _schema in {
     "ss2d": f"({_INPUTS}) -> Tensor",
@@ -213,7 +216,7 @@ def _ss2d_backward(
 
 
 def _dense(u: Tensor, proj: Tensor, *params: Tensor) -> list[Tensor]:
-    """Contiguous inputs with parameters in the dtype of the state, which is what every backend takes."""
+    """Contiguous inputs, with parameters in the dtype of the states: what every backend takes."""
     wide = torch.promote_types(u.dtype, torch.float32)
     return dense(u, proj, *(p.to(wide) for p in params))
 
@@ -236,7 +239,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_y):
     given = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a graph of the gradients is wanted (create_graph), which the kernels do not leave
+    if torch.is_grad_enabled():  # create_graph wants a graph of the gradients, which the kernels do not record
         grads = _module("torch").backward(*dense(grad_y), *_dense(*given))
         return (*(g.to(x.dtype) for g, x in zip(grads, given, strict=True)), None)
     return (*torch.ops.serpent_ir.ss2d_backward(grad_y, *given, ctx.backend), None)
@@ -246,7 +249,7 @@ torch.library.register_autograd("serpent_ir::ss2d", _autograd, setup_context=_se
 
 
 def ss2d_macs(u_shape: tuple[int, ...], dt_rank: int, d_state: int) -> int:
-    """Multiply-accumulates of one call: per direction 6 L d N + L d + L R d, the paper's count (fvcore on VMamba)."""
+    """Multiply-accumulates of one call: 6 L d N + L d + L R d per direction, the paper's count (fvcore on VMamba)."""
     batch, height, width, d_inner = u_shape
     return 4 * batch * height * width * d_inner * (6 * d_state + 1 + dt_rank)
 

@@ -1,7 +1,8 @@
-"""The scan in plain PyTorch operations, for any device: two levels of chunks of about sqrt(L) positions.
+"""The scan in plain PyTorch operations, for any device, on two levels: chunks of about sqrt(L) positions.
 
 All chunks advance side by side, so a sequence of L positions takes about 3 sqrt(L) steps instead of L. The state at
-a chunk's end is its state from zero plus the state at its start times exp(A * sum of dt), which is exact.
+the end of a chunk is the state it reaches from zero, plus the state at its start times exp(A * sum of dt). This is
+exact.
 """
 
 import functools
@@ -13,16 +14,17 @@ from torch import Tensor
 
 from serpent_ir.ops.reference import DIRECTIONS, scan_order
 
-# Channels are independent, so they are walked in groups whose states in autograd's tape stay under this many numbers.
+# Channels are independent. They are walked in groups, so that a group's states on autograd's tape stay below this
+# count.
 MAX_STATES = 1 << 27
 
 
 def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """h <- exp(A dt) h + dt u B; y = C . h for u, dt (batch, L, d), A (d, N), B and C (batch, L, N); y is as u."""
+    """y = C . h with h <- exp(A dt) h + dt u B. u, dt (batch, L, d), A (d, N), B and C (batch, L, N); y is like u."""
     batch, length, _ = u.shape
     chunk = math.isqrt(length - 1) + 1
     count = -(-length // chunk)
-    # A padded position has dt = 0: it keeps the state and adds nothing.
+    # At a padded position dt = 0, so the state stays and nothing is added.
     u, dt, B, C = (F.pad(x, (0, 0, 0, count * chunk - length)).unflatten(1, (count, chunk)) for x in (u, dt, B, C))
     du = dt * u
 
@@ -47,7 +49,7 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def _one_direction(
     order: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> Tensor:
-    """One direction's share of y in pixel order: u (batch, L, d), proj (batch, L, R + 2N), its own parameters."""
+    """One direction's share of y, in pixel order. u (batch, L, d), proj (batch, L, R + 2N), its own parameters."""
     dt_low, B, C = proj[:, order].split([dt_weight.shape[-1], A_log.shape[-1], A_log.shape[-1]], dim=-1)
     u_walk = u[:, order]
     with torch.autocast(u.device.type, enabled=False):
@@ -63,7 +65,7 @@ def _pieces(u: Tensor, A_log: Tensor) -> list[tuple[int, slice]]:
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """See `serpent_ir.ops.ss2d`. Float32 inside, or float64 where the inputs are."""
+    """See `serpent_ir.ops.ss2d`. Computes in float32, or in float64 if the inputs are float64."""
     wide = torch.promote_types(u.dtype, torch.float32)
     u_flat, proj_flat = u.flatten(1, 2).to(wide), proj.flatten(1, 2).to(wide)
     y = torch.zeros_like(u_flat)
@@ -78,8 +80,11 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
 
 
 def composed(*inputs: Tensor) -> Tensor:
-    """`forward` as a composition of PyTorch's operations that writes into none of its tensors, so that the transforms
-    of `torch.func` go through it. Takes parameters of any floating dtype; its tape holds every state."""
+    """`forward` as a composition of PyTorch's operations that never writes into a tensor.
+
+    So the transforms of `torch.func` can go through it. Parameters may have any floating dtype. The tape holds every
+    state.
+    """
     u, *_ = inputs
     if not u.numel():
         return u.clone()
@@ -94,7 +99,7 @@ def composed(*inputs: Tensor) -> Tensor:
 
 
 def backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients with respect to the six inputs; the states are computed again, piece by piece."""
+    """Gradients with respect to the six inputs. The states are computed again, piece by piece."""
     u, proj, *params = inputs
     wide = torch.promote_types(u.dtype, torch.float32)
     u_flat, proj_flat, grad_flat = (x.flatten(1, 2).to(wide) for x in (u, proj, grad_y))

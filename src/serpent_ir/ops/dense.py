@@ -1,14 +1,14 @@
-"""What kernels take that are given addresses: tensors of one device, contiguous, their numbers as they are.
+"""Makes tensors ready for kernels that receive addresses: on one device, contiguous, with their true values in memory.
 
-Every function that hands out addresses of what others gave it asks here first, so that no kernel takes one stride for
-another, or the memory of one device for another's.
+Every function that passes addresses of its caller's tensors to a kernel calls this first. So no kernel misreads a
+stride, or takes the memory of one device for that of another.
 """
 
 from torch import Tensor
 
 
 def on_one_device(*tensors: Tensor) -> None:
-    """Raises ValueError where the tensors lie on several devices."""
+    """Raise ValueError if the tensors lie on several devices."""
     here = tensors[0].device
     for x in tensors:
         if x.device != here:
@@ -16,15 +16,15 @@ def on_one_device(*tensors: Tensor) -> None:
 
 
 def dense(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied where they are not contiguous, or stand for their negatives (`Tensor.is_neg`).
+    """The tensors, copied if they are not contiguous or if they are lazily negated (`Tensor.is_neg`).
 
-    Raises ValueError where they lie on several devices. The caller keeps what it gets for as long as a kernel reads it.
+    Raises ValueError if they lie on several devices. The caller must keep the result for as long as a kernel reads it.
     """
     on_one_device(*tensors)
     return [x.contiguous().resolve_neg() for x in tensors]
 
 
 def even_rows(x: Tensor) -> Tensor:
-    """x (..., c) with rows of c `x.stride(-2)` apart, as a slice of channels of a contiguous map has them already."""
+    """x (..., c), copied unless rows of c lie `x.stride(-2)` apart, as in slices of a contiguous map's channels."""
     even = x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.ndim - 2))
     return (x if even else x.contiguous()).resolve_neg()

@@ -1,4 +1,4 @@
-"""The selective scan in four directions, written as its definition: one plain loop over positions.
+"""The selective scan in four directions, written like its definition: one plain loop over positions.
 
 Every other backend is tested against this one in float64. Nothing here is fast.
 """
@@ -11,9 +11,9 @@ DIRECTIONS = 4
 
 
 def scan_order(height: int, width: int, direction: int, device: torch.device | None = None) -> Tensor:
-    """Flat pixel index (row * width + column) visited at each step of one direction, shape (H*W,).
+    """Flat pixel index (row * width + column) that one direction visits at each step, shape (H*W,).
 
-    0 walks row by row, 1 column by column, 2 and 3 are 0 and 1 walked backwards.
+    Direction 0 goes row by row and 1 column by column; 2 and 3 are 0 and 1 backwards.
     """
     pixels = torch.arange(height * width, device=device).reshape(height, width)
     path = (pixels if direction % 2 == 0 else pixels.T).flatten()

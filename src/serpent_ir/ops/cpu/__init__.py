@@ -1,8 +1,8 @@
 """The scan on the CPU: a small C library with a plain C ABI (csrc/), called through ctypes.
 
-ctypes releases the interpreter lock for the length of a call. The library works with the threads that PyTorch's
-OpenMP runtime keeps, where that can be found, and else makes its own for each call (csrc/threads.c says why). Results
-do not depend on either choice, nor on the number of threads; calls from several Python threads share nothing.
+ctypes releases the interpreter lock for the length of a call. The library works with the threads of PyTorch's OpenMP
+runtime if that can be found; otherwise it starts its own for each call (csrc/threads.c says why). Results depend
+neither on this choice nor on the number of threads. Calls from several Python threads share nothing.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from serpent_ir.ops.dense import dense, on_one_device
 
 ABI = 5
-PARTIAL_FLOATS = 1 << 22  # for each thread: room for gradients of proj by channel group, which are then added up
+PARTIAL_FLOATS = 1 << 22  # per thread: room for gradients of proj by channel group, before they are added up
 LEVEL_VARIABLE = "SERPENT_CPU_LEVEL"
 _FILES = ("libserpent_scan.so", "libserpent_scan.dylib", "libserpent_scan.dll")
 
@@ -50,8 +50,8 @@ class _Library:
 
 @functools.cache
 def _load() -> tuple[_Library | None, str]:
-    """The library, or None and the reason."""
-    # An editable installation's package spans two folders, the sources' and the one that holds the library.
+    """The library, or None and the reason why there is none."""
+    # In an editable installation the package spans two folders: the sources', and the one that holds the library.
     folders = importlib.import_module("serpent_ir.ops.cpu").__path__
     found = [path for folder in folders for name in _FILES if (path := Path(folder) / name).is_file()]
     if not found:
@@ -94,7 +94,7 @@ def _load() -> tuple[_Library | None, str]:
 
 
 def _find_openmp() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that PyTorch is linked to (GNU's and LLVM's have it on Linux)."""
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch links to. On Linux GNU's and LLVM's have it."""
     if sys.platform != "linux" or _forked():
         return None
     try:
@@ -104,7 +104,7 @@ def _find_openmp() -> int | None:
 
 
 def _forked() -> bool:
-    """Whether this process is a fork without an exec: an OpenMP pool that its parent used would wait for ever here."""
+    """Whether this process was forked without an exec. An OpenMP pool that its parent used would hang forever here."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -113,13 +113,16 @@ def _forked() -> bool:
 
 
 def unavailable() -> str:
-    """Why the library cannot serve, in one line; empty when it can."""
+    """The reason, in one line, why the library cannot serve; empty if it can."""
     return _load()[1]
 
 
 def large_pages(fresh: Tensor) -> Tensor:
-    """A tensor on the CPU that nothing was written to yet; if it is large, the system shall hand its memory out in
-    large pages, which takes a fraction of the time. Does nothing where the library or the system cannot."""
+    """Return `fresh`, a CPU tensor that nothing was written to yet, after asking for large memory pages if it is large.
+
+    With large pages the system hands out memory in a fraction of the time. Does nothing if the library or the system
+    has no way to ask.
+    """
     library, _ = _load()
     if library is not None:
         library.large_pages(fresh.data_ptr(), fresh.nbytes)
@@ -134,28 +137,28 @@ def _library() -> _Library:
 
 
 def levels() -> list[str]:
-    """Dispatch levels that this machine can run, the plainest first."""
+    """Dispatch levels that this machine can run, plainest first."""
     return list(_library().levels)
 
 
 def level() -> str:
-    """The level that runs."""
+    """The dispatch level in use."""
     return _library().levels[_library().level]
 
 
 def library_file() -> Path:
-    """Where the library lies."""
+    """The path of the library."""
     return _library().file
 
 
 def use_level(name: str | None = None) -> None:
-    """Force one of `levels()`, or with None the best; the environment variable SERPENT_CPU_LEVEL does so at start."""
+    """Force one of `levels()`, or the best one with None. SERPENT_CPU_LEVEL in the environment does so at start."""
     library = _library()
     library.level = library.levels.index(name) if name is not None else len(library.levels) - 1
 
 
 def _how(library: _Library) -> tuple[int, int, int | None]:
-    """Dispatch level, number of threads, and whose threads."""
+    """The dispatch level, the number of threads, and the OpenMP entry to use, if any."""
     openmp = library.openmp if os.getpid() == library.process else None  # see _forked
     return library.level, torch.get_num_threads(), openmp
 
@@ -169,7 +172,7 @@ def _pointers(tensors: tuple[Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _ready(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as the library reads them: float32, contiguous, in the memory of the CPU."""
+    """The tensors as the library reads them: float32, contiguous, in CPU memory."""
     for x in tensors:
         if x.device.type != "cpu" or x.dtype != torch.float32:
             raise ValueError(f"ss2d: the backend 'cpu' reads float32 tensors on the CPU, not {x.dtype} on {x.device}")
@@ -184,12 +187,15 @@ def _check(status: int) -> None:
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """See `serpent_ir.ops.ss2d`: u and proj of any floating dtype, parameters float32, all on the CPU."""
+    """See `serpent_ir.ops.ss2d`. u and proj may have any floating dtype; parameters are float32; all are on the CPU."""
     return _forward(False, u.float(), proj.float(), dt_weight, dt_bias, A_log, D)[0].to(u.dtype)
 
 
 def forward_keeping(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and the states before each chunk, N / 8 times as large as u, which spare `backward` a walk; all float32."""
+    """y, and the states before each chunk, with which `backward` needs no forward walk. All float32.
+
+    The states take N / 8 times the memory of u.
+    """
     y, states = _forward(True, *inputs)
     assert states is not None
     return y, states
@@ -207,8 +213,10 @@ def _forward(keep: bool, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Gradients of the six inputs of `forward`, u's and proj's in their dtype; the states are computed again, unless
-    `forward_keeping` kept them."""
+    """Gradients of the six inputs of `forward`; those of u and proj have their dtype.
+
+    The states are computed again unless `forward_keeping` kept them.
+    """
     library = _library()
     u, _, dt_weight, _, A_log, _ = inputs
     grad_y, *wide = _ready(*(x.float() for x in (grad_y, *inputs)))
@@ -229,8 +237,10 @@ def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> t
 
 
 def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
-    """LayerNorm(y) * SiLU(z) over the last dimension, without a tape. z, which nobody else may need any more, is
-    overwritten where the library does it in one pass, for contiguous float32 maps of a multiple of 16 channels."""
+    """LayerNorm(y) * SiLU(z) over the last dimension, without a tape. The caller must not need z afterwards.
+
+    For contiguous float32 maps with a multiple of 16 channels the library does it in one pass and overwrites z.
+    """
     on_one_device(y, weight, bias, z)
     fits = all(x.dtype == torch.float32 for x in (y, weight, bias, z)) and z.is_contiguous()
     if unavailable() or not fits or y.shape[-1] % 16 or not y.numel():
@@ -241,7 +251,7 @@ def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) ->
 
 
 def gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tensor:
-    """As `norm_gate`, of maps that the library takes, leaving z as it is."""
+    """As `norm_gate`, for maps that the library takes only. Leaves z as it is."""
     y, weight, bias, z = _ready(y, weight, bias, z)
     library, out = _library(), torch.empty_like(y)
     _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), out.data_ptr()))
@@ -251,7 +261,7 @@ def gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tens
 def gate_backward(
     grad: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of y, z, weight and bias for that of `gate`, and its result again."""
+    """The gradients of y, z, weight and bias, given the gradient of `gate`'s result; and that result again."""
     library = _library()
     grad, y, weight, bias, z = _ready(grad, y, weight, bias, z)
     grad_y, grad_z, out, affine = (
@@ -270,7 +280,7 @@ def _gate_arguments(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tens
     return [y.numel() // y.shape[-1], y.shape[-1], *pointers, eps, z.data_ptr()]
 
 
-# An operator, so that norms are counted and fake tensors pass.
+# It is an operator so that norms are counted and fake tensors can pass.
 _SCHEMA = "(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) z) -> ()"
 torch.library.define("serpent_ir::norm_gate", _SCHEMA)
 NORM_GATE = torch.ops.serpent_ir.norm_gate
@@ -293,7 +303,8 @@ def _(y, weight, bias, eps, z):
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """SiLU of a depthwise 3x3 convolution of a channels-last map, without a tape.
 
-    x (B, H, W, d), weight (d, 1, 3, 3), `padding` rows of zeros above and below: (B, H - 2 + 2 padding, W, d).
+    x (B, H, W, d), weight (d, 1, 3, 3); `padding` rows of zeros are added above and below, and one column at each
+    side. Returns (B, H - 2 + 2 padding, W, d).
     """
     on_one_device(x, weight, *([] if bias is None else [bias]))
     fits = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -332,7 +343,7 @@ def _(x_shape, weight_shape, *args, out_shape: Any = None, **kwargs) -> int:
 
 
 def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias for that of `conv_silu` with padding 1, of maps that the library takes."""
+    """Gradients of x, weight and bias, given that of `conv_silu` with padding 1, for maps that the library takes."""
     library, (grad, x, taps) = _library(), _ready(grad, x, _taps(weight, bias))
     grad_x, grad_taps = torch.empty_like(x), torch.empty_like(taps)
     pointers = [t.data_ptr() for t in (x, taps, grad, grad_x, grad_taps)]

@@ -1,9 +1,9 @@
-"""The scan in CUDA C++ (`src/`), compiled at run time by NVRTC: the default on NVIDIA GPUs.
+"""The scan in CUDA C++ (`src/`), compiled at run time by NVRTC. It is the default on NVIDIA GPUs.
 
-A walk of L positions is cut into chunks. One kernel finds what each chunk does to the state (`scan_ends`; `summary`,
-which also sees to the adjoint), `combine` turns that into the state that each chunk starts with, another scans
-(`scan_output`, `gradient`). Small maps do rows and columns in one launch, each pair of opposite directions into an
-array of its own; large ones one pair after the other, so that scratch stays small.
+A walk of L positions is cut into chunks. A first kernel finds what each chunk does to the state (`scan_ends`; in the
+backward pass `summary`, which also handles the adjoint). `combine` turns that into the state at the start of each
+chunk. Another kernel scans (`scan_output`, `gradient`). Small maps do rows and columns in one launch, with an array
+for each pair of opposite directions. Large maps do one pair after the other, so that scratch memory stays small.
 """
 
 import functools
@@ -21,28 +21,29 @@ from serpent_ir.ops.dense import dense
 
 # Up to this many elements of u, rows and columns run side by side.
 SIDE_BY_SIDE = 1 << 23
-# Chunks are made until a multiprocessor has so many warps, but not shorter than so many positions.
+# The walk is cut into chunks until a multiprocessor has this many warps, but chunks get no shorter than SHORTEST.
 FORWARD_WARPS = 8
 BACKWARD_WARPS = 24
 SHORTEST = 16
-# Bytes of shared memory in which the two directions of a block of `scan_output` meet, which bounds a chunk: more where
-# the map is large, and its many chunks would take long to combine.
+# Bytes of shared memory in which the two directions of a block of `scan_output` meet. They bound the length of a chunk.
+# Large maps use more, because combining their many chunks would take long.
 EXCHANGE = 16 << 10
 LARGE_EXCHANGE = 32 << 10
-# Up to so many chunks `scan_output` combines by itself.
+# Up to this many chunks `scan_output` combines them by itself.
 FEW_CHUNKS = 16
-# More chunks than this are combined in segments of so many.
+# More chunks than this are combined in segments of SEGMENT chunks.
 MANY_CHUNKS = 1024
 SEGMENT = 256
-# Blocks that a multiprocessor should hold, which bounds the registers of a thread.
+# Blocks that a multiprocessor should hold. This bounds the registers of a thread.
 FORWARD_BLOCKS = 8
 SUMMARY_BLOCKS = 8
-# Positions of a part (see src/backward.cuh).
+# Positions per part (see src/backward.cuh).
 PART = 16
-# Beyond so many states the gradients of proj from many blocks of channels cost more than Triton's way of looping over
-# the states in memory: 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43, 16 crops of 128, H100.
+# With more states than this Triton's backward pass, which loops over states in memory, is faster: adding up gradients
+# of proj from many blocks of channels costs 1.5 and 1.7 ms against 1.35 and 1.37 at N = 22 and 43 (16 crops of 128,
+# H100).
 BACKWARD_STATES = 16
-_ARRAYS = 64  # of a launch of `cast`: they have to fit among a kernel's arguments
+_ARRAYS = 64  # per launch of `cast`: they have to fit into a kernel's arguments
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -53,8 +54,8 @@ class Layout(NamedTuple):
     N: int
     R: int
     dtype: torch.dtype
-    lanes: int  # that share a channel's states
-    tile: int  # steps taken together
+    lanes: int  # lanes that share a channel's states
+    tile: int  # steps that are taken together
 
     @property
     def constants(self) -> dict[str, int]:
@@ -63,7 +64,7 @@ class Layout(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Channels of a warp."""
+        """Channels per warp."""
         return 64 // self.lanes
 
     @property
@@ -72,25 +73,25 @@ class Layout(NamedTuple):
 
     @property
     def states(self) -> int:
-        """States of a channel in a lane."""
+        """States of a channel per lane."""
         return -(-self.N // self.lanes)
 
     @property
     def row(self) -> int:
-        """Bytes of a row of proj in shared memory."""
+        """Bytes that a row of proj takes in shared memory."""
         return self.lanes * -(-(-(-self.R // self.lanes) + 2 * self.states) // 4) * 16
 
 
 @functools.cache
 def _forward_layout(d: int, N: int, R: int, dtype: torch.dtype) -> Layout:
-    """About 11 states of a channel in a lane."""
+    """A layout with about 11 states of a channel per lane."""
     lanes = min(8, _power_of_2(-(-N // 11)))
     return Layout(d, N, R, dtype, lanes, max(4, lanes))
 
 
 @functools.cache
 def _backward_layout(d: int, N: int, R: int, dtype: torch.dtype) -> Layout:
-    """About 6 states of a channel in a lane, which keeps them before every step of a tile."""
+    """A layout with about 6 states of a channel per lane, which keeps them before every step of a tile."""
     return Layout(d, N, R, dtype, min(8, _power_of_2(-(-N // 6))), 2)
 
 
@@ -113,7 +114,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _chunks(length: int, wanted: int, multiple: int, longest: int) -> tuple[int, int]:
-    """Positions of a chunk, and how many chunks, where a walk of `length` is to have about `wanted` of them."""
+    """Positions per chunk and number of chunks, for a walk of `length` that should have about `wanted` chunks."""
     size = min(max(-(-length // max(1, wanted)), SHORTEST), longest)
     size = -(-size // multiple) * multiple
     return size, -(-length // size)
@@ -127,7 +128,7 @@ def _triton() -> ModuleType | None:
 
 
 def unavailable(device: torch.device | None = None) -> str:
-    """Why this backend cannot run on a GPU, by default the current one; empty where it can."""
+    """The reason why this backend cannot run on a GPU (by default the current one); empty if it can."""
     return nvrtc.unavailable(device)
 
 
@@ -183,7 +184,7 @@ def _forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log:
 def backward(
     grad_y: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients with respect to u, proj, dt_weight, dt_bias, A_log, D; bit-identical from run to run."""
+    """Gradients with respect to u, proj, dt_weight, dt_bias, A_log and D. They are bit-identical from run to run."""
     inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     if not u.numel():
         return tuple(torch.zeros_like(x) for x in inputs)
@@ -203,7 +204,7 @@ def _backward(
     warps, blocks = _gradient_blocks(layout)
     pairs = 2 if u.numel() <= SIDE_BY_SIDE else 1
     parts = -(-H * W // PART)
-    # Blocks share a chunk's channels only where there are too few parts: each writes a gradient of proj of its own.
+    # Blocks share a chunk's channels only if there are too few parts, since each one writes its own gradient of proj.
     splits = _splits(layout.groups // warps, 2 * _processors(u.device) // (parts * batch * pairs))
     wanted = BACKWARD_WARPS * _processors(u.device) // (batch * pairs * splits * 2 * warps)
     length, chunks = _chunks(H * W, wanted, PART, H * W)
@@ -248,29 +249,29 @@ def _backward(
 
 @functools.cache
 def _gradient_blocks(layout: Layout) -> tuple[int, int]:
-    """Warps of each direction in a block of `gradient`, and blocks that a multiprocessor should hold."""
+    """Warps per direction in a block of `gradient`, and the number of blocks that a multiprocessor should hold."""
     return (2, 3) if layout.groups % 2 == 0 else (1, 5)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where it begins amid a vector, as a slice of another tensor may."""
+    """x, or a copy if x does not begin at a vector's boundary, as may happen with a slice of another tensor."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _splits(sets: int, wanted: int) -> int:
-    """The smallest divisor of `sets` from `wanted` on."""
+    """The smallest divisor of `sets` that is at least `wanted`."""
     return next(s for s in range(1, sets + 1) if sets % s == 0 and s >= min(wanted, sets))
 
 
 def _gradient_shared(layout: Layout, warps: int) -> int:
-    """Bytes of shared memory of a block: rows of proj, and the slots of its warps (SLOT in gradient.cu)."""
+    """Bytes of shared memory per block: rows of proj, and the slots of its warps (SLOT in gradient.cu)."""
     state = -(-2 * layout.states // 4) * 128
     proj = -(-layout.tile * (layout.R + 2 * layout.N) // 4) * 4
     slot = max(state, proj) + 2 * layout.tile * layout.channels
     return 2 * PART * layout.row + 2 * warps * (PART // layout.tile) * slot * 4
 
 
-# Of a struct's bytes: the formats below end in 0q where padding is to follow, since the driver copies whole structs.
+# These give a struct's bytes. The formats below end in 0q where padding follows, since the driver copies whole structs.
 def _pointers(*tensors: Tensor) -> bytes:
     return struct.pack(f"{len(tensors)}P", *(x.data_ptr() for x in tensors))
 
@@ -278,21 +279,21 @@ def _pointers(*tensors: Tensor) -> bytes:
 def _combine(
     kernels: nvrtc.Kernels, h: Tensor, e: Tensor | None, dt_sum: Tensor, A_log: Tensor, first: int, pairs: int
 ) -> None:
-    """What chunks do to the state, (batch, 4, chunks, N, d), becomes the state that they start with, in place."""
+    """Turn what chunks do to the state, (batch, 4, chunks, N, d), in place into the states that they start with."""
     batch, _, chunks, N, d = h.shape
     walks = 1 if e is None else 2
 
     def launch(name: str, states: tuple[Tensor, ...], segments: tuple[Tensor, ...] | None) -> None:
         chunks = states[0].shape[2]
         length, count = (chunks, 1) if segments is None else (SEGMENT, segments[0].shape[2])
-        # Parts of 8 chunks and more, each thread one number of the state of one part.
+        # Parts have 8 chunks or more. Each thread handles one number of the state of one part.
         parts = min(32, _power_of_2(-(-length // 8)))
         columns = 32 if parts >= 4 else 128 // parts
         args = _pointers(*states, A_log, *(segments or states))
         args += struct.pack("7i0q", chunks, first, pairs, columns, parts, length, count)
         kernels.launch(name, (-(-N * d // columns) * count, batch * 2 * pairs, walks), columns * parts, 0, args)
 
-    states = h, h if e is None else e, dt_sum  # one walk does not look at the second
+    states = h, h if e is None else e, dt_sum  # with a single walk the second is not read
     if chunks <= MANY_CHUNKS:
         launch("combine", states, None)
         return
@@ -304,7 +305,7 @@ def _combine(
 
 
 def cast(arrays: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Float32 arrays of one device in bfloat16 or float16, up to 64 by a launch."""
+    """Cast float32 arrays of one device to bfloat16 or float16, up to 64 per launch."""
     arrays = dense(*arrays)
     results = [torch.empty_like(x, dtype=dtype) for x in arrays]
     pairs = [(_aligned(x), result) for x, result in zip(arrays, results, strict=True) if x.numel()]

@@ -1,6 +1,7 @@
-"""CUDA C++ compiled at run time, through two libraries that torch's CUDA builds bring or need: NVRTC and the driver.
+"""CUDA C++ compiled at run time, through NVRTC and the CUDA driver.
 
-No compiler and no CUDA toolkit: NVRTC is a Python package that torch depends on. Compiled code is kept on disk.
+This needs neither a compiler nor a CUDA toolkit: NVRTC is a Python package that torch's CUDA builds depend on, and they
+need the driver anyway. Compiled code is kept on disk.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from serpent_ir.system.whole_file import whole_file
 
 SOURCES = Path(__file__).parent / "src"
 _INVALID_CONTEXT = 201
-_ALWAYS_SHARED = 48 << 10  # bytes of shared memory that every kernel may have
+_ALWAYS_SHARED = 48 << 10  # bytes of shared memory that every kernel may use without asking
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -34,10 +35,10 @@ class Kernels:
             code = cubin(file, constants, capability)
             try:
                 self._module = _load_module(code)
-            except RuntimeError:  # of another driver's version, say; a new one that does not load is an error
+            except RuntimeError:  # the kept code may be for another driver version; if new code fails, it is an error
                 self._module = _load_module(cubin(file, constants, capability, anew=True))
         self._functions: dict[str, ctypes.c_void_p] = {}
-        self._shared: dict[str, int] = {}  # bytes of shared memory that a kernel's launches may ask for
+        self._shared: dict[str, int] = {}  # bytes of shared memory that launches of a kernel may ask for so far
         self._lock = Lock()
 
     def launch(self, name: str, grid: tuple[int, int, int], threads: int, shared: int, args: bytes) -> None:
@@ -48,13 +49,13 @@ class Kernels:
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         call = (function, *grid, threads, 1, 1, shared, stream, params, None)
         status = _driver().cuLaunchKernel(*call)
-        if status == _INVALID_CONTEXT:  # a thread that has not called CUDA yet, as autograd's may be
+        if status == _INVALID_CONTEXT:  # a thread that has not called CUDA yet, for example one of autograd's
             _make_current(self.device)
             status = _driver().cuLaunchKernel(*call)
         _check(status, name)
 
     def _function(self, name: str, shared: int) -> ctypes.c_void_p:
-        """The kernel, which may be launched with so much shared memory; the limit is the kernel's, and only rises."""
+        """The kernel, allowed to use this much shared memory. The limit belongs to the kernel and only rises."""
         with self._lock:
             function = self._functions.get(name)
             if function is None:
@@ -75,7 +76,7 @@ def _load_module(code: bytes) -> ctypes.c_void_p:
 
 
 def _make_current(device: int) -> None:
-    """The context that PyTorch uses on a device becomes this thread's."""
+    """Make the context that PyTorch uses on a device the current one of this thread."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     _check(_driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
@@ -87,9 +88,9 @@ _loaded: dict[tuple, Kernels] = {}
 
 
 def load(file: str, constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernels:
-    """The kernels of `src/<file>` with preprocessor constants; compiled once, then from disk or memory.
+    """The kernels of `src/<file>` with preprocessor constants. They are compiled once, then come from disk or memory.
 
-    Raises ValueError for a device that is no GPU, RuntimeError where the kernels cannot run on it.
+    Raises ValueError for a device that is not a GPU, RuntimeError if the kernels cannot run on it.
     """
     if device.type != "cuda":
         raise ValueError(f"ss2d: the backend 'cuda' reads tensors on NVIDIA GPUs, not on {device}")
@@ -143,9 +144,9 @@ def _headers() -> list[Path]:
 def cubin(
     file: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int], *, anew: bool = False
 ) -> bytes:
-    """`compile_source`, or what it gave an earlier process; `anew` compiles whatever is kept.
+    """`compile_source`, or its result from an earlier process; `anew` compiles even if a result is kept.
 
-    A file of the cache is the SHA-256 of the code, then the code; one that does not agree with itself is made again.
+    A cache file holds the SHA-256 of the code, then the code. If they do not agree, the file is made again.
     """
     digest = hashlib.sha256(repr((file, constants, capability, nvrtc_version(), __version__)).encode())
     for source in (SOURCES / file, *_headers()):
@@ -160,7 +161,7 @@ def cubin(
                 return code
     code = compile_source(file, constants, capability)
     if path:
-        with suppress(OSError):  # a home that cannot be written costs the next process the compilation, no more
+        with suppress(OSError):  # if the home cannot be written, the next process compiles again; nothing else is lost
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as target:
                 target.write(hashlib.sha256(code).digest() + code)
@@ -168,17 +169,17 @@ def cubin(
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/serpent-ir, or ~/.cache/serpent-ir; None for who has no home."""
+    """The folder of compiled kernels: $XDG_CACHE_HOME/serpent-ir, or ~/.cache/serpent-ir; None without a home."""
     if wanted := os.environ.get("XDG_CACHE_HOME"):
         return Path(wanted) / "serpent-ir"
     try:
         return Path.home() / ".cache" / "serpent-ir"
-    except RuntimeError:  # neither HOME nor an entry in passwd, as in containers that run under any number
+    except RuntimeError:  # neither HOME nor a passwd entry, as in containers that run under an arbitrary user number
         return None
 
 
 def unavailable(device: torch.device | None = None) -> str:
-    """Why kernels cannot be compiled here for a GPU, by default the current one; empty where they can."""
+    """The reason why kernels cannot be compiled here for a GPU (by default the current one); empty if they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for NVIDIA GPUs"
     try:
@@ -208,7 +209,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """NVRTC of the CUDA version that torch was built for: from Python's packages, or from the system."""
+    """NVRTC of the CUDA version that torch was built for, from Python's packages or from the system."""
     version = (torch.version.cuda or "13.0").split(".")[0]
     names = {"linux": f"libnvrtc.so.{version}", "win32": f"nvrtc64_{version}0_0.dll"}
     name = names.get(sys.platform, "libnvrtc.so")

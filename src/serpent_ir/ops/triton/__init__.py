@@ -1,11 +1,12 @@
 """The scan in Triton, for CUDA devices (and any device under TRITON_INTERPRET=1).
 
-A walk of L positions is cut into chunks, one program each. Two launches find the state that every chunk starts with
-(`scan_common.combine_kernel`), a third scans. Small maps run all four directions in one launch, each
-into an array of its own; large ones run direction by direction and add up, so scratch stays a small multiple of u.
+A walk of L positions is cut into chunks, with one program per chunk. Two launches find the state that every chunk
+starts with (`scan_common.combine_kernel`), and a third one scans. Small maps run all four directions in one launch,
+each into an array of its own. Large maps run one direction after the other and add up, so that scratch memory stays a
+small multiple of u.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportReturnType=false
 
 import functools
@@ -20,32 +21,33 @@ from serpent_ir.ops.triton import scan_backward, scan_common, scan_forward
 
 # Up to this many elements of u the directions run side by side.
 SIDE_BY_SIDE = 1 << 24
-# Programs (of one warp each) for a multiprocessor: chunks are made until there are so many, but not shorter than this.
+# Programs (of one warp each) per multiprocessor. A walk is cut into chunks until there are so many programs, but chunks
+# get no shorter than SHORTEST.
 PROGRAMS = 16
 SHORTEST = 32
-# With so many programs for a multiprocessor from whole walks, these are not cut, which spares up to half the work.
+# If whole walks already give this many programs per multiprocessor, they are not cut. That saves up to half the work.
 ENOUGH = 6
-# Largest tile of a program: positions, channels.
+# Largest tile of a program: (positions, channels).
 FORWARD_TILE = (16, 64)
 BACKWARD_TILE = (16, 32)
-# Registers of a thread on NVIDIA GPUs: as few as spill none inside the loop over states (read off the SASS for sm_90);
-# left alone the compiler takes more, and fewer programs run at a time.
+# Registers per thread on NVIDIA GPUs: the fewest that do not spill inside the loop over states (read off the SASS for
+# sm_90). Left alone, the compiler takes more, and fewer programs run at a time.
 ENDS_REGISTERS = 128
 OUTPUT_REGISTERS = 168
 GRADIENT_REGISTERS = 200
-# Elements of an image from which offsets into it take 64 bits.
+# From this many elements per image on, offsets into it take 64 bits.
 WIDE_FROM = 1 << 31
 
 
 class Plan(NamedTuple):
     """How a map (batch, H, W, d) is cut into programs."""
 
-    directions: int  # that run side by side: 4 or 1
+    directions: int  # directions that run side by side: 4 or 1
     T: int
     BD: int
     blocks: int
     tiles: int
-    length: int  # tiles of a chunk
+    length: int  # tiles per chunk
     chunks: int
 
     @property
@@ -91,7 +93,7 @@ def _meta(u: Tensor, A_log: Tensor, dt_weight: Tensor, p: Plan) -> dict[str, int
 
 
 def _at_most(registers: int) -> dict[str, int]:
-    """A launch option that only NVIDIA's part of Triton knows."""
+    """A launch option that only the NVIDIA part of Triton knows."""
     return {"maxnreg": registers} if torch.version.cuda else {}
 
 
@@ -110,7 +112,7 @@ def _planes(proj: Tensor, p: Plan) -> Tensor:
 
 
 def _tile_of_planes(planes: Tensor, height: int, p: Plan) -> tuple[tuple[int, int], dict[str, int | bool]]:
-    """Grid and compile-time arguments of the kernels that move proj, or its gradient, between its layout and planes."""
+    """Grid and compile-time arguments of the kernels that move proj, or its gradient, to planes and back."""
     images, J, padded = planes.shape[-3:]
     BS = 32
     grid = (triton.cdiv(padded, BS), images)
@@ -124,7 +126,7 @@ def _fill_planes(proj: Tensor, planes: Tensor, p: Plan, first: int) -> None:
 
 
 def _combine(h: Tensor, e: Tensor | None, dt_sum: Tensor, prepared: Tensor, first: int, R: int) -> None:
-    """End states of chunks (batch, directions, chunks, N, d) become start states, in place."""
+    """Turn end states of chunks, (batch, directions, chunks, N, d), into start states, in place."""
     batch, directions, chunks, N, d = h.shape
     BC = min(128, triton.next_power_of_2(chunks))
     BX = max(16, 1024 // BC)
@@ -141,7 +143,7 @@ def _sum_parts(parts: Tensor, out: Tensor) -> None:
 
 
 def _totals(out: Tensor, p: Plan) -> Tensor:
-    """Float32 arrays for the directions' shares of `out`: one each, or one for all that adds up (`out` if it can)."""
+    """Float32 arrays for the directions' shares of `out`: one per direction, or one for all (`out` if it can)."""
     if p.directions == 1 and out.dtype == torch.float32:
         return out
     return out.new_empty((p.directions, *out.shape), dtype=torch.float32)
@@ -153,7 +155,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, parameters in float32."""
+    """See `serpent_ir.ops.ss2d`. Takes contiguous tensors, with parameters in float32."""
     _check_device(u.device)
     y = torch.empty_like(u)
     if not u.numel():
@@ -187,7 +189,7 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
 def backward(
     grad_y: Tensor, u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients with respect to u, proj, dt_weight, dt_bias, A_log, D; bit-identical from run to run."""
+    """Gradients with respect to u, proj, dt_weight, dt_bias, A_log and D. They are bit-identical from run to run."""
     inputs = (u, proj, dt_weight, dt_bias, A_log, D)
     if not u.numel():
         return tuple(torch.zeros_like(x) for x in inputs)

@@ -1,10 +1,11 @@
-"""What surrounds the scan in a VSS block, fused for inference, in Triton: a kernel before the convolution, one after.
+"""The parts of a VSS block around the scan, fused for inference, in Triton.
 
-The normed input and the gate's half of `in_proj` are never written: the second kernel, which reads the input anyway for
-the residual, makes them again. Products take 16-bit operands and add up in float32.
+One kernel runs before the convolution and one after the scan. The normed input and the gate's half of `in_proj` are
+never written. The second kernel reads the input anyway for the residual, and computes them again from it. Products take
+16-bit operands and accumulate in float32.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from serpent_ir.ops.dense import dense, even_rows, on_one_device
 from serpent_ir.ops.triton.norm import channel_row, pick, put_rows, row_tile, sigmoid, standardise
 
-# By channels c: rows of a tile, columns of the inner map made at a time, launch options; before the convolution and
-# after the scan.
+# By channels c: rows per tile, columns of the inner map computed at a time, launch options. One table for the kernel
+# before the convolution, one for the kernel after the scan.
 IN_TILES = {
     32: (128, 64, {"num_warps": 4}),
     64: (64, 128, {"num_warps": 4}),
@@ -30,25 +31,25 @@ OUT_TILES = {
     128: (64, 64, {"num_warps": 8}),
     256: (64, 64, {"num_warps": 8}),
 }
-# Up to so many rows the products of any width are fused, with tiles that give every multiprocessor something to do.
+# Up to this many rows, products of any width are fused, with tiles small enough to give every multiprocessor work.
 SMALL_ROWS = 4096
 SMALL_TILE = (16, 64, {"num_warps": 4})
-# There, after the scan: all of so many inner channels at once, so that no load waits for another's answer.
+# In the same case after the scan: all of this many inner channels at once, so that no load waits for another one.
 SMALL_INNER = {128: (128, {"num_warps": 4}), 512: (512, {"num_warps": 8})}
-# Columns that a program of `gated_product` makes on small maps: fewer up to the first number of rows.
+# Columns that a program of `gated_product` computes on small maps, by the largest number of rows that each serves.
 SMALL_COLUMNS = {1024: 32, SMALL_ROWS: 64}
 
 
 @triton.jit
 def matrix_tile(matrix, first_row, first_column, stride, rows, columns, BK: tl.constexpr, BN: tl.constexpr):
-    """(BK, BN): the transpose of matrix[first_row:, first_column:], 0 from `rows` and `columns` on."""
+    """(BK, BN): the transpose of matrix[first_row:, first_column:], 0 from `rows` and from `columns` on."""
     n, k = first_row + tl.arange(0, BN)[None, :], first_column + tl.arange(0, BK)[:, None]
     return tl.load(matrix + n * stride + k, mask=(n < rows) & (k < columns), other=0.0)
 
 
 @triton.jit
 def statistics(y, left, eps, d, BM: tl.constexpr, BD: tl.constexpr):
-    """Mean of rows of d channels and 1 over their standard deviation, BD channels at a time (Chan's update)."""
+    """Mean and inverse standard deviation of rows of d channels, BD channels at a time (Chan's update)."""
     mean = tl.zeros((BM,), tl.float32)
     square = tl.zeros((BM,), tl.float32)
     for at in range(0, d, BD):
@@ -68,12 +69,12 @@ def norm_product_kernel(
     x, weight, bias, matrix, out, rows, span, eps,
     c: tl.constexpr, n: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, n) = LayerNorm(x) . matrix^T for x (rows, c), matrix (n, c); `span` times BN columns a program."""
+    """out (rows, n) = LayerNorm(x) . matrix^T for x (rows, c), matrix (n, c), `span` * BN columns per program."""
     first = tl.program_id(0).to(tl.int64) * BM
     left = tl.minimum(rows - first, BM).to(tl.int32)
     hat, _ = standardise(row_tile(x + first * c, left, c, c, BM, BC), eps, c, BC)
     normed = (hat * channel_row(weight, c, BC) + channel_row(bias, c, BC)).to(matrix.dtype.element_ty)
-    begin = tl.program_id(1) * span * BN  # a multiple of BN to the compiler, too: it stores in wide pieces
+    begin = tl.program_id(1) * span * BN  # the compiler sees a multiple of BN, so it can store in wide pieces
     for column in range(begin, tl.minimum(begin + span * BN, n), BN):
         part = tl.dot(normed, matrix_tile(matrix, column, 0, c, n, c, BC, BN))
         put_rows(out + first * n + column, part, left, n, n - column, BM, BN)
@@ -100,7 +101,7 @@ def gate_product_kernel(
         gated = (y_hat * channel_row(y_weight, d, BD) + channel_row(y_bias, d, BD)) * (z * sigmoid(z))
         total = tl.dot(gated.to(normed.dtype), matrix_tile(out_matrix, 0, 0, d, c, d, BD, BC))
     else:
-        mean, scale = statistics(y, left, y_eps, d, BM, BD)  # then y once more, from the cache
+        mean, scale = statistics(y, left, y_eps, d, BM, BD)  # y is then read once more, from the cache
         total = tl.zeros((BM, BC), tl.float32)
         for at in range(0, d, BD):
             y_hat = (row_tile(y + at, left, d, d - at, BM, BD) - mean[:, None]) * scale[:, None]
@@ -117,7 +118,7 @@ def gated_product_kernel(
     z_stride: tl.constexpr, c: tl.constexpr, d: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out = x + (LayerNorm(y) * SiLU(z)) . matrix^T, BN channels of x a program.
+    """out = x + (LayerNorm(y) * SiLU(z)) . matrix^T, with BN channels of x per program.
 
     x, out (rows, c), y (rows, d), rows of z `z_stride` apart, matrix (c, d).
     """
@@ -145,11 +146,11 @@ def gated_product_kernel(
 
 
 def _padded(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))  # the least that a product takes
+    return max(16, triton.next_power_of_2(channels))  # tl.dot takes no less than 16
 
 
 def norm_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
-    """LayerNorm(x) . matrix^T for x (..., c) and matrix (n, c), in whose dtype the product is taken."""
+    """LayerNorm(x) . matrix^T for x (..., c) and matrix (n, c). The product is taken in the dtype of the matrix."""
     x, weight, bias, matrix = dense(x, weight, bias, matrix)
     n, c = matrix.shape
     rows = x.numel() // c
@@ -171,7 +172,7 @@ def _out_tile(rows: int, c: int) -> tuple[int, int, dict[str, int]]:
 
 
 def gated_product(x: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, matrix: Tensor) -> Tensor:
-    """x + (LayerNorm(y) * SiLU(z)) . matrix^T; a slice of channels of a contiguous map z is not copied."""
+    """x + (LayerNorm(y) * SiLU(z)) . matrix^T. A z that is a slice of channels of a contiguous map is not copied."""
     x, y, weight, bias, matrix = dense(x, y, weight, bias, matrix)
     on_one_device(x, z)
     z = even_rows(z)
@@ -192,7 +193,7 @@ def gate_product(
     x: Tensor, y: Tensor, norm: tuple[Tensor, Tensor, float], z_matrix: Tensor,
     y_norm: tuple[Tensor, Tensor, float], out_matrix: Tensor,
 ) -> Tensor:  # fmt: skip
-    """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T; norms are (weight, bias, eps)."""
+    """x + (LayerNorm(y) * SiLU(LayerNorm(x) . z_matrix^T)) . out_matrix^T. Norms are (weight, bias, eps)."""
     x, y, z_matrix, out_matrix, weight, bias, y_weight, y_bias = dense(
         x, y, z_matrix, out_matrix, *norm[:2], *y_norm[:2]
     )

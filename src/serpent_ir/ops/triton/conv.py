@@ -1,12 +1,12 @@
 """Depthwise 3x3 convolution and SiLU of channels-last maps, forward and backward, in Triton.
 
-A program walks down TH rows of TW columns and BD channels. It loads each row three times, shifted, two rows before it
-is added to the sums under way. Where a program holds all channels, the product that follows (`x_proj`) is
-taken from the same registers. Weights arrive as taps (9, channels), rows `tap_stride` apart. Of the gradients of the
-weights each program keeps a share; shares are added in a fixed order, so the same inputs give the same bits.
+A program walks down TH rows of TW columns and BD channels. It loads each row three times, shifted, two rows before the
+row is added to the pending sums. If a program holds all channels, it takes the product that follows (`x_proj`) from the
+same registers. Weights arrive as taps (9, channels), with rows `tap_stride` apart. Each program keeps its share of the
+gradients of the weights. Shares are added in a fixed order, so the same inputs give the same bits.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false, reportReturnType=false
 
@@ -19,22 +19,22 @@ from serpent_ir.ops.dense import dense, even_rows, on_one_device
 from serpent_ir.ops.triton.block import matrix_tile
 from serpent_ir.ops.triton.norm import pick, processors, sigmoid, sum_shares
 
-# Columns, channels, launch options: of the convolution, and of its weights' gradients.
+# Columns, channels and launch options of the convolution, and of the gradients of its weights.
 CONV_TILE = (16, 64, {"num_warps": 8})
 BACKWARD_TILE = (8, 64, {"num_warps": 4})
-# The convolution with the product, by channels. Wider maps have too large a matrix for a program to keep at hand: there
-# the product is the library's.
+# The convolution with the product, by channels. On wider maps the matrix is too large for a program to keep, so there
+# the library computes the product.
 PRODUCT_TILES = {64: (16, {"num_warps": 8}), 128: (16, {"num_warps": 8})}
-# Rows that a program walks: fewer where the map would not give every multiprocessor so many programs.
+# Rows that a program walks: fewer if the map would not give every multiprocessor PROGRAMS programs.
 ROWS = (4, 32)
 PROGRAMS = 8
-# Strides are compile-time values: the compiler has to see that they are multiples of a wide load.
+# Strides are compile-time values, because the compiler must see that they are multiples of a wide load.
 INTS = ("H", "W", "TH", "across", "down")
 
 
 @triton.jit
 def place(across, down):
-    """Image, row of tiles and column of tiles of a program; a map has `down` rows of `across` tiles."""
+    """Image, row of tiles and column of tiles of a program. A map has `down` rows of `across` tiles."""
     tile = tl.program_id(0)
     image = tile // (across * down)
     tile -= image * (across * down)
@@ -43,11 +43,11 @@ def place(across, down):
 
 @triton.jit
 def row_of(x, row, H, W, local, stride, left, middle, right):
-    """Row `row` of a walk's columns and those one to the left and right, 0 outside of the map.
+    """Row `row` of a walk's columns, and of the columns one to the left and one to the right; 0 outside the map.
 
     x points to row 0 and the walk's first column, `local` to positions and channels in a row. `row` is a 64-bit number.
     """
-    rows = row + local * 0  # one number, but the interpreter takes no mask made of a scalar's
+    rows = row + local * 0  # a constant tensor, since the interpreter takes no mask made from a scalar's
     ok = (rows >= 0) & (rows < H)
     at = x + row * W * stride + local
     return (
@@ -69,7 +69,7 @@ def tap(taps, index: tl.constexpr, stride, channels, d):
 
 @triton.jit
 def nine(taps, stride, channels, d, FLIP: tl.constexpr):
-    """The taps of some channels, (1, channels) each; FLIP turns the kernel round, as its transpose needs."""
+    """The taps of some channels, (1, channels) each. FLIP reverses the kernel, as the transposed convolution needs."""
     return (
         tap(taps, 8 if FLIP else 0, stride, channels, d),
         tap(taps, 7 if FLIP else 1, stride, channels, d),
@@ -85,7 +85,7 @@ def nine(taps, stride, channels, d, FLIP: tl.constexpr):
 
 @triton.jit
 def borders(column, j, W, channels, d):
-    """Which of a walk's columns, and of those one to the left and to the right, are on the map."""
+    """Which of a walk's columns, and of the columns to the left and to the right of each, are on the map."""
     k, ok = (column + j)[:, None], (channels < d)[None, :]
     return (k >= 1) & (k <= W) & ok, (k < W) & ok, (k + 1 < W) & ok
 
@@ -97,8 +97,10 @@ def conv_kernel(
     d: tl.constexpr, n: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     FORWARD: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """FORWARD: out = SiLU(convolution(x) + bias), and with PRODUCT product (.., n) = out . matrix^T, matrix (n, d).
-    Else out = transpose of the convolution of x. Strides are those of a position."""
+    """FORWARD: out = SiLU(convolution(x) + bias); with PRODUCT also product (.., n) = out . matrix^T, matrix (n, d).
+
+    Otherwise out = the transposed convolution of x. Strides are those of a position.
+    """
     image, tile_row, tile_column = place(across, down)
     top, column = tile_row * TH, tile_column * TW
     j = tl.arange(0, TW)
@@ -111,12 +113,12 @@ def conv_kernel(
     if PRODUCT:
         w = matrix_tile(matrix, 0, 0, d, n, d, BD, BN)
     left, middle, right = borders(column, j, W, channels, d)
-    zero = image * 0  # makes numbers of rows 64-bit
+    zero = image * 0  # makes row numbers 64-bit
     corner = image * H * W + column
     x += corner * in_stride
     local = j[:, None] * in_stride + channels[None, :]
     out_local = j[:, None] * out_stride + channels[None, :]
-    # Sums of two rows are under way, and loads of two: memory answers later than a row is added.
+    # The sums of two rows and the loads of two rows are pending, since memory takes longer than adding a row.
     l0, m0, r0 = row_of(x, zero + top - 1, H, W, local, in_stride, left, middle, right)
     l1, m1, r1 = row_of(x, zero + top, H, W, local, in_stride, left, middle, right)
     l2, m2, r2 = row_of(x, zero + top + 1, H, W, local, in_stride, left, middle, right)
@@ -146,9 +148,9 @@ def conv_backward_kernel(
     in_stride: tl.constexpr, tap_stride: tl.constexpr,
     d: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """grad_pre = grad times the slope of SiLU at convolution(x) + bias, computed again. grad, grad_pre are dense.
+    """grad_pre = grad times the slope of SiLU at convolution(x) + bias, which is computed again.
 
-    shares (programs, 10, d): of the gradients of the nine taps and the bias.
+    grad and grad_pre are contiguous. shares (programs, 10, d) are for the gradients of the nine taps and the bias.
     """
     image, tile_row, tile_column = place(across, down)
     top, column = tile_row * TH, tile_column * TW
@@ -157,7 +159,7 @@ def conv_backward_kernel(
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine(taps, tap_stride, channels, d, False)
     start = tl.load(bias + channels, mask=channels < d, other=0.0).to(tl.float32)[None, :]
     left, middle, right = borders(column, j, W, channels, d)
-    zero = image * 0  # makes numbers of rows 64-bit
+    zero = image * 0  # makes row numbers 64-bit
     corner = image * H * W + column
     x += corner * in_stride
     local = j[:, None] * in_stride + channels[None, :]
@@ -202,7 +204,7 @@ def conv_backward_kernel(
 
 
 def as_taps(weights: list[Tensor]) -> list[Tensor]:
-    """The weights (d, 1, 3, 3) of depthwise convolutions as taps (9, d), by two launches for all of them."""
+    """The weights (d, 1, 3, 3) of depthwise convolutions as taps (9, d), in two launches for all of them."""
     rows = [w.detach().reshape(-1, 9) for w in weights]
     together = (torch.cat(rows) if len(rows) > 1 else rows[0]).t().contiguous()
     return list(together.split([len(w) for w in weights], 1))
@@ -216,7 +218,7 @@ def conv_silu(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_silu_product(x: Tensor, taps: Tensor, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`conv_silu`, and its product with matrix (n, d), contiguous: (B, H, W, n)."""
+    """`conv_silu` and its product with a contiguous matrix (n, d): (B, H, W, n)."""
     out = x.new_empty(x.shape)
     product = x.new_empty(*x.shape[:-1], len(matrix))
     TW, options = pick(PRODUCT_TILES, x.shape[-1])
@@ -254,7 +256,7 @@ def _conv(
 
 
 def _walks(x: Tensor, TW: int, BD: int) -> tuple[int, int, int]:
-    """Rows of a walk, walks across and down a map."""
+    """Rows per walk, and the number of walks across and down a map."""
     batch, H, W, d = x.shape
     across = triton.cdiv(W, TW)
     least, most = ROWS
@@ -264,7 +266,10 @@ def _walks(x: Tensor, TW: int, BD: int) -> tuple[int, int, int]:
 
 
 def conv_silu_backward(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients before SiLU (a map; its `conv_transpose` is that of x), of the weight (d, 1, 3, 3) and of the bias."""
+    """Gradients of the map before SiLU, of the weight (d, 1, 3, 3) and of the bias.
+
+    `conv_transpose` of the first gives that of x.
+    """
     on_one_device(grad, x, taps)
     (grad, bias), x = dense(grad, bias), even_rows(x)
     batch, H, W, d = x.shape

@@ -1,11 +1,11 @@
 """LayerNorm over channels, alone and with the gate, forward and backward, in Triton.
 
-Maps are seen as rows: (rows, channels), channels innermost. Statistics are float32, found in two passes over a row that
-is held in registers. Every program walks over tiles of rows and keeps its share of the parameters' gradients, which are
-added in a fixed order afterwards: the same inputs give the same bits.
+Maps are treated as rows: (rows, channels), with channels innermost. Statistics are float32, found in two passes over a
+row held in registers. In the backward pass every program walks over tiles of rows and keeps its share of the
+parameters' gradients. Shares are added in a fixed order afterwards, so the same inputs give the same bits.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from serpent_ir.ops.dense import dense, even_rows, on_one_device
 
-# Elements of a tile and warps; in the backward pass also programs for a multiprocessor, each with shares of gradients.
+# Elements per tile and warps; in the backward pass also programs per multiprocessor, each with shares of gradients.
 FORWARD_TILE = (2048, 4)
 BACKWARD_TILE = (2048, 4, 4)
 # Rows and columns that a program of `sum_shares` takes at a time.
@@ -28,7 +28,7 @@ SHARES_TILE = (128, 16)
 
 @triton.jit
 def row_tile(x, left, stride, c, BM: tl.constexpr, BC: tl.constexpr):
-    """(BM, BC) of rows `stride` apart, float32, 0 past the `left`-th row and the c-th channel."""
+    """(BM, BC) in float32, from rows `stride` apart; 0 past the `left`-th row and the c-th channel."""
     rows, k = tl.arange(0, BM)[:, None], tl.arange(0, BC)[None, :]
     return tl.load(x + rows * stride + k, mask=(rows < left) & (k < c), other=0.0).to(tl.float32)
 
@@ -41,7 +41,7 @@ def put_rows(out, tile, left, stride, c, BM: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def standardise(tile, eps, c: tl.constexpr, BC: tl.constexpr):
-    """Rows less their mean, over their standard deviation, 0 past the c-th channel; and 1 over that deviation."""
+    """Rows minus their mean, over their standard deviation, 0 past the c-th channel; and the inverse deviation."""
     centred = tile - tl.sum(tile, axis=1)[:, None] / c
     if c < BC:
         centred = tl.where(tl.arange(0, BC)[None, :] < c, centred, 0.0)
@@ -58,7 +58,10 @@ def channel_row(x, c, BC: tl.constexpr):
 
 @triton.jit
 def normalise_backward(grad, hat, scale, c: tl.constexpr):
-    """The gradient of rows before `standardise`, from that of its result `hat`; zeros past the c-th channel stay."""
+    """The gradient of the rows that `standardise` took, from that of its result `hat`.
+
+    Zeros past the c-th channel stay zero.
+    """
     mean = tl.sum(grad, axis=1) / c
     along = tl.sum(grad * hat, axis=1) / c
     return (grad - mean[:, None] - hat * along[:, None]) * scale[:, None]
@@ -83,9 +86,9 @@ def norm_backward_kernel(
     grad_normed, grad_out, x, weight, bias, grad_x, normed, shares, rows, eps,
     c: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_out + what comes back through LayerNorm(x), whose value is computed again into `normed`.
+    """grad_x = grad_out + the gradient through LayerNorm(x). LayerNorm(x) is computed again, into `normed`.
 
-    `normed` may be `grad_normed`. shares (programs, 2, c): of the gradients of weight and bias.
+    `normed` may be `grad_normed`. shares (programs, 2, c) are for the gradients of weight and bias.
     """
     gamma, beta = channel_row(weight, c, BC), channel_row(bias, c, BC)
     d_gamma = tl.zeros((BM, BC), tl.float32)
@@ -126,7 +129,7 @@ def gate_backward_kernel(
     grad, y, z, weight, bias, gated, grad_y, grad_z, shares, rows, eps,
     z_stride: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `gate_kernel`, and its value again into `gated`, which may be `grad`. grad_z has z's stride."""
+    """Gradients of `gate_kernel`; also its value again into `gated`, which may be `grad`. grad_z has z's stride."""
     gamma, beta = channel_row(weight, d, BD), channel_row(bias, d, BD)
     d_gamma = tl.zeros((BM, BD), tl.float32)
     d_beta = tl.zeros((BM, BD), tl.float32)
@@ -188,7 +191,7 @@ def _forward_tile(channels: int) -> dict[str, int]:
 
 
 def _backward_tile(x: Tensor, rows: int, channels: int) -> tuple[dict[str, int], Tensor]:
-    """Compile-time arguments, and an array for every program's share of the parameters' gradients."""
+    """Compile-time arguments, and an array for each program's share of the parameters' gradients."""
     size, warps, programs = BACKWARD_TILE
     BM = max(1, size // triton.next_power_of_2(channels))
     count = min(triton.cdiv(rows, BM), programs * processors(x.device))
@@ -212,7 +215,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 def layer_norm_backward(
     grad_normed: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x + f(LayerNorm(x)): gradient of x; LayerNorm(x), written over grad_normed; gradients of weight and bias."""
+    """For x + f(LayerNorm(x)): gradient of x, LayerNorm(x) (over grad_normed), gradients of weight and bias."""
     grad_normed, grad_out, x, weight, bias = dense(grad_normed, grad_out, x, weight, bias)
     c = x.shape[-1]
     rows = x.numel() // c
@@ -228,7 +231,7 @@ def layer_norm_backward(
 
 
 def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(y) * SiLU(z) for y (..., d); a slice of channels of a contiguous map z is not copied."""
+    """LayerNorm(y) * SiLU(z) for y (..., d). A z that is a slice of channels of a contiguous map is not copied."""
     y, weight, bias = dense(y, weight, bias)
     on_one_device(y, z)
     z = even_rows(z)
@@ -245,8 +248,10 @@ def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def gate_backward(
     grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, grad_z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of y; `gate` again (written over grad); gradients of weight and bias. That of z goes into `grad_z`,
-    which has z's shape and rows as far apart."""
+    """Gradient of y; the result of `gate` again, written over grad; gradients of weight and bias.
+
+    The gradient of z goes into `grad_z`, which has z's shape and row stride.
+    """
     grad, y, weight, bias = dense(grad, y, weight, bias)
     on_one_device(y, z, grad_z)
     d = y.shape[-1]

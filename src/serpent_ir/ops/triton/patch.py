@@ -1,10 +1,10 @@
-"""Patch embedding, merging, expanding and the head, in Triton: products that gather where they load and scatter where
-they store, so that no map is copied into another order.
+"""Patch embedding, merging, expanding and the head, in Triton.
 
-Products take 16-bit operands (the dtype of the weight) and add up in float32.
+These are matrix products that gather while they load and scatter while they store, so no map is copied into another
+order. Products take 16-bit operands (the dtype of the weight) and accumulate in float32.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from serpent_ir.ops.dense import dense
 from serpent_ir.ops.triton.block import matrix_tile
 
-# Positions of a tile, columns made at a time, warps.
+# Positions per tile, columns computed at a time, warps.
 TILE = (64, 128, 4)
 
 INTS = ("H", "W", "height", "width", "rows", "in_channels")
@@ -52,11 +52,11 @@ def merge_kernel(
 ):  # fmt: skip
     """out (rows, n) = the 2x2 patches of x (B, 2H, 2W, c), rows = B H W, times matrix (n, 4c)^T.
 
-    A patch is two runs of 2c numbers, one a row of the map.
+    A patch is two runs of 2c numbers, one in each of two rows of the map.
     """
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = position < rows
-    line = position // W  # b H + i, so that 2 line is the row of the patch in all maps one below the other
+    line = position // W  # b H + i, so that 2 * line is the patch's row when all maps are stacked
     corner = (line.to(tl.int64) * 4 * W + (position - line * W) * 2) * c
     first = tl.program_id(1) * BN
     total = tl.zeros((BM, BN), tl.float32)
@@ -77,9 +77,9 @@ def expand_kernel(
     x, matrix, skip, out, H, W, rows,
     c: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (B, 2H, 2W, c) = skip + x (rows, 2c), rows = B H W, times matrix (4c, 2c)^T, 2x2 patches put in place.
+    """out (B, 2H, 2W, c) = skip + x (rows, 2c) times matrix (4c, 2c)^T, 2x2 patches put in place; rows = B H W.
 
-    Program axis 2 is the row of the patch, which is a run of 2c numbers. `out` may be `skip`.
+    Program axis 2 is the row within the patch, which is a run of 2c numbers. `out` may be `skip`.
     """
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = position < rows
@@ -106,8 +106,9 @@ def head_kernel(
     x, matrix, bias, image, out, H, W, height, width, rows, in_channels,
     RESIDUAL: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (B, 3, height, width) = the P x P patches that x (rows, D), rows = B H W, makes by matrix^T (3 P P, D) and
-    bias, with RESIDUAL added to image[:, :3]. image (B, in_channels, height, width); patches may reach past it.
+    """out (B, 3, height, width) = the P x P patches x . matrix^T + bias, with RESIDUAL added to image[:, :3].
+
+    x (rows, D), rows = B H W; matrix (3 P P, D); image (B, in_channels, height, width). Patches may reach past it.
     """
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     k, n = tl.arange(0, BK), tl.arange(0, BN)
@@ -139,8 +140,10 @@ def _padded(size: int) -> int:
 
 
 def embed(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of stride P of image (B, channels, H P, W P), weight (D, channels, P, P), as
-    (B, H, W, D) in the dtype of the weight."""
+    """The convolution of stride P of image (B, channels, H P, W P) by weight (D, channels, P, P).
+
+    Returns (B, H, W, D) in the dtype of the weight.
+    """
     image, weight, bias = dense(image, weight, bias)
     batch, channels, height, width = image.shape
     D, K, P = len(weight), weight[0].numel(), weight.shape[-1]
@@ -183,8 +186,10 @@ def merge(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
-    """Patch expanding of x (B, H, W, 2c) by weight (4c, 2c), added into skip (B, 2H, 2W, c), which is returned (a copy
-    where it is not contiguous)."""
+    """Patch expanding of x (B, H, W, 2c) by weight (4c, 2c), added into skip (B, 2H, 2W, c).
+
+    Returns skip, or a copy if it is not contiguous.
+    """
     x, weight, skip = dense(x, weight, skip)
     batch, H, W, _ = x.shape
     c = skip.shape[-1]
@@ -210,8 +215,10 @@ def expand(x: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor, residual: bool) -> Tensor:
-    """The patches that the linear layer makes of x (B, H, W, D), as large as image (B, .., h, w), and with `residual`
-    added to image[:, :3]."""
+    """The patches that the linear layer makes of x (B, H, W, D), cropped to the size of image (B, .., h, w).
+
+    With `residual` they are added to image[:, :3].
+    """
     x, weight, bias, image = dense(x, weight, bias, image)
     batch, H, W, D = x.shape
     channels, height, width = image.shape[1:]

@@ -1,17 +1,17 @@
 """Backward Triton kernels. In the order of one walk, with g the adjoint of the state h and c_t = C_t dy_t:
 
     h_t = a_t h_{t-1} + b_t      a_t = exp(A dt_t), b_t = dt_t u_t B_t
-    g_t = c_t + e_{t+1}          e_t = a_t g_t, what flows on to the position before
+    g_t = c_t + e_{t+1}          e_t = a_t g_t, which flows to the position before
     dC_t = sum over channels of dy_t h_t          dB_t = sum over channels of g_t dt_t u_t
     w_t = g_t a_t h_{t-1}       dA = sum over positions of w_t dt_t
     d(dt)_t = sum over n of A w_t + u_t g_t B_t   du_t = dt_t (sum over n of g_t B_t) + D dy_t
 
-`summary_kernel` gives what a chunk does to h (forwards) and to e (backwards), and the state at the start of each tile;
-`combine_kernel` turns the former into each chunk's own start values; `gradient_kernel` walks the tiles of a chunk from
-the last to the first.
+`summary_kernel` gives what a chunk does to h (forward) and to e (backward), and the state at the start of each tile.
+`combine_kernel` turns the former into the chunks' start values. `gradient_kernel` walks the tiles of a chunk from the
+last to the first.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import triton
@@ -66,10 +66,10 @@ def summary_kernel(
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """States from zero at a chunk's start: before each tile (tile_state, with the sum of dt so far in tile_dt) and at
-    the end (chunk_h, dt_sum); and chunk_e, the e that the chunk alone sends to the one before.
+    """Find states from zero at a chunk's start, and chunk_e, the e that the chunk alone sends to the chunk before it.
 
-    SEVERAL is false where a walk is one chunk, which needs the tiles' states alone.
+    States are taken before each tile (tile_state, with the sum of dt so far in tile_dt) and at the end (chunk_h,
+    dt_sum). SEVERAL is false if a walk is one chunk; then only the tiles' states are needed.
     """
     blocks = (d + BD - 1) // BD
     block = tl.program_id(0) % blocks
@@ -130,7 +130,7 @@ def summary_kernel(
         if SEVERAL:
             seen += tl.sum(dt, axis=0)
         if BD < 32:
-            tl.debug_barrier()  # here lanes share a channel, and read what another lane wrote for the tile before
+            tl.debug_barrier()  # lanes share a channel here, and read what another lane wrote for the previous tile
     if SEVERAL:
         tl.store(dt_sum + slot * d + channels, seen, mask=channel_ok)
 
@@ -174,8 +174,8 @@ def gradient_kernel(
 ):
     """Gradients of one chunk, in float32.
 
-    dproj (blocks, batch * directions, R + 2N, tiles * T), in the order of the walk, is the share of BD channels; dparam
-    (batch * directions, chunks, N + R + 2, d) holds the chunk's share of the gradients of A, dt_weight, dt_bias, D.
+    dproj (blocks, batch * directions, R + 2N, tiles * T), in the order of the walk, is the share of BD channels. dparam
+    (batch * directions, chunks, N + R + 2, d) holds the chunk's share of the gradients of A, dt_weight, dt_bias and D.
     chunk_e carries e from tile to tile.
     """
     blocks = (d + BD - 1) // BD
@@ -262,7 +262,7 @@ def gradient_kernel(
             tl.store(out + (R + N + n) * plane_size, dC)
             tl.store(chunk_e + n * d + channels, last_row(e, rows, T), mask=channel_ok)
             tl.store(dparam + n * d + channels, dA + tl.sum(w * dt, axis=0), mask=channel_ok)
-        # The addresses anew (`zero` hides that they are the same): kept through the loop they would fill registers.
+        # Computes the addresses again (`zero` hides that they are the same): kept through the loop they fill registers.
         pixel, valid = walk(k, tile * T + zero, rows, H, W, EVEN_T, TALL)
         if WIDE:
             pixel = pixel.to(tl.int64)
@@ -280,7 +280,7 @@ def gradient_kernel(
             dw += tl.sum(dx * tl.load(plane + r * plane_size), axis=0)
             tl.store(dparam + (N + r) * d + channels, dw, mask=channel_ok)
         if BD < 32:
-            tl.debug_barrier()  # here lanes share a channel, and read what another lane wrote for the tile before
+            tl.debug_barrier()  # lanes share a channel here, and read what another lane wrote for the previous tile
     tl.store(dparam + (N + R) * d + channels, dbias, mask=channel_ok)
     tl.store(dparam + (N + R + 1) * d + channels, dD, mask=channel_ok)
 

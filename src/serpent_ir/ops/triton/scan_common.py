@@ -1,12 +1,12 @@
-"""What the forward and the backward Triton kernels share: walking the image, the step size, composing steps.
+"""What the forward and backward Triton kernels share: walks over the image, step sizes, composition of steps.
 
-A tile is T positions of the walk times BD channels. One warp owns a tile, lanes run over channels and the T positions
+A tile is T positions of the walk times BD channels. One warp owns a tile. Lanes run over channels, and the T positions
 lie within a thread, so scans over T need no exchange between lanes. For that layout the pointers to channels must not
-look aligned to the compiler, which would rather spread T over lanes to load wide vectors: hence `zero`, an offset
-that it cannot see through.
+look aligned to the compiler; otherwise it would spread T over lanes in order to load wide vectors. Hence `zero`, an
+offset whose value the compiler cannot see.
 """
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import triton
@@ -14,19 +14,19 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Sizes that are plain arguments: one compiled kernel serves every map, and `zero` stays opaque.
+# Sizes that are ordinary arguments, so that one compiled kernel serves every map and `zero` stays opaque.
 INTS = ("H", "W", "length", "chunks", "tiles", "zero", "first", "directions", "images", "blocks", "part_stride", "n")
 
 
 @triton.jit
 def compose(p0, q0, p1, q1):
-    """Two steps h <- p h + q in a row are one such step."""
+    """Combine two consecutive steps h <- p h + q into one such step."""
     return p1 * p0, p1 * q0 + q1
 
 
 @triton.jit
 def compose_before(p0, q0, r0, s0, p1, q1, r1, s1):
-    """As `compose`, and beside the state after the last step (q) the value s = r . state before that step + s."""
+    """As `compose`, and besides the state after the last step (q) the value s = r . state before that step + s."""
     return p1 * p0, p1 * q0 + q1, r1 * p0, r1 * q0 + s1
 
 
@@ -40,8 +40,8 @@ def last_row(x, rows, T: tl.constexpr):
 def walk(direction, step, rows, H, W, EVEN: tl.constexpr, TALL: tl.constexpr):
     """Pixels (row * W + column) of the positions step + rows of a walk, and which of them exist (all of them if EVEN).
 
-    Direction 0 goes row by row, 1 column by column, 2 and 3 are those two backwards. TALL promises that a tile's
-    positions touch two columns at most, which spares the division.
+    Direction 0 goes row by row and 1 column by column; 2 and 3 are those two backwards. TALL promises that a tile's
+    positions touch at most two columns, which saves the division.
     """
     L = H * W
     valid = step + rows < L
@@ -74,7 +74,7 @@ def load_tile(pointers, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def softplus(x, e):
-    """log(1 + exp(x)) given e = exp(-|x|), as max(x, 0) + log1p(e), with log1p(e) / e fitted to 2e-7 on [0, 1]."""
+    """log(1 + exp(x)) = max(x, 0) + log1p(e), given e = exp(-|x|). log1p(e) / e is a fit to 2e-7 on [0, 1]."""
     p = -0.0031639994
     p = p * e + 0.019487686
     p = p * e - 0.05626953
@@ -103,7 +103,7 @@ def softplus_slope(dt):
 
 @triton.jit
 def before_softplus(plane, stride, weight, bias, channels, channel_ok, R: tl.constexpr, d: tl.constexpr):
-    """dt_weight . proj[..R] + dt_bias, a (T, BD) tile; `weight` is (R, d), `plane` points to T numbers of plane 0."""
+    """dt_weight . proj[..R] + dt_bias as a (T, BD) tile. `weight` is (R, d); `plane` points to T numbers of plane 0."""
     x = tl.load(bias + channels, mask=channel_ok, other=0.0)[None, :]
     for r in tl.static_range(R):
         x += tl.load(plane + r * stride) * tl.load(weight + r * d + channels, mask=channel_ok, other=0.0)[None, :]
@@ -143,7 +143,7 @@ def planes_kernel(
 
 @triton.jit
 def prepare_kernel(A_log, dt_weight, prepared, d, N, R, BLOCK: tl.constexpr):
-    """prepared (4, N + R, d): -exp(A_log) log2(e), as decays are powers of 2, then dt_weight; channels innermost."""
+    """prepared (4, N + R, d): -exp(A_log) log2(e), since decays are powers of 2, then dt_weight; channels innermost."""
     row = tl.program_id(1)
     k = tl.program_id(2)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -170,10 +170,10 @@ def combine_kernel(
     BC: tl.constexpr,
     BX: tl.constexpr,
 ):
-    """From each chunk's end state, had it started at zero, to the state it starts with, in place.
+    """Turn each chunk's end state from zero into the state that it starts with, in place.
 
     start[c + 1] = exp(A . sum of dt over c) start[c] + end[c]. h (images * directions, chunks, N * d) is walked
-    forwards; e, the adjoint's, backwards (program axis 2, absent in the forward pass).
+    forward. e, the adjoint's, is walked backward (program axis 2, absent in the forward pass).
     """
     image = tl.program_id(1).to(tl.int64)
     k = first + image % directions
@@ -199,7 +199,7 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def sum_parts_kernel(parts, out, n, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum of COUNT float32 arrays of n elements, one behind the other, in fixed order."""
+    """out = the sum of COUNT consecutive float32 arrays of n elements, in fixed order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(parts + at, mask=at < n, other=0.0)
     for part in tl.static_range(1, COUNT):
@@ -209,16 +209,16 @@ def sum_parts_kernel(parts, out, n, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def swap(x, axis: tl.constexpr):
-    """x with the two halves of an axis of length 2 exchanged: as integers, the sum of both less each is the other."""
+    """x with the two halves of an axis of length 2 exchanged: in integers, the sum of both minus each is the other."""
     bits = x.to(tl.int32, bitcast=True)
     return (tl.sum(bits, axis=axis, keep_dims=True) - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def reverse_rows(x, T: tl.constexpr, BD: tl.constexpr):
-    """A (T, BD) tile with its rows in reverse order. Within a thread this renames registers, at no cost.
+    """A (T, BD) tile with its rows in reverse order. Within a thread this only renames registers, at no cost.
 
-    (`associative_scan(reverse=True)` would send every number through other lanes.)
+    `associative_scan(reverse=True)` would send every number through other lanes.
     """
     for i in tl.static_range(5):
         if T >> (i + 1) > 0:
@@ -228,7 +228,7 @@ def reverse_rows(x, T: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def exchange(x, m: tl.constexpr, p: tl.constexpr, q: tl.constexpr):
-    """(2 m, p, 2 q) to (m, 2 p, q): lanes i and i + q of an axis keep one half of the rows each, both lanes' sum."""
+    """(2 m, p, 2 q) to (m, 2 p, q): lanes i and i + q of an axis each keep half of the rows, summed over both lanes."""
     upper, lower = tl.split(tl.permute(tl.reshape(x, (2, m, p, 2, q)), (1, 2, 3, 4, 0)))
     first = tl.arange(0, 2)[None, None, :, None] == 0
     keep = tl.where(first, upper, lower)
@@ -240,8 +240,8 @@ def exchange(x, m: tl.constexpr, p: tl.constexpr, q: tl.constexpr):
 def sum_channels(x, T: tl.constexpr, BD: tl.constexpr):
     """Sum of a (T, BD) tile over its channels, for T and BD powers of 2.
 
-    Summing each row over 32 lanes by itself takes 5 T exchanges. Here two lanes exchange halves of their rows, so that
-    each goes on with half as many: T / 2 + T / 4 + ... exchanges.
+    Summing each row over 32 lanes separately takes 5 T exchanges. Here two lanes exchange halves of their rows, so that
+    each continues with half as many: T / 2 + T / 4 + ... exchanges.
     """
     Q: tl.constexpr = BD if BD < 32 else 32
     x = tl.reshape(tl.sum(tl.reshape(x, (T, BD // Q, Q)), axis=1), (T, 1, Q))
@@ -253,7 +253,7 @@ def sum_channels(x, T: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def accumulate(total, tile, x, mask, ADD: tl.constexpr, EVEN: tl.constexpr):
-    """Write tile x of one direction: as it is, or added to what `total` (float32) holds of the directions before."""
+    """Write tile x of one direction, or add it to what `total` (float32) holds of the directions before."""
     if ADD:
         x += load_tile(total, mask, EVEN)
     if EVEN:

@@ -1,7 +1,7 @@
 """Forward Triton kernel: one program scans one chunk of one direction for BD channels.
 
-Run twice: with OUTPUT false for every chunk's end state from zero, then, once `combine_kernel` has turned those into
-start states, with OUTPUT true for y.
+It runs twice. With OUTPUT false it finds every chunk's end state from zero. `combine_kernel` turns those into start
+states. Then, with OUTPUT true, it writes y.
 """
 
 import triton
@@ -54,8 +54,9 @@ def forward_kernel(
 ):
     """h <- exp(A dt) h + dt B u; y = C . h + D u over `length` tiles of T positions of a walk.
 
-    state (batch * directions, chunks, N, d) holds the chunk's start state (OUTPUT) or gets its end state, and carries
-    the state from tile to tile; dt_sum (batch * directions, chunks, d). With one chunk neither is set before.
+    state (batch * directions, chunks, N, d) holds the chunk's start state (OUTPUT) or receives its end state, and
+    carries the state from tile to tile. dt_sum is (batch * directions, chunks, d). With one chunk neither is set
+    before.
     """
     blocks = (d + BD - 1) // BD
     block = tl.program_id(0) % blocks
@@ -90,7 +91,7 @@ def forward_kernel(
         x = before_softplus(plane, plane_size, prepared + N * d, dt_bias, channels, channel_ok, R, d)
         dt = softplus(x, tl.exp2(-tl.abs(x) * LOG2E))
         if not EVEN_T:
-            dt = tl.where(valid, dt, 0.0)  # a position past the end keeps the state
+            dt = tl.where(valid, dt, 0.0)  # at a position past the end the state stays
         dtu = dt * u_tile
         if OUTPUT:
             acc = tl.load(D + k * d + channels, mask=channel_ok, other=0.0)[None, :] * u_tile
@@ -109,13 +110,14 @@ def forward_kernel(
                 acc += h * tl.load(plane + (R + N + n) * plane_size)
             tl.store(state + n * d + channels, last_row(h, rows, T), mask=channel_ok)
         if OUTPUT:
-            # The addresses anew (`zero` hides that they are the same): kept through the loop they would fill registers.
+            # Computes the addresses again (`zero` hides that they are the same): kept through the loop they fill
+            # registers.
             pixel, valid = walk(k, tile * T + zero, rows, H, W, EVEN_T, TALL)
             if WIDE:
                 pixel = pixel.to(tl.int64)
             at = pixel * d + channels[None, :]
             accumulate(total + at, y + at, acc, tile_ok, ADD, EVEN_T and EVEN_D)
         if BD < 32:
-            tl.debug_barrier()  # here lanes share a channel, and read what another lane wrote for the tile before
+            tl.debug_barrier()  # lanes share a channel here, and read what another lane wrote for the previous tile
     if not OUTPUT:
         tl.store(dt_sum + slot * d + channels, summed, mask=channel_ok)

@@ -1,9 +1,9 @@
-// Arrays of float32 into a short type, many by one launch: the weights of a network, anew for each pass.
+// Casts float32 arrays to a short type, many per launch: the weights of a network, anew for each pass.
 
 #include "common.cuh"
 
 struct CastArgs {
-    const float* from[ARRAYS];  // where vectors may begin
+    const float* from[ARRAYS];  // aligned for vector loads
     io* to[ARRAYS];
     int sizes[ARRAYS];
 };

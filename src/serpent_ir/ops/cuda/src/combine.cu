@@ -1,21 +1,21 @@
-// From what chunks do to the state (end state from zero, sum of dt) to the state that each of them starts with, in place.
-// Many chunks are taken in segments: `fold`, `combine` of the segments, `combine` of the chunks of each.
+// Turns what chunks do to the state (end state from zero, sum of dt) in place into the state that each one starts with.
+// If there are many chunks this is done in segments: `fold`, `combine` of the segments, `combine` of each one's chunks.
 
 #include "common.cuh"
 
 struct CombineArgs {
-    float *h, *e;  // (batch, 4, chunks, N, D): of the state, and (or null) of its adjoint, which walks the other way
+    float *h, *e;  // (batch, 4, chunks, N, D): the state, and its adjoint (or null), which walks the other way
     const float *dt_sum, *A_log;  // (batch, 4, chunks, D), (4, D, N)
-    // The same for segments, runs of `segment` chunks: what `fold` finds that they do, then what they start with.
+    // The same for segments of `segment` chunks: first what they do, found by `fold`, then what they start with.
     float *segment_h, *segment_e, *segment_dt;
     int chunks, first, pairs;
-    int columns, parts;  // a block does so many numbers of the state; parts of a segment are first combined by themselves
+    int columns, parts;  // numbers of the state per block; parts of a segment, each first combined by itself
     int segment, segments;
 };
 
 constexpr int PARTS = 32;
 
-// FOLD: what a segment does to the state. Otherwise the states that its chunks start with, in place.
+// FOLD: finds what a segment does to the state. Otherwise writes the states that its chunks start with, in place.
 template <bool FOLD>
 __device__ __forceinline__ void combine_segment(const CombineArgs& a) {
     __shared__ float ends[1024], sums[1024];
@@ -25,10 +25,10 @@ __device__ __forceinline__ void combine_segment(const CombineArgs& a) {
     const int direction = blockIdx.y % (2 * a.pairs), k = a.first + direction % a.pairs + direction / a.pairs * 2;
     const size_t image = blockIdx.y / (2 * a.pairs), walk = image * 4 + k;
     const bool adjoint = blockIdx.z, known = n < N;
-    // Chunks in the order in which the state, or its adjoint, goes through them.
+    // Chunks are taken in the order in which the state, or its adjoint, goes through them.
     const bool down = (k >= 2) != adjoint;
     const int low = segment * a.segment, high = min(low + a.segment, a.chunks);
-    // The end of the last segment, as that of the last chunk, goes nowhere and may be unwritten.
+    // The end state of the last segment, like that of the last chunk, goes nowhere and may not have been written.
     if (FOLD && segment == (down ? 0 : a.segments - 1)) return;
     float* states = (adjoint ? a.e : a.h) + walk * a.chunks * N * D + x;
     const float* dt_sum = a.dt_sum + walk * a.chunks * D + ch;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void combine_segment(const CombineArgs& a) {
     }
     if (FOLD) {
         *whole = fmaf(ex2(A * sum), before, state);
-        // By the state; of the segment that it leaves out, by the adjoint, which sums the other way round.
+        // The state writes it. For the segment that the state leaves out the adjoint does, which goes the other way.
         const bool whose = adjoint ? segment == (down ? a.segments - 1 : 0) : true;
         if (n == 0 && whose) a.segment_dt[(walk * a.segments + segment) * D + ch] = until + sum;
         return;
@@ -82,7 +82,7 @@ struct SumArgs {
     int count;
 };
 
-// out = the sum of the parts, in order.
+// out = the sum of the parts, in their order.
 extern "C" __global__ void LAUNCH_BOUNDS(256, 1) sum_parts(const SumArgs a) {
     const long long at = ((long long)blockIdx.x * 256 + threadIdx.x) * 4;
     if (a.n % 4 == 0) {
@@ -110,7 +110,7 @@ struct ParameterArgs {
     int batch, chunks;
 };
 
-// Sums what chunks give to the gradients of the parameters, each of PARTS warps every PARTS-th of them.
+// Sums what chunks add to the gradients of the parameters. Each of PARTS warps takes every PARTS-th chunk.
 extern "C" __global__ void LAUNCH_BOUNDS(1024, 1) sum_parameters(const ParameterArgs a) {
     __shared__ float sums[PARTS][32];
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32, k = blockIdx.y;

@@ -1,12 +1,12 @@
-// What the CUDA kernels of the scan share: constants, the walk over the image, the step size, exchanges between lanes.
+// What the CUDA kernels of the scan share: constants, walks over the image, step sizes, exchanges between lanes.
 //
-// Set on the compiler's command line: D_INNER, D_STATE, DT_RANK, DTYPE (0 float32, 1 float16, 2 bfloat16), LANES (that
-// share a channel's states), TILE (steps that are taken together).
+// Set on the compiler's command line: D_INNER, D_STATE, DT_RANK, DTYPE (0 float32, 1 float16, 2 bfloat16), LANES (lanes
+// that share a channel's states), TILE (steps that are taken together).
 //
-// A warp scans 32 / M * 2 neighbouring channels of one direction. Lane = m * C + c: c picks two channels, m a share of
-// their states and of the rank. `h` and `A` of a lane stay in registers: 2 channels x P states.
+// A warp scans 32 / M * 2 neighbouring channels of one direction. Lane = m * C + c: c selects two channels, m a share
+// of their states and of the rank. A lane keeps its `h` and `A` in registers: 2 channels x P states.
 
-#ifndef EMULATED  // tests compile these files for the CPU, where a header of theirs stands in for this part
+#ifndef EMULATED  // tests compile these files for the CPU, where a header of the tests replaces this part
 #define LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
 typedef unsigned int uint;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 __device__ __forceinline__ void store2(float* p, float x, float y) {
     asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
 }
-// The same value, of which the compiler no longer knows how to compute it anew: it stays in a register.
+// The same value, but the compiler no longer knows how to compute it again, so it stays in a register.
 template <typename Value>
 __device__ __forceinline__ Value* keep(Value* p) {
     size_t address = __cvta_generic_to_global(p);
@@ -54,12 +54,12 @@ __device__ __forceinline__ ushort float_to_bfloat16(float x) {
 #endif
 
 constexpr int D = D_INNER, N = D_STATE, R = DT_RANK, M = LANES, T = TILE;
-constexpr int Q = 2;  // channels of a lane
+constexpr int Q = 2;  // channels per lane
 constexpr int C = 32 / M;  // lanes side by side over channels
-constexpr int CH = C * Q;  // channels of a warp
+constexpr int CH = C * Q;  // channels per warp
 constexpr int GROUPS = (D + CH - 1) / CH;
-constexpr int P = (N + M - 1) / M;  // states of a lane, of each channel
-constexpr int RL = (R + M - 1) / M;  // ranks of a lane
+constexpr int P = (N + M - 1) / M;  // states per lane, for each channel
+constexpr int RL = (R + M - 1) / M;  // ranks per lane
 constexpr int J = R + 2 * N;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -90,7 +90,7 @@ __device__ __forceinline__ float2 unpack(Raw r) { return make_float2(widen((io)r
 __device__ __forceinline__ Raw pack(float x, float y) { return (uint)narrow(x) | ((uint)narrow(y) << 16); }
 #endif
 
-// Two channels at p, which is where channel `ch` stands; 0 past the last one. Vectors need an even D.
+// Two channels at p, the address of channel `ch`; 0 past the last channel. Vector loads need an even D.
 __device__ __forceinline__ Raw load_pair(const io* p, int ch) {
     if (D % 2 == 0) return (D % CH == 0 || ch < D) ? *reinterpret_cast<const Raw*>(p) : Raw{};
     return pack(ch < D ? widen(p[0]) : 0.f, ch + 1 < D ? widen(p[1]) : 0.f);
@@ -116,15 +116,15 @@ __device__ __forceinline__ void store_pair_f(float* p, int ch, float2 x) {
     }
 }
 
-// The pixel (row * W + column) of a position, counted row by row or column by column.
+// The pixel (row * W + column) of a position that is counted row by row or column by column.
 __device__ __forceinline__ int pixel_of(int position, int H, int W, bool columns) {
     if (!columns) return position;
     const int column = position / H;
     return (position - column * H) * W + column;
 }
 
-// A walk up or down (sign) from a position, and the pixels of 32 of its steps, one in each lane: a division for each
-// step by every lane would cost more than the scan.
+// A walk up or down (sign) from a position. Each lane holds the pixel of one of 32 steps, because a division by every
+// lane for each step would cost more than the scan.
 struct Walk {
     int H, W, start, sign, lane, base, pixel;
     bool columns;
@@ -132,8 +132,8 @@ struct Walk {
     __device__ __forceinline__ Walk(int H, int W, bool columns, int start, int sign)
         : H(H), W(W), start(start), sign(sign), lane(threadIdx.x % 32), base(-32), pixel(0), columns(columns) {}
 
-    // Before the pixels of the T steps from `first` on are asked for; past `end` they repeat the last one.
-    // Whether the pixels are new: a lane may then ask the caches for what will be read of its own.
+    // Must be called before the pixels of the T steps from `first` on are asked for. Past `end` they repeat the last
+    // one. Returns whether the pixels are new; if so, a lane may prefetch what will be read at its own pixel.
     __device__ __forceinline__ bool reach(int first, int end) {
         if (first + T <= base + 32 && first >= base) return false;
         base = first;
@@ -143,8 +143,8 @@ struct Walk {
     __device__ __forceinline__ int operator[](int step) const { return __shfl_sync(~0u, pixel, step - base); }
 };
 
-// log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|); log1p(e) / e is fitted on [0, 1], to 3e-8 and, for the
-// short types, to 2e-7. A NaN passes through e. `slope` is the derivative, 1 / (1 + exp(-x)).
+// log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|). log1p(e) / e is a fit on [0, 1], to 3e-8, and to 2e-7 for
+// the short types. A NaN passes through e. `slope` is the derivative, 1 / (1 + exp(-x)).
 __device__ __forceinline__ float softplus(float x, float& slope) {
     const float e = ex2(-LOG2E * fabsf(x));
     slope = (x > 0.f ? 1.f : e) * reciprocal(1.f + e);
@@ -170,12 +170,12 @@ __device__ __forceinline__ float softplus(float x, float& slope) {
     return fmaf(e, p, fmaxf(x, 0.f));
 }
 
-// The number of this thread's warp, in a form that tells the compiler that it is one for the whole warp.
+// The number of this thread's warp, in a form that shows the compiler that it is the same for the whole warp.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(~0u, (int)threadIdx.x / 32, 0); }
 
-// Sums v[i] over the lanes whose numbers differ in the bits of `stride`, `stride` / 2, .., LAST: each lane goes on with
-// half of the values, which takes V exchanges instead of V log2(lanes). After it, v[0 ..] of a lane are the sums number
-// base, base + 1, ..; `count` of them.
+// Sums v[i] over the lanes whose numbers differ in the bits of `stride`, `stride` / 2, .., LAST. At each level a lane
+// keeps half of the values, so V exchanges suffice instead of V log2(lanes). Afterwards v[0 ..] of a lane holds the
+// sums base, base + 1, ..; there are `count` of them.
 template <int V, int STRIDE, int LAST>
 __device__ __forceinline__ void reduce_scatter(float* v, int lane, int& base, int& count) {
     if constexpr (STRIDE >= LAST) {
@@ -193,7 +193,7 @@ __device__ __forceinline__ void reduce_scatter(float* v, int lane, int& base, in
     }
 }
 
-// A lane's states of an array (N, D), both ways; `m` as in Channels.
+// Loads and stores a lane's states of an array (N, D); `m` as in Channels.
 __device__ __forceinline__ void load_states(const float* from, int m, int ch, float (&h)[Q][P]) {
 #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -208,8 +208,8 @@ __device__ __forceinline__ void store_states(float* to, int m, int ch, const flo
         if (m * P + p < N) store_pair_f(to + (m * P + p) * D + ch, ch, make_float2(h[0][p], h[1][p]));
 }
 
-// Of a tile's T * Q values each of the M lanes looks after OWN; where there are more lanes than values, each
-// SPACING-th lane after one.
+// Each of the M lanes is responsible for OWN of a tile's T * Q values. If there are more lanes than values, every
+// SPACING-th lane is responsible for one.
 constexpr int OWN = T * Q > M ? T * Q / M : 1, SPACING = M > T * Q ? M / (T * Q) : 1;
 static_assert(T * Q % M == 0 || M % (T * Q) == 0, "each lane looks after as many");
 
@@ -219,7 +219,7 @@ struct Channels {
     float A[Q][P];  // log2 e times A
     float W[Q][RL], bias[Q];
 
-    // The first of a tile's T * Q values that this lane looks after, and whether it looks after any.
+    // The first of a tile's T * Q values that this lane is responsible for, and whether there is any.
     __device__ __forceinline__ int own() const { return m * OWN / SPACING; }
     __device__ __forceinline__ bool owns() const { return m % SPACING == 0; }
 
@@ -246,12 +246,12 @@ struct Channels {
     }
 };
 
-// A row of proj in shared memory, float32: for each of the M lanes RL ranks, P of B and P of C, padded with zeros to
-// whole vectors.
+// A row of proj in shared memory, in float32. It holds for each of the M lanes RL ranks, P of B and P of C, padded with
+// zeros to whole vectors.
 constexpr int SHARE = (RL + 2 * P + 3) / 4 * 4;
 constexpr int JP = M * SHARE;
 
-// Where number j of proj's row goes.
+// The place of number j of a row of proj.
 __device__ __forceinline__ int place(int j) {
     if (j < R) return j / RL * SHARE + j % RL;
     if (j < R + N) return (j - R) / P * SHARE + RL + (j - R) % P;
@@ -268,16 +268,16 @@ __device__ __forceinline__ void load_share(const float* rows, int t, int m, floa
     }
 }
 
-// How the lanes of a warp fetch rows of proj: ROWS at a time, or PER_ROW loads for one. A lane always fetches the same
-// numbers of a row; those without work of their own repeat a neighbour's.
+// How the lanes of a warp fetch rows of proj: ROWS rows at a time, or one row in PER_ROW loads. A lane always fetches
+// the same numbers of a row; a lane without work of its own repeats a neighbour's.
 struct Fetch {
     static constexpr int ROWS = J < 32 ? 32 / J : 1, PER_ROW = (J + 31) / 32;
     static constexpr int LOADS = (T + ROWS - 1) / ROWS * PER_ROW;
-    int row;  // of the ROWS
+    int row;  // one of the ROWS
     const io *first, *last;
     int places[PER_ROW];  // where they go in shared memory
 
-    // `proj`: the image's first pixel, in the direction.
+    // `proj` points to the image's first pixel, in the direction.
     __device__ __forceinline__ Fetch(const io* proj, int lane) : row(J < 32 ? min(lane / J, ROWS - 1) : 0) {
         const int j = J < 32 ? lane % J : lane;
         first = keep(proj + j);
@@ -287,14 +287,15 @@ struct Fetch {
     }
 };
 
-// What a warp needs from device memory for a tile, loaded while the tile before is computed: rows of proj, and the
-// lane's channels of MAPS maps (u, dy).
+// What a warp needs from device memory for a tile: rows of proj, and the lane's channels of MAPS maps (u, dy). It is
+// loaded while the previous tile is computed.
 template <int MAPS>
 struct Ahead {
     io rows[Fetch::LOADS];
     Raw maps[MAPS][T];
 
-    // Before `load` for the T steps from `first` on. `from`: the image's first pixel, from the lane's channels on.
+    // Must be called before `load` for the T steps from `first` on. `from`: the image's first pixel, at the lane's
+    // channels.
     __device__ __forceinline__ void reach(
         const Fetch& fetch, const io* const (&from)[MAPS], Walk& walk, int first, int end, const Channels& my
     ) {
@@ -329,7 +330,7 @@ struct Ahead {
     }
 };
 
-// Of each lane's OWN values, to all values of a tile in every one of the M lanes.
+// From each lane's OWN values to all values of a tile in every one of the M lanes.
 __device__ __forceinline__ void share_out(const float* own, int lane, float (&all)[T][Q]) {
 #pragma unroll
     for (int i = 0; i < T * Q; i++)

@@ -1,4 +1,4 @@
-// The forward scan. A block is two warps: the two opposite directions over one chunk of positions.
+// The forward scan. A block is two warps, which do the two opposite directions over one chunk of positions.
 
 #include "common.cuh"
 
@@ -10,15 +10,15 @@ struct Args {
     io* y;
     long long part;  // elements of `total` of one pair
     int H, W, length, chunks;
-    int first, pairs;  // this launch does the pairs first .. first + pairs - 1: 0 by rows, 1 by columns
-    int add, last;  // `total` holds the pair before; the sums go to y
-    int combined;  // `state` is what chunks start with, no longer what they end with from zero
+    int first, pairs;  // this launch does the pairs first .. first + pairs - 1. Pair 0: by rows, 1: by columns
+    int add, last;  // add: `total` holds the sums of the pair before; last: the sums go to y
+    int combined;  // `state` is what chunks start with, not what they end with from zero
 };
 
 static_assert(T >= M, "a lane writes whole steps");
 
-// The state that a chunk starts with, from what the `count` chunks before it end with; `back`: from a slot to the one
-// before in the walk.
+// The state that a chunk starts with, from the end states of the `count` chunks before it. `back`: the offset from a
+// slot to the previous one of the walk.
 __device__ __forceinline__ void combine_before(
     const Args& a, const Channels& my, int count, size_t slot, int back, float (&h)[Q][P]
 ) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void combine_before(
     }
 }
 
-// OUTPUT false: the state at the end of a chunk, had it been zero before, and the sum of dt. OUTPUT true: y.
+// OUTPUT false: finds the state at the end of a chunk from zero at its start, and the sum of dt. OUTPUT true: writes y.
 template <bool OUTPUT>
 __device__ __forceinline__ void scan(const Args& a) {
     DYNAMIC_SHARED(shared);
@@ -44,10 +44,10 @@ __device__ __forceinline__ void scan(const Args& a) {
     const int pair = a.first + blockIdx.y % a.pairs, k = pair + 2 * warp;
     const size_t image = blockIdx.y / a.pairs, pixels = image * a.H * a.W;
     const int begin = chunk * a.length, count = min(a.length, a.H * a.W - begin);
-    if (!OUTPUT && chunk == (warp ? 0 : a.chunks - 1)) return;  // nothing comes after it
+    if (!OUTPUT && chunk == (warp ? 0 : a.chunks - 1)) return;  // no chunk follows it
 
     float* rows = shared + warp * T * JP;
-    float* sums = shared + 2 * T * JP;  // (length, CH): of the chunk's positions, from the direction that came first
+    float* sums = shared + 2 * T * JP;  // (length, CH): for the chunk's positions, from the direction that came first
     for (int i = lane; i < T * JP; i += 32) rows[i] = 0.f;
     const Channels my(group, k, a.A_log, a.dt_weight, a.dt_bias);
     const size_t slot = (image * 4 + k) * a.chunks + chunk;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void scan(const Args& a) {
     float* total = keep(a.total + (pair - a.first) * a.part + pixels * D + my.ch);
     io* y = keep(a.y + pixels * D + my.ch);
 
-    // Each warp writes its half of the sums, then adds to the other's: no two add to one place at a time.
+    // Each warp writes its half of the sums, then adds to the other's, so they never add to one place at the same time.
     const int half = OUTPUT ? min(count, (count / 2 + T - 1) / T * T) : count;
     const int split = !OUTPUT ? count : warp ? count - half : half;
     const int meet = (split + T - 1) / T, tiles = meet + (count - split + T - 1) / T;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void scan(const Args& a) {
         Raw raw[T];
 #pragma unroll
         for (int t = 0; t < T; t++) raw[t] = ahead.maps[0][t];
-        // Of the tile's sums this lane looks after those of the steps `mine`, `mine` + 1, ..
+        // Of the tile's sums this lane is responsible for those of the steps `mine`, `mine` + 1, ..
         const int mine = first + my.m * (T / M);
         int at[T / M];
         float2 before[T / M];

@@ -2,11 +2,11 @@
 
 #include "backward.cuh"
 
-// What a warp keeps of a tile in shared memory: first the state before it, dt and the slope of softplus, then what the
-// tile gives to the gradients.
+// What a warp keeps of a tile in shared memory: first the state before the tile, dt and the slope of softplus; then
+// what the tile adds to the gradients.
 constexpr int VECTORS = (Q * P + 3) / 4;
-constexpr int KEPT = VECTORS * 128 > T * J ? VECTORS * 128 : (T * J + 3) / 4 * 4;  // state; gradient of proj (T, J)
-constexpr int SLOT = KEPT + 2 * T * CH;  // and dt, slope (T, CH); du in the place of dt
+constexpr int KEPT = VECTORS * 128 > T * J ? VECTORS * 128 : (T * J + 3) / 4 * 4;  // state, or gradient of proj (T, J)
+constexpr int SLOT = KEPT + 2 * T * CH;  // and dt, slope (T, CH); du takes the place of dt
 
 struct Gradient {
     const Args& a;
@@ -33,14 +33,14 @@ struct Gradient {
         skip[0] = x.x, skip[1] = x.y;
     }
 
-    // Where the lane's own value number x of a tile stands among the (T, CH) behind the state.
+    // The place of the lane's own value number x of a tile in the (T, CH) array behind the state.
     __device__ __forceinline__ float* own_place(float* kept, int x) const {
         const int own = my.own() + x;
         return kept + KEPT + own / Q * CH + my.lane % C * Q + own % Q;
     }
 
-    // Forwards through a part of `count` steps: the state before each tile and the step sizes, into the slots; and the
-    // state after the last.
+    // Goes forward through a part of `count` steps. Puts the state before each tile and the step sizes into the slots;
+    // also gives the state after the last step.
     __device__ __forceinline__ void keep_states(
         const io* u, const float* rows, const int* pixels, int count, size_t part, bool begins,
         float (&h)[Q][P]
@@ -102,7 +102,7 @@ struct Gradient {
         __syncwarp();
     }
 
-    // Towards the second-level cache: what the warp will read of a part, a lane for each position.
+    // Prefetches into the second-level cache what the warp will read of a part, one lane per position.
     __device__ __forceinline__ void prefetch_part(int begin, int count, int part, bool columns) const {
         const int position = begin + part * S + my.lane % S;
         if (position >= begin + count) return;
@@ -114,7 +114,7 @@ struct Gradient {
         if (S == 32) prefetch(a.dy + pixel * D + ch);
     }
 
-    // The lane's channels of a tile's steps.
+    // Loads the lane's channels of a tile's steps.
     __device__ __forceinline__ void load_maps(
         const io* u, const io* dy, const int* pixels, Raw (&raw_u)[T], Raw (&raw_dy)[T]
     ) {
@@ -126,7 +126,7 @@ struct Gradient {
         }
     }
 
-    // Backwards through the steps of one tile.
+    // Goes backward through the steps of one tile.
     __device__ __forceinline__ void tile(
         float* kept, const float* rows, const int* pixels, int valid, const Raw (&raw_u)[T], const Raw (&raw_dy)[T],
         const Sums& sums, float (&after)[Q][P]
@@ -145,7 +145,7 @@ struct Gradient {
             const float2 x = *reinterpret_cast<const float2*>(kept + KEPT + t * CH + my.lane % C * Q);
             dt[t][0] = x.x, dt[t][1] = x.y;
         }
-        __syncwarp();  // what was kept is now in registers
+        __syncwarp();  // what was kept is now in registers, so its slot may be overwritten
         size_t at[OWN];
         float so_far[OWN] = {};
         const int own_ch = my.ch + (OWN > 1 ? 0 : my.own() % Q);
@@ -236,7 +236,7 @@ struct Gradient {
                 lowrank[t * RL + r] = fmaf(dx[t][0], my.W[0][r], dx[t][1] * my.W[1][r]);
             }
         }
-        // First over a tile, then over tiles: sums of sums lose less.
+        // Sums are taken first over a tile, then over tiles, since sums of sums lose less precision.
 #pragma unroll
         for (int q = 0; q < Q; q++) {
             dD[q] += tile_dD[q];
@@ -271,7 +271,7 @@ struct Gradient {
 };
 
 constexpr int BATCH = 4;  // loads in flight at a time
-constexpr int G = WARPS;  // warps of each direction, side by side over channels
+constexpr int G = WARPS;  // warps per direction, side by side over channels
 static_assert(GROUPS % G == 0, "whole sets of channels");
 
 extern "C" __global__ void LAUNCH_BOUNDS(64 * G, BLOCKS) gradient(const Args a) {
@@ -286,7 +286,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64 * G, BLOCKS) gradient(const Args a) 
     const io *u = a.u + pixels * D, *dy = a.dy + pixels * D;
     float *rows = shared + reverse * S * JP, *slots = shared + 2 * S * JP;  // (2, S, JP); (2 G, TILES, SLOT)
     __shared__ int way_pixels[2][S];
-    int* pixel = way_pixels[reverse];  // of the steps of this direction's part
+    int* pixel = way_pixels[reverse];  // for the steps of this direction's part
     float* total = a.total + (pair - a.first) * a.total_part + pixels * D;
     float* share = a.shares + split * a.shares_part + pixels * 4 * J;
 
@@ -294,7 +294,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64 * G, BLOCKS) gradient(const Args a) 
     __syncthreads();
     for (int set = split * a.sets; set < (split + 1) * a.sets; set++) {
         Gradient of(a, set * G + warp % G, k, chunk, image, slots + warp * TILES * SLOT);
-        // From the channel of the lane's first own value on.
+        // At the channel of the lane's first own value.
         const int own_ch = of.my.ch + (OWN > 1 ? 0 : of.my.own() % Q);
         float* own_total = keep(total + own_ch);
         io* own_du = keep(a.du + pixels * D + own_ch);
@@ -341,7 +341,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64 * G, BLOCKS) gradient(const Args a) 
                 of.tile(of.slots + n * SLOT, tile_rows, pixel + n * T, steps - n * T, tile_u, tile_dy, sums, after);
             }
             __syncthreads();
-            // The block's gradient of proj: its warps' shares, in fixed order, and those of the sets before.
+            // The block's gradient of proj: the shares of its warps in fixed order, and those of the sets before.
             const bool more = set > split * a.sets, complete = a.splits == 1 && set + 1 == a.sets;
 #pragma unroll 1
             for (int from = thread; from < steps * J; from += 32 * G * BATCH) {

@@ -1,4 +1,4 @@
-// What a chunk does to the state and to its adjoint, and the state at the start of each part; see backward.cuh.
+// Finds what a chunk does to the state and to its adjoint, and the state at the start of each part; see backward.cuh.
 
 #include "backward.cuh"
 
@@ -10,7 +10,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64, BLOCKS) summary(const Args a) {
     const size_t image = blockIdx.y / a.pairs, pixels = image * a.H * a.W;
     const int L = a.H * a.W, begin = chunk * a.length, count = min(a.length, L - begin);
     const int parts = (L + S - 1) / S, first_part = begin / S, here = (count + S - 1) / S;
-    const bool several = a.chunks > 1;  // otherwise only the states at the starts of parts are of use
+    const bool several = a.chunks > 1;  // otherwise only the states at the starts of parts are needed
 
     float* rows = shared + warp * T * JP;
     for (int i = lane; i < T * JP; i += 32) rows[i] = 0.f;
@@ -20,7 +20,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64, BLOCKS) summary(const Args a) {
 #pragma unroll
     for (int p = 0; p < P; p++) decay[0][p] = decay[1][p] = 1.f;
 
-    // Parts are cut from the chunk's first position on, so a walk backwards meets the incomplete one first.
+    // Parts are cut from the chunk's first position on, so a backward walk meets the incomplete part first.
     Walk walk(a.H, a.W, pair, warp ? begin + count - 1 : begin, warp ? -1 : 1);
     const int head = warp ? count - (here - 1) * S : min(S, count);  // steps of the first part
     const Fetch fetch(a.proj + (pixels * 4 + k) * J, lane);
@@ -28,7 +28,7 @@ extern "C" __global__ void LAUNCH_BOUNDS(64, BLOCKS) summary(const Args a) {
     Ahead<2> ahead;
     ahead.reach(fetch, maps, walk, 0, count, my);
     ahead.load(fetch, maps, walk, 0, my);
-    int done = 0, end = head, part = 0;  // steps done, and until where this part goes
+    int done = 0, end = head, part = 0;  // steps done, and the step at which this part ends
     while (done < count) {
         const int valid = end - done;
         __syncwarp();
