@@ -1,7 +1,7 @@
 """A web page on this machine: drop a photo, see it before and after, download what the command would have written.
 
-Images are restored in a process of its own, so that one that takes too long can be stopped. Uploads and results live in
-a temporary folder that goes with the server; no other file can be read through the page.
+Images are restored in a separate process, so that one that takes too long can be stopped. Uploads and results live in a
+temporary folder that is removed with the server. No other file can be read through the page.
 """
 
 import functools
@@ -31,9 +31,9 @@ from serpent_ir.system.forks import Lock
 from serpent_ir.system.whole_file import temporary_folder
 
 PREVIEW = 1600
-"""Longest side in pixels of what the page shows; the download has them all."""
+"""Longest side, in pixels, of the preview on the page. The download has all pixels."""
 QUEUE = 8
-"""People who may wait; the next one is asked to come back."""
+"""How many people may wait. Anyone beyond that is asked to come back later."""
 TASKS = {
     "photo": "An everyday photo: a little blurred, noisy or compressed",
     "deblur": "Blurred: out of focus, a standard deviation of 3 pixels, with noise",
@@ -41,7 +41,7 @@ TASKS = {
     "denoise": "Noisy",
     "jpeg": "JPEG artefacts",
 }
-"""What the page says of a task. Inpainting needs a mask, which it has no way to give."""
+"""What the page says about a task. Inpainting is missing because it needs a mask, which the page has no way to give."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """What the page shows of one image, and the file to download."""
+    """What the page shows for one image, and the file to download."""
 
     before: Image.Image
     after: Image.Image
@@ -67,18 +67,18 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
     """Serve the page until it is interrupted.
 
     Raises:
-        UsageError: gradio is missing, or no such device.
-        SerpentError: the port is taken.
+        UsageError: gradio is missing, or there is no such device.
+        SerpentError: the port is in use.
     """
     if ":" in host:
         raise UsageError(f"--host {host}: gradio serves no IPv6 address; give one of IPv4, or a name")
     limits = limits or Limits()
     with _without_proxies():
-        _gradio()  # before there is a folder, which Ctrl-C meanwhile would leave behind
+        _gradio()  # imported before there is a folder, which Ctrl-C during the import would leave behind
     with temporary_folder("demo") as folder:
         cache = folder / "cache"
         cache.mkdir()
-        os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there, and nothing else
+        os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there and nothing else
         worker = Worker()
         try:
             with _without_proxies():
@@ -98,7 +98,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
             print(f"serpent: the page is at http://{host}:{port}", flush=True)
             page.block_thread()
         except OSError as error:
-            reason = str(error).partition(". ")[0]  # gradio goes on with advice on its own settings
+            reason = str(error).partition(". ")[0]  # gradio continues with advice on its own settings
             raise SerpentError(f"{host}:{port}: cannot be served ({reason}); choose another --port or --host") from None
         finally:
             worker.stop()
@@ -114,10 +114,10 @@ def _gradio() -> Any:
 
 @contextmanager
 def _without_proxies() -> Iterator[None]:
-    """No proxy in the environment.
+    """Remove proxies from the environment.
 
-    gradio asks its own address whether it is there, by httpx, which would ask a proxy that does not know this machine,
-    or for whose protocol a package is missing.
+    gradio asks its own address, through httpx, whether it is there. httpx would ask a proxy that does not know this
+    machine, or for whose protocol a package is missing.
     """
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
@@ -165,7 +165,10 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
         return [slider, file, told]
 
     def clear_with(photo: Any, shown: list[Any]) -> None:
-        """The result goes with its photo: beside the next one, or the reason why that failed, it would pass for its."""
+        """Clear the result when its photo changes.
+
+        Beside the next photo, or its error, it would pass for that photo's.
+        """
         photo.change(lambda: (None, None, ""), None, shown, show_progress="hidden", api_visibility="private")
 
     kinds = ["image", ".tif", ".tiff", ".avif", ".heic", ".heif"]
@@ -209,13 +212,13 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
 
 
 def _of_any_name(file: Any) -> Any:
-    """gradio goes by the name of an upload, and refuses `.png`; what is in it is for `read_image` to say."""
+    """Accept any file name. gradio goes by the name and refuses `.png`; `read_image` decides by the content."""
     file.preprocess = lambda given: given.path if given else None
     return file
 
 
 def restore_upload(path: Path, folder: Path, task: str, network: str, device: str, limits: Limits) -> Result:
-    """Restore an uploaded file into `folder`: the file is the one that `serpent restore` writes."""
+    """Restore an uploaded file into `folder`. The result is the file that `serpent restore` writes."""
     restorer = _restorer(f"{network}.{task}", device)
     stem, suffix = _name_of(path)
     file = folder / f"{stem}-restored{suffix if suffix in WRITTEN_SUFFIXES else '.png'}"
@@ -234,7 +237,7 @@ def restore_upload(path: Path, folder: Path, task: str, network: str, device: st
 
 
 def _name_of(path: Path) -> tuple[str, str]:
-    """Stem and suffix of an uploaded file: of `.png` and `..png`, too, whose name is all suffix to people."""
+    """Stem and suffix of an uploaded file. Also for `.png` and `..png`, whose name is all suffix to people."""
     stem, dot, suffix = path.name.rpartition(".")
     return stem.strip(".") or "photo", f"{dot}{suffix}".lower() if dot else ""
 
@@ -242,7 +245,7 @@ def _name_of(path: Path) -> tuple[str, str]:
 def degrade_and_restore(
     path: Path, folder: Path, task: str, network: str, seed: float | None, device: str, limits: Limits
 ) -> Result:
-    """Degrade an uploaded file as an evaluation does, restore it, and measure both against it."""
+    """Degrade an uploaded file as an evaluation does, restore it, and measure both against the original."""
     degradation = create_degradation(task)
     restorer = _restorer(f"{network}.{task}", device)
     clean = degradation.crop(to_tensor(_read(path, 1, limits).pixels))
@@ -260,7 +263,7 @@ def degrade_and_restore(
 
 
 def make_samples(folder: Path, tasks: set[str]) -> dict[Path, str]:
-    """Degraded photos to try, and the task that undoes each; none where scikit-image has not brought its photos."""
+    """Degraded photos to try, and the task that undoes each. None if scikit-image's photos are not there."""
     try:
         from skimage import data
     except ModuleNotFoundError:
@@ -279,7 +282,7 @@ def make_samples(folder: Path, tasks: set[str]) -> dict[Path, str]:
 
 
 class Worker:
-    """Runs functions one after the other in a process that stays, and that is killed where one takes too long."""
+    """Runs functions one after the other in a process that stays alive, and that is killed if one takes too long."""
 
     def __init__(self):
         self._lock = Lock()
@@ -287,7 +290,7 @@ class Worker:
         self._connection: Any = None
 
     def __call__(self, function: Callable[..., Any], *args: Any, seconds: float) -> Any:
-        """function(*args), which must be picklable. Raises SerpentError for its SerpentErrors, and if time is up."""
+        """Return function(*args), all picklable. Raises SerpentError for its SerpentErrors, and if time is up."""
         with self._lock:
             if self._process is None or not self._process.is_alive():
                 context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -295,7 +298,7 @@ class Worker:
                 self._process = context.Process(target=_work, args=(theirs,), daemon=True)
                 self._process.start()
                 theirs.close()
-                self._connection.recv()  # it is there: from here on the time counts
+                self._connection.recv()  # the process is ready; from here on time counts
             try:
                 self._connection.send((function, args))
                 if not self._connection.poll(seconds):
@@ -310,7 +313,7 @@ class Worker:
             return result
 
     def stop(self) -> None:
-        """End the process; the next call starts another."""
+        """End the process. The next call starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -318,7 +321,7 @@ class Worker:
 
 
 def _work(connection: Any) -> None:
-    """What the process does: answer calls until its parent has gone."""
+    """The body of the process: answer calls until its parent has gone."""
     connection.send(None)
     while True:
         try:
@@ -328,9 +331,9 @@ def _work(connection: Any) -> None:
         try:
             connection.send((function(*args), None))
         except SerpentError as error:
-            connection.send((None, str(error).replace(f"{args[0]}: ", f"{args[0].name}: ")))  # no path of the server
+            connection.send((None, str(error).replace(f"{args[0]}: ", f"{args[0].name}: ")))  # hides the server's paths
         except Exception:
-            traceback.print_exc()  # for who runs the server
+            traceback.print_exc()  # for whoever runs the server
             connection.send((None, "failed for a reason of its own; the server's terminal says more"))
 
 
@@ -341,11 +344,11 @@ def _restorer(name: str, device: str) -> Restorer:
 
 def _read(path: Path, scale: int, limits: Limits) -> Picture:
     try:
-        with Image.open(path) as image:  # the header alone, before any memory is taken
+        with Image.open(path) as image:  # reads the header only, before any memory is taken
             _check_size(path, *image.size, scale, limits)
     except SerpentError:
         raise
-    except Exception:  # not one that Pillow knows, or a damaged one: read_image says
+    except Exception:  # damaged, or unknown to Pillow: read_image says which
         pass
     picture = read_image(path)
     height, width = picture.pixels.shape[:2]
@@ -363,7 +366,7 @@ def _check_size(path: Path, width: int, height: int, scale: int, limits: Limits)
 
 
 def _preview(picture: Picture, scale: int = 1) -> Image.Image:
-    """At most `PREVIEW` px a side, 8 bits, opaque."""
+    """At most `PREVIEW` px per side, 8 bits, opaque."""
     pixels = picture.pixels
     image = Image.fromarray((pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels)
     width, height = image.width * scale, image.height * scale

@@ -1,11 +1,11 @@
-"""Errors for people: one line that names the file or option and the remedy. The command line prints them."""
+"""Errors for people: one line that names the file or option and the remedy. The command line prints that line."""
 
 import errno
 import sys
 
 
 class SerpentError(Exception):
-    """Anything the user can mend. Exit status 1: the work failed."""
+    """Anything that the user can mend. Exit status 1: the work failed."""
 
 
 class UsageError(SerpentError, ValueError):
@@ -17,20 +17,20 @@ class ImageError(SerpentError):
 
 
 class SourceChangedError(ImageError):
-    """A file that became another one between its reading and the writing of what was made of it."""
+    """A file that was replaced or changed between the moment it was read and the writing of its result."""
 
 
 OUT_OF_MEMORY = "out of memory"
-"""What stands for a figure where memory did not suffice, in profiles and tables."""
+"""What profiles and tables hold in place of a figure if memory did not suffice."""
 
 
 class OutOfRoomError(SerpentError):
-    """Memory that does not suffice for a training."""
+    """Memory does not suffice for a training."""
 
 
-# What is said where memory ends, in any case of letters: by PyTorch's allocators of the CPU and of MPS, NVIDIA's
-# libraries, C++, oneDNN, OpenCV, the system's loader of libraries, and Python where the system has no thread to give;
-# and by PyTorch of a size that no number holds.
+# What libraries say, in any letter case, if memory runs out: PyTorch's allocators of the CPU and of MPS, NVIDIA's
+# libraries, C++, oneDNN, OpenCV, the system's library loader, and Python if the system cannot start a thread. Also what
+# PyTorch says of a size that exceeds its numbers.
 _MEMORY_SIGNS = (
     "not enough memory", "insufficient memory", "failed to allocate", "allocate memory", "out of memory",
     "status_alloc_failed", "storage size calculation overflowed", "bad_alloc", "bad allocation", "unable to mmap",
@@ -41,12 +41,12 @@ _SAID_BY = (RuntimeError, ImportError, OSError, SystemError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the ways in which Python, PyTorch and other libraries run out of memory."""
-    torch = sys.modules.get("torch")  # the error may be that it does not load
+    """Whether an error is one of the ways in which Python, PyTorch and other libraries report that memory ran out."""
+    torch = sys.modules.get("torch")  # not imported here, since the error may be that torch cannot be loaded
     kinds = (MemoryError, *filter(None, [getattr(torch, "OutOfMemoryError", None)]))
     if isinstance(error, kinds) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    if isinstance(error, (SerpentError, BlockingIOError)):  # it was told what it is; there is nothing to read yet
+    if isinstance(error, (SerpentError, BlockingIOError)):  # it already says what it is; BlockingIOError: no data yet
         return False
     said = str(error).lower()
     by_library = isinstance(error, _SAID_BY) or type(error).__module__ == "cv2"
@@ -56,11 +56,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_line(error: BaseException) -> str:
-    """One line for an error of which `is_out_of_memory` is true and nobody has said more."""
+    """One line for an error for which `is_out_of_memory` is true and nobody has said more."""
     lines = str(error).splitlines() or [type(error).__name__]
     named = next((line for line in lines if any(sign in line.lower() for sign in _MEMORY_SIGNS)), lines[0])
     reason = named.partition(". ")[0].strip()[:120].rstrip(".") or type(error).__name__
     return (
-        f"not enough memory ({reason}); close what else uses it, raise the limit (ulimit -v, a container's, the batch "
-        "system's), or take smaller images, --tile 256 where there is that option, or OMP_NUM_THREADS=1"
+        f"not enough memory ({reason}); close other programs, raise the limit (ulimit -v, the container's, the batch "
+        "system's), or use smaller images, --tile 256 if there is that option, or OMP_NUM_THREADS=1"
     )

@@ -34,26 +34,27 @@ def evaluate(
     lpips_weights: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Degrade every image of a folder, restore it, and compare with the clean one.
+    """Degrade every image of a folder, restore it, and compare the result with the clean image.
 
     Args:
-        data: clean images, a folder or what else `list_images` takes; each is used whole (cropped to a multiple of the
-            task's scale).
-        task: degradation, as `deblur`; the network sees the unclamped y, upsampled to full size where it is smaller.
-        model: network or weights, as `serpent_l.deblur`.
-        weights: file as `load_model` takes it, instead of the weights that ship as `model`.
-        device: as `serpent_ir.inference.restorer.pick_device` takes.
+        data: clean images: a folder, or anything else that `list_images` takes. Each image is used whole (cropped to a
+            multiple of the task's scale).
+        task: the degradation, for example `deblur`. The network sees the unclamped y, upsampled to full size if it is
+            smaller.
+        model: network or weights, for example `serpent_l.deblur`.
+        weights: a file as `load_model` takes it, instead of the weights that ship as `model`.
+        device: as `serpent_ir.inference.restorer.pick_device` takes it.
         precision: as `restore` takes it.
-        seed: of the noise, which is drawn on the CPU per (seed, index of the image in path order).
-        lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it, to measure LPIPS, too.
-        progress: called with (images done, images in all).
+        seed: seed of the noise, which is drawn on the CPU per (seed, index of the image in path order).
+        lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it; if given, LPIPS is measured too.
+        progress: called with (images done, all images).
 
     Returns:
-        model, weights (the file, None without), task, precision, n (images), seed, psnr, ssim (means over images),
-        input_psnr, input_ssim (the same of what the network was given), device, and `images`: file (path), psnr, ssim,
-        input_psnr, input_ssim of each. An image with an infinite PSNR (an untouched or perfect one) counts in neither
-        mean of PSNR, unless all have one; n_psnr says how many do. With `lpips_weights` also lpips and input_lpips, and
-        lpips_net, "alex" or "vgg".
+        A dict: model, weights (the file, or None), task, precision, n (images), seed, psnr in dB, ssim (means over
+        images), input_psnr, input_ssim (the same for what the network was given), device, and `images`: file (path),
+        psnr, ssim, input_psnr, input_ssim of each image. An image with an infinite PSNR (untouched or perfect) counts
+        in neither mean of PSNR, unless all images have one; n_psnr says how many count. With `lpips_weights` also lpips
+        and input_lpips, and lpips_net, "alex" or "vgg".
     """
     degradation = create_degradation(task)
     network = create_model(model, pretrained=weights is None, checkpoint_path=weights)
@@ -65,7 +66,7 @@ def evaluate(
     if (scale := getattr(network, "scale", 1)) != 1:
         raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
     channels, made = getattr(network.config, "in_channels", 3), degradation.channels
-    if channels != made and (channels, made) != (1, 3):  # a network for grey images takes each colour by itself
+    if channels != made and (channels, made) != (1, 3):  # a network for grey images takes each colour separately
         raise UsageError(f"{weights or model} takes {channels} channels, and {task} makes {made}; choose other weights")
     if (returned := getattr(network.config, "out_channels", 3)) != min(channels, 3):
         raise UsageError(f"{weights or model} returns {returned} channels; an image has three; choose other weights")
@@ -138,9 +139,9 @@ def evaluate_image(
     precision: str = "auto",
     known: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and restored (1, 3, H, W).
+    """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and its result (1, 3, H, W).
 
-    `clean` (1, 3, H, W) lies on the network's device; `precision` is as `run_network` takes it; `known` are figures
+    `clean` (1, 3, H, W) lies on the network's device. `precision` is as `run_network` takes it. `known` are figures
     that need not be computed: those of the input, which are the same for every network.
     """
     degraded, clean = degradation.pair(clean, generator=evaluation_generator(seed, index))
@@ -150,15 +151,15 @@ def evaluate_image(
     row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
     if not known:
         row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
-    figures = torch.cat(list(row.values())).tolist()  # all at once, since a GPU is waited for
+    figures = torch.cat(list(row.values())).tolist()  # all at once, since each read waits for the GPU
     return {**dict(zip(row, figures, strict=True)), **(known or {})}, given, restored
 
 
 def mean_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means of the figures of images. `n_psnr` says of how many those of PSNR are.
+    """The means of the figures of images. `n_psnr` is the number of images in the means of PSNR.
 
-    `photo` leaves some images untouched, whose PSNR is infinite: where that of the input or of the restored image is,
-    both are left out, so that the two means are of the same images. Where that leaves none, all are counted.
+    `photo` leaves some images untouched, so their PSNR is infinite. If the PSNR of the input or of the restored image
+    is infinite, both are left out, so that the two means are over the same images. If that leaves no image, all count.
     """
     finite = [row for row in rows if math.inf not in (row["psnr"], row["input_psnr"])] or rows
 
@@ -177,7 +178,7 @@ def read_clean(file: Path | PackedImage, degradation: Degradation) -> Tensor:
 def read_clean8(file: Path | PackedImage, degradation: Degradation) -> Tensor:
     """The same in 8 bits, (3, H, W) uint8.
 
-    Raises ImageError, as `read_image` does, and where it is too small to be degraded or compared.
+    Raises ImageError as `read_image` does, and for an image that is too small to be degraded or compared.
     """
     pixels = read_rgb8(file)
     height, width = pixels.shape[1:]

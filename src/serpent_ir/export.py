@@ -1,9 +1,9 @@
 """Networks as files for other runtimes: ONNX and PyTorch's own pt2, without this package and without its operator.
 
-The exported graph takes an image of any size where it is `dynamic`: upsampling (sr8), padding and cropping are inside.
-The operator ss2d is replaced by PyTorch's scan operator, which becomes ONNX's Scan: the rows of a map advance side by
-side from zero, their last states are combined from row to row, and a second pass starts each row from the right state.
-What is written has been run, at four sizes, and compared with the network.
+If `dynamic`, the exported graph takes an image of any size: upsampling (sr8), padding and cropping are inside. The
+operator ss2d is replaced by PyTorch's scan operator, which becomes ONNX's Scan. The rows of a map advance side by side
+from zero, their last states are combined from row to row, and a second pass starts each row from the right state. Every
+file that is written has been run, at up to four sizes, and compared with the network.
 """
 
 import functools
@@ -32,16 +32,16 @@ from serpent_ir.system.whole_file import whole_file
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4
-"""Largest relative error (norm of the difference over norm) of an exported file against the network."""
+"""Largest relative error (norm of the difference over norm) of an exported file compared with the network."""
 METADATA_FILE = "serpent_ir.json"
-"""Where a pt2 file holds its metadata: `torch.export.load(path, extra_files={METADATA_FILE: ""})` fills it in."""
-_LARGEST = 1 << 16  # pixels a side
+"""The place of a pt2 file's metadata: `torch.export.load(path, extra_files={METADATA_FILE: ""})` fills it in."""
+_LARGEST = 1 << 16  # pixels per side
 _LOGGERS = ("onnxscript", "onnx_ir", "onnx_ir._convenience", "torch.onnx", "torch._export.serde.serialize")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of an exported file with the network: both on this machine's CPU, the better of two warm runs."""
+    """One comparison of an exported file with the network, on this CPU. Times are the better of two warm runs."""
 
     height: int
     width: int
@@ -59,13 +59,13 @@ def export(
     size: int = 256,
     weights: Path | None = None,
 ) -> tuple[dict[str, str], list[Check]]:
-    """Write the network or weights called `name` (or, of a network, a file of `weights`) by `export_network`."""
+    """Write the network or weights called `name` (or a network with a file of `weights`) by `export_network`."""
     model, told = network_to_export(name, weights)
     return export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
 
 
 def network_to_export(name: str, weights: Path | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """The network that `export` writes, and what the file says of it."""
+    """The network that `export` writes, and what the file says about it."""
     model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
     if weights is not None:
         check_task(model, weights)
@@ -87,20 +87,20 @@ def export_network(
 
     Args:
         model: a network on the CPU, in evaluation mode, with `config` (`task`, `in_channels`) and `size_multiple`; or
-            what wraps one (`models.wrappers`).
-        output: the file; it appears whole or not at all, and only if it computes what the network does.
+            a wrapper of one (`models.wrappers`).
+        output: the file. It appears whole or not at all, and only if it computes what the network computes.
         format: "onnx" or "pt2".
-        dynamic: height and width are free; otherwise both are `size`.
-        size: side in pixels of the image that goes in; of a dynamic file, of the largest check.
-        told: what else the metadata should say.
+        dynamic: if true, height and width are free; otherwise both are `size`.
+        size: side of the input image in pixels; for a dynamic file, of the largest check.
+        told: further entries for the metadata.
 
     Returns:
-        The metadata of the file (strings) and its checks: four sizes where it is dynamic, else the one.
+        The metadata of the file (strings), and its checks: four sizes if it is dynamic, else one.
 
     Raises:
-        UsageError: an unknown format, or a size that cannot be.
-        SerpentError: the network cannot be exported, with PyTorch's reason; the file computes something else; a
-            package is missing; the file cannot be written.
+        UsageError: an unknown format, or an impossible size.
+        SerpentError: the network cannot be exported (with PyTorch's reason), the file computes something else, a
+            package is missing, or the file cannot be written.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; valid: {', '.join(FORMATS)}")
@@ -117,7 +117,7 @@ def export_network(
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     task = _WholeTask(model)
-    # What the graph of an ONNX file computes for smaller images is right for Serpent, though PyTorch promises less.
+    # The graph of an ONNX file is right for Serpent at smaller sizes too, although PyTorch promises less.
     least = 1 if format == "onnx" and isinstance(rules, Serpent) else task.least
     sizes = [(size, size)]
     if dynamic:
@@ -127,7 +127,7 @@ def export_network(
     try:
         with _quiet(), torch.no_grad(), whole_file(output) as file:
             program = _program(task, dynamic, size)
-            # Written from memory: PyTorch's own writers have no word of their own for a full disk.
+            # The content is built in memory, because PyTorch's own writers do not report a full disk clearly.
             content = (_onnx if format == "onnx" else _pt2)(program, metadata)
             file.write(content)
             file.flush()
@@ -145,10 +145,10 @@ def export_network(
 
 
 class _WholeTask(nn.Module):
-    """What a person does with a network: (1, C, H, W) in [0, 1] -> (1, 3, scale H, scale W) in [0, 1].
+    """The whole use of a network: (1, C, H, W) in [0, 1] -> (1, 3, scale H, scale W) in [0, 1].
 
-    The network pads and crops by Python's branches on the size; here the same is index arithmetic, which a graph of any
-    size can hold. The network then meets a multiple of its own and pads nothing.
+    The network pads and crops with Python branches on the size. Here the same is done with index arithmetic, which a
+    graph for any size can hold. The network then receives a multiple of its own size rule and pads nothing.
     """
 
     def __init__(self, network: nn.Module):
@@ -161,11 +161,11 @@ class _WholeTask(nn.Module):
         self.scale = self.degradation.scale if self.degradation else 1
         self.channels = int(getattr(config, "in_channels", 3))
         self.multiple = int(getattr(rules, "size_multiple", 1))
-        # PyTorch treats maps of one pixel apart: the smallest map of a free size has two.
+        # PyTorch treats maps of one pixel specially, so the smallest map of a free size has two.
         self.least = self.multiple // self.scale + 1
 
     def metadata(self) -> dict[str, str]:
-        """What a person must know to use the file, but for the sizes it takes."""
+        """What a person must know to use the file, except the sizes that it takes."""
         mask = ", then the mask (1 = missing)" if self.channels > 3 else ""
         times = f"{self.scale} " if self.scale > 1 else ""
         return {
@@ -186,7 +186,7 @@ class _WholeTask(nn.Module):
         return restored.clamp(0, 1)
 
     def _padded(self, x: Tensor, dim: int) -> Tensor:
-        """As `image.pad_to_multiple`: reflected, or the edge repeated where the pad is not smaller than the side."""
+        """As `image.pad_to_multiple`: reflected, or the edge repeated if the pad is not smaller than the side."""
         side = x.shape[dim]
         padded = (side + self.multiple - 1) // self.multiple * self.multiple
         place = torch.arange(padded, device=x.device)
@@ -197,7 +197,7 @@ class _WholeTask(nn.Module):
 
 def _program(task: _WholeTask, dynamic: bool, size: int) -> torch.export.ExportedProgram:
     """The task as a graph of PyTorch's own operators."""
-    # Neither a square nor a multiple, or PyTorch would take what holds for this image to hold for all.
+    # The size is neither square nor a multiple; otherwise PyTorch would assume that for all images.
     odd = 3 * task.multiple
     shape = (odd + 1, 2 * odd + 3) if dynamic else (size, size)
     sides = {2: torch.export.Dim("height", min=task.least, max=_LARGEST)}
@@ -211,14 +211,14 @@ def _program(task: _WholeTask, dynamic: bool, size: int) -> torch.export.Exporte
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         program = program.run_decompositions({torch.ops.serpent_ir.ss2d.default: portable_ss2d})
-        # What is asserted are guesses about the layout of memory at the traced size; they decide nothing.
+        # These asserts are guesses about the memory layout at the traced size. They decide nothing.
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aten._assert_scalar.default:
                 program.graph.erase_node(node)
         program.graph.eliminate_dead_code()
         program.graph_module.recompile()
         return program
-    except Exception as error:  # torch.export raises a dozen types for what it cannot trace
+    except Exception as error:  # torch.export raises a dozen types for code that it cannot trace
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
@@ -229,10 +229,10 @@ def _program(task: _WholeTask, dynamic: bool, size: int) -> torch.export.Exporte
 def portable_ss2d(
     u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, backend: str = "auto"
 ) -> Tensor:
-    """`serpent_ir.ops.ss2d` in PyTorch's scan operator, for graphs of any size: H + 2 W and W + 2 H steps."""
+    """`serpent_ir.ops.ss2d` by PyTorch's scan operator, for graphs of any size, in H + 2 W and W + 2 H steps."""
 
     def lines(first: int, u: Tensor, proj: Tensor) -> Tensor:
-        """Directions `first` and `first + 2`, which walk the rows of u (B, rows, columns, d) on and back."""
+        """Directions `first` and `first + 2`, which walk the rows of u (B, rows, columns, d) forward and backward."""
         params = [p[first::2] for p in (dt_weight, dt_bias, A_log, D)]
         return _scan_lines(u, proj[..., first, :], proj[..., first + 2, :], *params)
 
@@ -243,8 +243,8 @@ def portable_ss2d(
 def _scan_lines(
     u: Tensor, proj: Tensor, proj_back: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> Tensor:
-    """Row by row, and that backwards: u (B, rows, columns, d); parameters of the two directions (2, d, ...)."""
-    from torch._higher_order_ops.scan import scan_op  # `torch.scan` would compile its steps, which nests badly here
+    """Scan row by row, and the same backward. u (B, rows, columns, d); parameters of the two directions (2, d, ...)."""
+    from torch._higher_order_ops.scan import scan_op  # `torch.scan` would compile its steps, which fails to nest here
 
     batch, rows, _, d = u.shape
     states = A_log.shape[-1]
@@ -252,15 +252,15 @@ def _scan_lines(
     low, B, C = torch.stack([proj, proj_back.flip(1, 2)]).split([dt_weight.shape[-1], states, states], dim=-1)
     dt = F.softplus(low @ dt_weight.transpose(1, 2)[:, None, None] + dt_bias[:, None, None, None])
     A = -A_log.exp()[:, None, None]  # (2, 1, 1, d, N)
-    decay = torch.exp(dt.sum(3)[..., None] * A)  # of a whole row
+    decay = torch.exp(dt.sum(3)[..., None] * A)  # over a whole row
 
-    # Not `contiguous`, which leaves the strides of sides of one pixel as they are; scan wants all steps alike.
+    # `contiguous` is not used: it keeps the strides of sides of one pixel, and scan wants all steps alike.
     dense = functools.partial(torch.clone, memory_format=torch.contiguous_format)
 
     def columns_first(x: Tensor) -> Tensor:
         return dense(x.movedim(3, 0))
 
-    # With the axes of the states there already, a step has five operators.
+    # The axes of the states are added beforehand, so that a step has only five operators.
     steps = [columns_first(x) for x in (dt[..., None], (dt * walks)[..., None], B[..., None, :])]
     (ends,) = scan_op(_state, [walks.new_zeros(2, batch, rows, d, states)], steps, (A,))
     by_row = [dense(x.movedim(2, 0)) for x in (decay, ends)]
@@ -289,8 +289,8 @@ def _onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> by
         program, dynamo=True, verbose=False, input_names=["image"], output_names=["restored"]
     )
     assert onnx_program is not None
-    for node in onnx_program.model.graph.all_nodes():  # those of bodies of loops, too
-        # ONNX's tools expect a list of nothing to be left out; PyTorch writes one for scans without outputs.
+    for node in onnx_program.model.graph.all_nodes():  # including those in the bodies of loops
+        # ONNX's tools expect an empty list to be left out, but PyTorch writes one for scans without outputs.
         for name in [name for name, attribute in node.attributes.items() if attribute.value == ()]:
             del node.attributes[name]
     onnx_program.model.metadata_props.update(metadata)
@@ -343,7 +343,7 @@ def _require(*packages: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what PyTorch's exporters print and warn about their own code."""
+    """Suppress what PyTorch's exporters print and warn about their own code."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,8 +1,8 @@
 """PSNR, SSIM and LPIPS, with one protocol for every number in this project.
 
-RGB images in [0, 1]; both are clamped and rounded to the 8 bits of a saved file first; no border is cropped and nothing
-is converted to luminance; one value per image, which the caller averages over images. PSNR and SSIM are computed in
-float64, so that the device does not show.
+Images are RGB in [0, 1]. Both images are first clamped and rounded to the 8 bits of a saved file. No border is cropped
+and nothing is converted to luminance. There is one value per image, and the caller averages over images. PSNR and SSIM
+are computed in float64, so that results do not depend on the device.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
 
-_STRIP = 128  # rows of SSIM computed at once: about 20 float64 copies of a strip of one channel are in memory
+_STRIP = 128  # rows of SSIM computed at once: memory holds about 20 float64 copies of a strip of one channel
 _C1, _C2 = 0.01**2, 0.03**2
 _GAUSSIAN = [math.exp(-(offset**2) / (2 * 1.5**2)) for offset in range(-(SSIM_WINDOW // 2), SSIM_WINDOW // 2 + 1)]
 _WEIGHTS = [value / sum(_GAUSSIAN) for value in _GAUSSIAN]
@@ -34,12 +34,12 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     _check_shapes(restored, clean)
     if not len(clean):
         return clean.new_zeros(0, dtype=torch.float64)
-    # A channel at a time: float64 copies of a large image take more memory than its restoration.
+    # One channel at a time, since float64 copies of a large image take more memory than its restoration.
     errors = [
         torch.stack([(eight_bits(x) - eight_bits(y)).square().mean() for x, y in zip(a, b, strict=True)]).mean()
         for a, b in zip(restored, clean, strict=True)
     ]
-    # Not torchmetrics' PSNR: that takes the logarithm's base in float32, which costs 1e-6 dB.
+    # torchmetrics' PSNR is not used: it takes the logarithm of the base in float32, which costs 1e-6 dB.
     return -10 * torch.stack(errors).log10()
 
 
@@ -47,8 +47,8 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     """Structural similarity of each image: (B, 3, H, W) twice, in [0, 1] -> (B,) float64 on their device.
 
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03, data range 1, biased
-    variances, the channels separately. The mean is over every pixel: windows that cross the border see the image
-    reflected about the centre of its edge pixel, and nothing is cropped: the default of torchmetrics since its pull
+    variances, channels separately. The mean is over every pixel, and nothing is cropped: windows that cross the border
+    see the image reflected about the centre of its edge pixel. This is the default of torchmetrics since its pull
     request 2721 (September 2024). Older torchmetrics and scikit-image leave a border of 5 px out of the mean; this
     function gives the same value with any version.
 
@@ -67,17 +67,17 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 class Lpips:
-    """Learned perceptual distance (Zhang et al. 2018, version 0.1): 0 for identical images, lower is nearer.
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1): 0 for identical images, lower is closer.
 
     `weights` is a local copy of torchvision's AlexNet or VGG-16 for ImageNet (`alexnet-owt-7be5be79.pth`,
-    `vgg16-397923af.pth`); which of the two is seen from its shapes. The learned weights of the distance are those that
+    `vgg16-397923af.pth`). Its shapes tell which of the two it is. The learned weights of the distance are those that
     torchmetrics ships.
 
-    Raises SerpentError for a file that is not one of these.
+    Raises SerpentError for a file that is neither of the two.
     """
 
-    # Of each convolution in `features`: number in the file, stride, padding, the max pooling before it as (size,
-    # stride), and whether the distance looks at what comes out.
+    # For each convolution in `features`: its number in the file, stride, padding, the max pooling before it as (size,
+    # stride), and whether the distance looks at its output.
     LAYERS = (
         ("alex", [(0, 4, 2, None, True), (3, 1, 2, (3, 2), True), (6, 1, 1, (3, 2), True), (8, 1, 1, None, True),
                   (10, 1, 1, None, True)]),
@@ -85,7 +85,7 @@ class Lpips:
                  for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]),
     )  # fmt: skip
     SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
-    LEAST = 64  # side of the smallest image
+    LEAST = 64  # smallest side of an image, in pixels
 
     def __init__(self, weights: Path, device: torch.device):
         try:
@@ -140,13 +140,13 @@ class Lpips:
 
 def eight_bits(image: Tensor) -> Tensor:
     """Clamp to [0, 1] and round to the 256 levels of an 8-bit file; any shape -> the same, float64 in [0, 1]."""
-    if image.device.type == "mps":  # has no float64
+    if image.device.type == "mps":  # MPS has no float64
         image = image.cpu()
     return image.double().clamp(0, 1).mul(255).round().div(255)
 
 
 def _ssim_of_one(restored: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of (1, C, H, W), a channel and a strip of rows at a time."""
+    """SSIM of (1, C, H, W), one channel and one strip of rows at a time."""
     height, width = clean.shape[-2:]
     columns = _reflected(0, width, width, clean.device)
     sums = []
@@ -170,7 +170,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 def _smoothed(x: Tensor, dim: int) -> Tensor:
     """SSIM's Gaussian along one dimension, without padding.
 
-    Sums of shifted views: PyTorch's float64 convolution on a CPU takes many times as long, and unfolds the image.
+    It adds shifted views: PyTorch's float64 convolution on a CPU takes many times as long, and unfolds the image.
     """
     length = x.shape[dim] - SSIM_WINDOW + 1
     first, *others = _WEIGHTS
@@ -181,7 +181,7 @@ def _smoothed(x: Tensor, dim: int) -> Tensor:
 
 
 def _reflected(start: int, stop: int, size: int, device: torch.device) -> Tensor:
-    """The positions that windows around `start` to `stop` see, reflected about the first and last of `size`."""
+    """The positions that windows around `start` to `stop` see, reflected about the first and last of `size` pixels."""
     reach = SSIM_WINDOW // 2
     places = torch.arange(start - reach, stop + reach, device=device).abs()
     return torch.where(places < size, places, 2 * (size - 1) - places)

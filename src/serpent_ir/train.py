@@ -1,4 +1,4 @@
-"""Training by recipe: the entry point of what `serpent_ir.training` holds."""
+"""Training by recipe: the entry points to what `serpent_ir.training` holds."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,37 +24,39 @@ def train(
     stop_after_minutes: float | None = None,
     tensorboard: bool = False,
 ) -> Path:
-    """Train a network as a recipe says, and return the file of its averaged weights.
+    """Train a network as a recipe says, and return the path of its averaged weights.
 
     The run's folder holds `recipe.json`, `log.jsonl`, `weights.safetensors` (averaged, float32, loadable with
     `create_model(..., checkpoint_path=...)`), `checkpoints/`, `pictures/` and, at the end, `run.png`.
 
     Args:
         config: the recipe, a YAML file.
-        overrides: `key=value` that replace its keys.
-        resume: go on from the newest checkpoint in the run's folder that is whole; on a CPU such a run ends with the
-            bits of an uninterrupted one. Without a checkpoint it begins anew. A run is never overwritten.
-        stop_after_minutes: save, validate and return after so many minutes of this call, counted from the first step,
-            validation included; the last step may be unreached.
-        tensorboard: write TensorBoard's event files, too.
+        overrides: `key=value` strings that replace keys of the recipe.
+        resume: continue from the newest whole checkpoint in the run's folder. On a CPU such a run ends with the same
+            bits as an uninterrupted one. Without a checkpoint it begins anew. A run is never overwritten.
+        stop_after_minutes: save, validate and return after this many minutes of this call, counted from the first step
+            and including validation. The last step of the recipe may then not be reached.
+        tensorboard: also write TensorBoard's event files.
 
     Raises:
-        UsageError: a recipe that does not fit its schema, a folder without images, or one that holds a run.
+        UsageError: a recipe that does not fit its schema, a folder without images, or a folder that already holds a
+            run.
         StoppedError: Ctrl-C or SIGTERM; the run was saved.
         OutOfRoomError: something does not fit in memory; the last checkpoint is whole.
-        SerpentError: a run of another recipe, losses that are not finite, a full disk, a process that is gone.
+        SerpentError: the folder holds a run of another recipe, losses are not finite, the disk is full, or another
+            process is gone.
     """
     with open_trainer(config, overrides, tensorboard=tensorboard) as trainer:
         return trainer.run(resume=resume, stop_after_minutes=stop_after_minutes)
 
 
 def plan(config: str | Path, overrides: Sequence[str] = (), *, images: int | None = None) -> Plan:
-    """What the training of a recipe would take here, by a few steps of each stage; nothing is written.
+    """Estimate what training by a recipe takes here, from a few steps of each stage. Nothing is written.
 
     Args:
         config: as `train` takes it.
         overrides: as `train` takes them.
-        images: plan for a training set of so many images instead, from which the recipe's epochs follow.
+        images: plan for a training set of this many images instead. The steps of an epoch follow from it.
     """
     with open_trainer(config, overrides) as trainer:
         made = make_plan(trainer, images)
@@ -64,8 +66,10 @@ def plan(config: str | Path, overrides: Sequence[str] = (), *, images: int | Non
 
 @contextmanager
 def open_trainer(config: str | Path, overrides: Sequence[str] = (), *, tensorboard: bool = False) -> Iterator[Trainer]:
-    """The trainer of a recipe, on a stream of its own, where what goes wrong is said in one line: for scripts that want
-    more than `train`, as other steps to validate at. Raises what `train` raises."""
+    """The trainer of a recipe, on a stream of its own, with errors turned into one line. Raises what `train` raises.
+
+    For scripts that need more than `train`, for example other steps at which to validate.
+    """
     config = Path(config)
     recipe = load_recipe(config, overrides)
     try:

@@ -1,8 +1,8 @@
 """How clean images become degraded ones: y = noise(A x) (section 5 of the paper), and everyday damage beyond it.
 
-The paper's degradations are a linear operator A and then additive Gaussian noise; the others draw a strength for each
-image. Images are degraded whole and cropped after, so that a border never shows inside a crop. Nothing is clamped but
-what passes through JPEG: y leaves [0, 1] where the noise takes it.
+The paper's degradations are a linear operator A followed by additive Gaussian noise. The others draw a strength for
+each image. Images are degraded whole and cropped afterwards, so that a border never shows inside a crop. Nothing is
+clamped except what passes through JPEG: y leaves [0, 1] where the noise takes it out.
 """
 
 from collections.abc import Callable
@@ -26,26 +26,26 @@ SR_FACTOR = 8
 NOISE_SIGMA = 0.05
 """The paper's noise, as a standard deviation on the [0, 1] scale."""
 DENOISE_SIGMAS = (5 / 255, 50 / 255)
-"""Least and largest noise of `denoise`, as standard deviations on the [0, 1] scale."""
+"""Least and greatest noise of `denoise`, as standard deviations on the [0, 1] scale."""
 JPEG_QUALITIES = (10, 95)
-"""Least and highest quality of `jpeg`, on libjpeg's scale."""
+"""Lowest and highest quality of `jpeg`, on libjpeg's scale."""
 PHOTO_BLURS, PHOTO_NOISES, PHOTO_QUALITIES = (0.0, 3.0), (0.0, 0.06), (30, 100)
-"""Ranges of what `photo` chains: blur in pixels, noise on the [0, 1] scale, JPEG quality."""
+"""Ranges of the steps of `photo`: blur in pixels, noise on the [0, 1] scale, JPEG quality."""
 PHOTO_ABSENCE = 0.3
-"""Chance that a link of that chain is left out; 1 photo in 37 is left as it is."""
+"""Chance that a step of `photo` is left out. 1 photo in 37 is left unchanged."""
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """From clean images to what a network is given.
+    """Turns clean images into what a network is given.
 
     Attributes:
         name: the task of this degradation, as in `DEGRADATIONS`.
-        scale: the integer factor by which y is smaller than the clean image; 1 where the size is kept.
-        channels: of y: the image's three, then what else the network is told (a mask).
-        margin, grid: what decides a crop of the network's input is the crop, so many pixels around it, and from there
-            on to multiples of `grid`, all clipped at the image's border: degrading just that, with `ImageGenerators`,
-            gives the same numbers. None: the whole image decides.
+        scale: the integer factor by which y is smaller than the clean image; 1 if the size is kept.
+        channels: number of channels of y: the three of the image, then what else the network is told (a mask).
+        margin, grid: what part of the clean image decides a crop of the network's input: the crop, `margin` pixels
+            around it, and from there on to multiples of `grid`, all clipped at the image's border. Degrading just that
+            part, with `ImageGenerators`, gives the same numbers. If `margin` is None, the whole image decides.
     """
 
     name: str
@@ -57,14 +57,15 @@ class Degradation:
     def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
         """Degrade clean (B, 3, H, W) in [0, 1] to y (B, channels, H / scale, W / scale).
 
-        What is random is drawn where the generator lives, in float32, and then moved: a CPU generator gives one result
-        for every device. `ImageGenerators` draw for each image apart, and for windows of images. The global random
-        state is neither read nor changed. Raises UsageError for a size that the degradation does not take.
+        Random numbers are drawn where the generator lives, in float32, and then moved, so a CPU generator gives one
+        result for every device. `ImageGenerators` draw separately for each image, and also for windows of images. The
+        global random state is neither read nor changed. Raises UsageError for a size that the degradation does not
+        take.
         """
         raise NotImplementedError
 
     def pair(self, clean: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
-        """What `__call__` gives, and what is to be restored from it, (B, 3, H, W): clean, but see `RealDegradation`."""
+        """The result of `__call__`, and the target (B, 3, H, W) to restore: clean, except for `RealDegradation`."""
         return self(clean, generator=generator), clean
 
     def network_input(self, y: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Degradation:
         return F.interpolate(y, scale_factor=self.scale, mode="bicubic", align_corners=False)
 
     def combine(self, restored: Tensor, given: Tensor) -> Tensor:
-        """The result (B, 3, H, W), from a network's output and its input: known pixels stay where a mask knows them."""
+        """The result (B, 3, H, W) from a network's output and its input. Pixels that a mask marks as known are kept."""
         if self.channels == 3:
             return restored
         return torch.where(given[:, 3:] > 0.5, restored, given[:, :3].to(restored.dtype))
@@ -98,7 +99,7 @@ class LinearDegradation(Degradation):
 
     Attributes:
         operator: A. Maps clean (B, 3, H, W), float32 or float64 in [0, 1], to (B, 3, H / scale, W / scale) on the same
-            device and in the same dtype; raises UsageError for a size it does not take.
+            device and in the same dtype; raises UsageError for a size that it does not take.
         sigma: standard deviation of the noise on the [0, 1] scale.
     """
 
@@ -111,7 +112,7 @@ class LinearDegradation(Degradation):
 
 @dataclass(frozen=True)
 class RandomDegradation(Degradation):
-    """Damage whose strength is drawn for each image.
+    """Damage whose strength is drawn for each image separately.
 
     Attributes:
         damage: maps clean (B, 3, H, W) and a generator to y, by the rules of `Degradation.__call__`.
@@ -125,10 +126,10 @@ class RandomDegradation(Degradation):
 
 @dataclass(frozen=True)
 class RealDegradation(Degradation):
-    """Damage after which not all of clean is to be restored: a camera never saw some of its detail.
+    """Damage after which clean is not always the target, because a camera never saw some of its detail.
 
     Attributes:
-        damage: maps clean (B, 3, H, W) and a generator to what `pair` gives.
+        damage: maps clean (B, 3, H, W) and a generator to the pair that `pair` returns.
     """
 
     damage: Callable[[Tensor, Generator], tuple[Tensor, Tensor]] = lambda clean, _: (clean.clone(), clean)
@@ -141,7 +142,7 @@ class RealDegradation(Degradation):
 
 
 def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
-    """x (B, C, H, W) and white Gaussian noise of standard deviation sigma, a number or (B,), drawn in float32."""
+    """x (B, C, H, W) plus white Gaussian noise. sigma is its standard deviation, a number or (B,). Drawn in float32."""
     noise = randn_like(x, generator)
     if isinstance(sigma, Tensor):
         sigma = sigma.to(x.device, x.dtype)[:, None, None, None]
@@ -149,17 +150,17 @@ def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
 
 
 def uniform(batch: int, low: float, high: float, generator: Generator) -> Tensor:
-    """(B,) float32 numbers of [low, high), on the generator's device."""
+    """(B,) float32 numbers in [low, high), on the generator's device."""
     return between(rand(generator, batch), low, high)
 
 
 def whole_numbers(batch: int, low: int, high: int, generator: Generator) -> Tensor:
-    """(B,) integers of [low, high], on the generator's device."""
+    """(B,) integers in [low, high], on the generator's device."""
     return randint(generator, batch, low, high)
 
 
 def erase(clean: Tensor, mask: Tensor) -> Tensor:
-    """What `inpaint` networks see: the known pixels, 0 for the others, and the mask (B, 1, H, W), 1 where missing."""
+    """What `inpaint` networks see: the known pixels (0 elsewhere), then the mask (B, 1, H, W): 1 where missing."""
     mask = mask.to(clean.device, clean.dtype)
     return torch.cat([clean * (1 - mask), mask], 1)
 
@@ -178,7 +179,7 @@ def _inpaint(clean: Tensor, generator: Generator) -> Tensor:
 
 
 def _photo(clean: Tensor, generator: Generator) -> Tensor:
-    """A mild blur, noise and JPEG in that order, as a camera makes them; each is left out of some images."""
+    """A mild blur, noise and JPEG, in the order of a camera. Each is left out for some images."""
     batch = len(clean)
     blur, noise, compressed, sigma, strength = rand_each(generator, batch, 5)
     sigma = between(sigma, *PHOTO_BLURS) * (blur >= PHOTO_ABSENCE)
@@ -202,15 +203,15 @@ def bicubic_downsample(x: Tensor) -> Tensor:
             f"sr8: the image is {width}x{height} px; both sides must be multiples of {SR_FACTOR} (crop it)"
         )
     if width == SR_FACTOR < height:
-        # torch 2.13 on a CPU repeats the first row when the result is one pixel wide (but not when it is one high).
+        # torch 2.13 on a CPU repeats the first row if the result is one pixel wide (but not if it is one pixel high).
         return bicubic_downsample(x.transpose(-1, -2)).transpose(-1, -2)
     size = (height // SR_FACTOR, width // SR_FACTOR)
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
-# Margins. sr8: a pixel of y, of which four a side are interpolated, sees 16 around its centre. JPEG: halved chroma, and
-# the next of it; blocks with their chroma are 16 wide. photo: whole blocks of that, around which the blur's radius is
-# less than one more.
+# Margins. sr8: a pixel of y depends on 16 pixels around its centre, and the interpolation takes two more pixels of y on
+# each side. jpeg: chroma is halved, and upsampling reads the next chroma pixel; blocks with their chroma are 16 wide.
+# photo: whole blocks of that kind, and around them the blur, whose radius is less than one more block.
 DEGRADATIONS = {
     "deblur": LinearDegradation("deblur", margin=BLUR_RADIUS, operator=gaussian_blur),
     "sr8": LinearDegradation("sr8", scale=SR_FACTOR, margin=32, grid=SR_FACTOR, operator=bicubic_downsample),
@@ -220,12 +221,12 @@ DEGRADATIONS = {
     "photo": RandomDegradation("photo", margin=2 + 16, grid=16, damage=_photo),
     "real": RealDegradation("real", margin=REAL_MARGIN, grid=REAL_GRID, damage=real),
 }
-"""Every degradation by name: the paper's two, three with a range of strengths, `photo`, a random mild chain, and
-`real`, the longer one that pictures of cameras have been through."""
+"""Every degradation by name: the paper's two; three with a range of strengths; `photo`, a random mild chain; and
+`real`, a longer chain of what pictures from cameras have been through."""
 
 
 def create_degradation(name: str) -> Degradation:
-    """Return the degradation called `name`; an unknown name raises a UsageError that lists the valid ones."""
+    """Return the degradation called `name`. An unknown name raises a UsageError that lists the valid ones."""
     try:
         return DEGRADATIONS[name]
     except KeyError:
@@ -233,13 +234,13 @@ def create_degradation(name: str) -> Degradation:
 
 
 def evaluation_generator(seed: int, index: int) -> torch.Generator:
-    """Return a new CPU generator for image `index` of an evaluation: a function of (seed, index), both >= 0, alone.
+    """Return a new CPU generator for image `index` of an evaluation. It depends on (seed, index), both >= 0, alone.
 
     So the noise of an image depends neither on the device nor on which images came before it or share its batch.
     """
     if seed < 0 or index < 0:
         raise UsageError(f"the seed and the index of an image must not be negative; got {seed} and {index}")
-    # Hashed rather than added, or image 1 of seed 0 would get the noise of image 0 of seed 1. One 32-bit word, because
-    # torch's CPU generator uses no more of its seed.
+    # (seed, index) is hashed, not added; otherwise image 1 of seed 0 would get the noise of image 0 of seed 1. One word
+    # of 32 bits is enough, because torch's CPU generator uses no more of its seed.
     word = np.random.SeedSequence([seed, index]).generate_state(1)[0]
     return torch.Generator("cpu").manual_seed(int(word))

@@ -1,4 +1,4 @@
-"""Gaussian blurs, of one standard deviation for all images or of each its own."""
+"""Gaussian blurs, with one standard deviation for all images or with one for each."""
 
 import functools
 
@@ -11,10 +11,10 @@ BLUR_SIGMA = 3.0
 BLUR_RADIUS = 30
 """Pixels on each side of the centre of the paper's 61x61 kernel."""
 MILD_RADIUS = 12
-"""The same for `blur_each`, which takes standard deviations up to a third of it; up to 16 for `photo`'s margin."""
+"""The same for `blur_each`, which takes standard deviations up to a third of it. `photo`'s margin allows up to 16."""
 
-# Columns of one block of the banded matrix in `_blur_rows_by_blocks`: near the kernel's width, so that half of the
-# multiplications with it are useful ones, and a good size for BLAS.
+# Columns per block of the banded matrix in `_blur_rows_by_blocks`. About the kernel's width, so that half of the
+# multiplications are useful, and a good size for BLAS.
 _BLOCK = 64
 
 
@@ -22,7 +22,8 @@ def gaussian_blur(x: Tensor) -> Tensor:
     """Blur (B, C, H, W), of any size from 1x1, with the normalised 61x61 Gaussian of standard deviation 3 px.
 
     The border is reflected about the centre of the edge pixel (numpy's "reflect"). Along a side under 31 px, where
-    that is undefined, the edge pixel is repeated. Float32 and float64 are computed as such, autocast or not.
+    that is undefined, the edge pixel is repeated. Float32 and float64 are computed in their own precision, whether or
+    not autocast is on.
     """
     with torch.autocast(x.device.type, enabled=False):
         blur_rows = _blur_rows_by_blocks if x.device.type == "cpu" else _blur_rows_by_convolution
@@ -34,19 +35,19 @@ def gaussian_blur(x: Tensor) -> Tensor:
 def blur_each(x: Tensor, sigma: Tensor, radius: int = MILD_RADIUS) -> Tensor:
     """Blur each image of (B, C, H, W) with its own Gaussian, sigma in pixels from 0 (unchanged) to a third of `radius`.
 
-    sigma is (B,), or (B, C) for one of each channel. The kernel is normalised and reaches `radius` pixels to each side;
-    borders are as in `gaussian_blur`.
+    sigma is (B,), or (B, C) for one per channel. The kernel is normalised and reaches `radius` pixels to each side.
+    Borders are as in `gaussian_blur`.
     """
     batch, channels = x.shape[:2]
     if sigma.ndim == 1:
         sigma = sigma[:, None].expand(-1, channels)
     offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    # A standard deviation of 0 would be 0 / 0 at the centre; from 1e-3 down every other tap is 0.
+    # A standard deviation of 0 would give 0 / 0 at the centre. From 1e-3 down every other tap is 0 anyway.
     kernel = torch.exp(-0.5 * (offsets / sigma.to(x.device, x.dtype).clamp(min=1e-3).reshape(-1, 1)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, None]
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(2):
-            # A channel and an image are a group each: a depthwise convolution, which a GPU never computes in TF32.
+            # Each channel of each image is a group: a depthwise convolution, which a GPU never computes in TF32.
             rows = _pad_rows(x, radius).flatten(0, 1)[None]
             x = F.conv2d(rows, kernel, groups=batch * channels)[0].unflatten(0, (batch, channels)).transpose(-1, -2)
     return x.contiguous()
@@ -59,7 +60,7 @@ def _pad_rows(x: Tensor, radius: int) -> Tensor:
 
 
 def _blur_rows_by_convolution(x: Tensor) -> Tensor:
-    """(B, C, H, W + 60) -> (B, C, H, W) as a depthwise convolution: torch's own kernel on a GPU, never in TF32.
+    """(B, C, H, W + 60) -> (B, C, H, W) by a depthwise convolution. On a GPU that is torch's own kernel, never in TF32.
 
     With channels folded into the batch it would be an ordinary convolution, which cuDNN computes in TF32 by default.
     """
@@ -76,7 +77,7 @@ def _blur_rows_by_blocks(x: Tensor) -> Tensor:
     width = x.shape[-1] - 2 * BLUR_RADIUS
     span = _BLOCK + 2 * BLUR_RADIUS
     blocks = F.pad(x, (0, -width % _BLOCK)).unfold(-1, span, _BLOCK)
-    # One product: a batch of small ones waits for its threads at each of them, and rounds by where a row lies.
+    # One large product. In a batch of small ones threads wait at each, and rounding depends on where a row lies.
     product = blocks.reshape(-1, span) @ _band(x.dtype, x.device)
     return product.view(*blocks.shape[:-1], _BLOCK).flatten(-2)[..., :width]
 

@@ -1,4 +1,4 @@
-"""Random holes in images: boxes and strokes, drawn from a generator; integers throughout, so the same on any device."""
+"""Random holes in images: boxes and strokes, drawn from a generator. All in integers, so the same on any device."""
 
 import functools
 
@@ -8,17 +8,16 @@ from torch import Tensor
 from serpent_ir.degradations.randomness import Generator, ImageGenerators, rand
 
 BOXES = 4
-"""At most so many boxes an image, with sides from 1/16 to 1/3 of the image's."""
+"""Most boxes per image, with sides from 1/16 to 1/3 of the image's."""
 STROKES, CORNERS = 3, 5
-"""At most so many strokes an image, each of straight lines between so many points."""
+"""Most strokes per image, and the most points of the straight lines that a stroke consists of."""
 
 
 def draw_holes(batch: int, height: int, width: int, *, generator: Generator, device: torch.device) -> Tensor:
     """Masks (B, 1, H, W), float32 on `device`: 1 where a pixel is missing, 0 where it is known.
 
-    With `ImageGenerators` they are the windows of the masks of whole images.
-
-    An image gets boxes, strokes or both, of places, sizes and numbers drawn where the generator lives.
+    An image gets boxes, strokes or both. Their number, places and sizes are drawn where the generator lives. With
+    `ImageGenerators` the masks are windows of the masks of whole images.
     """
     home = generator.device
 
@@ -35,7 +34,7 @@ def draw_holes(batch: int, height: int, width: int, *, generator: Generator, dev
     box_sides = (size * (1 / 16 + draw(BOXES, 2) * (1 / 3 - 1 / 16))).long().clamp(min=1)
     box_starts = (draw(BOXES, 2) * (size - box_sides + 1)).long()
     box_there = _up_to(draw(1), BOXES) & (kind != 1)
-    # A stroke wanders from a place in the image by steps of up to a quarter of it.
+    # A stroke starts anywhere in the image and moves in steps of up to a quarter of the image.
     steps = (draw(STROKES, CORNERS, 2) - 0.5) * 0.5
     steps[:, :, 0] = draw(STROKES, 2)
     corners = (steps.cumsum(2) * size.unsqueeze(-2)).long()
@@ -55,14 +54,14 @@ def draw_holes(batch: int, height: int, width: int, *, generator: Generator, dev
     return mask[:, None].float()
 
 
-@functools.lru_cache(maxsize=64)  # a copy to a GPU would wait for what it has queued
+@functools.lru_cache(maxsize=64)  # a copy to a GPU would wait for the work that it has queued
 @torch.inference_mode(False)
 def _size(height: int, width: int, device: torch.device) -> Tensor:
     return torch.tensor([height, width], device=device)
 
 
 def _near_line(rows: Tensor, columns: Tensor, start: Tensor, end: Tensor, radius: Tensor) -> Tensor:
-    """Pixels at most `radius` (B, 1, 1) from the line between two points (B, 2); none for a negative radius."""
+    """Pixels at most `radius` (B, 1, 1) from the line between two points (B, 2). None if the radius is negative."""
     (y, x), (dy, dx) = _columns(start), _columns(end - start)
     length2, reach2 = dy * dy + dx * dx, radius * radius
     down, across = rows - y, columns - x
@@ -75,10 +74,10 @@ def _near_line(rows: Tensor, columns: Tensor, start: Tensor, end: Tensor, radius
 
 
 def _up_to(chance: Tensor, most: int) -> Tensor:
-    """The first 1 to `most` of `most`, (B, most), by a uniform number (B, 1)."""
+    """(B, most) booleans: true for the first 1 to `most` entries, by a uniform number (B, 1)."""
     return torch.arange(most, device=chance.device) <= (chance * most).floor()
 
 
 def _columns(points: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 2) -> two of (B, 1, 1)."""
+    """(B, 2) -> two tensors (B, 1, 1)."""
     return points[:, 0, None, None], points[:, 1, None, None]

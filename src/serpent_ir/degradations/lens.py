@@ -1,4 +1,4 @@
-"""What a lens and a hand do to a picture: out of focus, or moved while the shutter was open."""
+"""Blurs of a lens and of a hand: out of focus, or moved while the shutter was open."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,17 @@ from torch import Tensor
 
 LENS_RADIUS = 6
 """Pixels on each side of the centre of a lens's kernel."""
-_POINTS = 9  # of the path of a hand
+_POINTS = 9  # points on the path of a hand
 
 
 def gaussian_kernel(sigma: Tensor) -> Tensor:
-    """Normalised kernels (B, 13, 13) of Gaussians, sigma (B,) in pixels up to 2."""
+    """Normalised kernels (B, 13, 13) of Gaussians; sigma (B,) in pixels, up to 2."""
     _, _, distance2 = _offsets(sigma)
     return _normalised(torch.exp(-0.5 * distance2 / sigma.clamp(min=1e-3)[:, None, None] ** 2))
 
 
 def disc_kernel(radius: Tensor) -> Tensor:
-    """Normalised kernels (B, 13, 13) of a lens out of focus: discs with smooth rims, radius (B,) in pixels up to 5."""
+    """Normalised kernels (B, 13, 13) of an unfocused lens: discs with smooth rims; radius (B,) in pixels, up to 5."""
     _, _, distance2 = _offsets(radius)
     return _normalised((radius[:, None, None] + 0.5 - distance2.sqrt()).clamp(0, 1))
 
@@ -25,9 +25,9 @@ def motion_kernel(length: Tensor, angle: Tensor, bend: Tensor) -> Tensor:
     """Normalised kernels (B, 13, 13) of a hand that moves along an arc.
 
     Args:
-        length: (B,) of its chord, in pixels up to 10.
-        angle: (B,) of the chord to the rows, in radians.
-        bend: (B,) how far its middle lies off the chord, as a share of half the length.
+        length: (B,) length of the arc's chord in pixels, up to 10.
+        angle: (B,) angle of the chord to the rows, in radians.
+        bend: (B,) distance of the arc's middle from the chord, as a share of half the length.
     """
     rows, columns, _ = _offsets(length)
     kernel = torch.zeros((), dtype=length.dtype, device=length.device)
@@ -42,14 +42,14 @@ def motion_kernel(length: Tensor, angle: Tensor, bend: Tensor) -> Tensor:
 
 
 def through_lens(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each image of (B, C, H, W) through its kernel (B, 13, 13). Borders are reflected, or repeated where too short."""
+    """Blur each image of (B, C, H, W) with its kernel (B, 13, 13). Borders are reflected, or repeated if too short."""
     batch, channels = x.shape[:2]
     for axes in ((LENS_RADIUS, LENS_RADIUS, 0, 0), (0, 0, LENS_RADIUS, LENS_RADIUS)):
         side = x.shape[-1] if axes[0] else x.shape[-2]
         x = F.pad(x, axes, mode="reflect" if side > LENS_RADIUS else "replicate")
     weights = kernels.to(x.device, x.dtype).repeat_interleave(channels, 0)[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        # A channel and an image are a group each: a depthwise convolution, which a GPU never computes in TF32.
+        # Each channel of each image is a group: a depthwise convolution, which a GPU never computes in TF32.
         blurred = F.conv2d(x.flatten(0, 1)[None], weights, groups=batch * channels)
     return blurred[0].unflatten(0, (batch, channels))
 

@@ -1,6 +1,6 @@
-"""Normal numbers by counting, in one kernel: what `ImageGenerators.randn` of `degradations.randomness` defines."""
+"""Normal numbers by counting, in one kernel. `ImageGenerators.randn` of `degradations.randomness` defines them."""
 
-# Triton's compile-time values have no types that a checker follows.
+# Type checkers cannot follow Triton's compile-time values.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
@@ -28,7 +28,7 @@ def normal_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i, b): pixels i * BLOCK and on of window b, all channels; 64 bits make two numbers."""
+    """Program (i, b) makes pixels i * BLOCK and on of window b, all channels. 64 bits make two numbers."""
     b = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(origins + b * place_stride) + at // width

@@ -1,6 +1,6 @@
-"""Pictures as they come: through a lens, a sensor or a film, a camera's JPEG, and a messenger, in that order.
+"""Pictures as they come in practice: through a lens, a sensor or film, a camera's JPEG, and a messenger, in that order.
 
-All of it is mild, each part is off for a share of the pictures, and some pictures are left as they are.
+All of it is mild. Each step is left out for a share of the pictures, and some pictures are left unchanged.
 """
 
 import math
@@ -15,31 +15,33 @@ from serpent_ir.degradations.resampling import KERNELS, LARGEST_SCALE, RESAMPLIN
 from serpent_ir.degradations.sensor import SENSOR_MARGIN, Sensor, film_grain, through_sensor
 
 UNTOUCHED = 0.12
-"""Share of pictures that nothing happens to."""
+"""Share of pictures that are left unchanged."""
 LENS, BLURS, DISCS, MOTIONS = 0.35, (0.3, 1.5), (0.5, 2.5), (1.0, 6.0)
-"""Share of pictures that a lens blurs, by a Gaussian (deviation), a disc (radius) or a hand (length), all in pixels."""
+"""Share of pictures blurred by a lens; ranges, in pixels, of Gaussian deviation, disc radius and motion length."""
 SENSOR, GRAIN = 0.75, 0.05
-"""Shares of pictures with the noise of a sensor, and with the grain of a film."""
+"""Share of pictures with sensor noise, and share with film grain."""
 SHOT = (1e-4, 0.012)
-"""Variance of the shot noise at full light; its logarithm is drawn. That of the read noise follows it."""
+"""Range of the variance of shot noise at full light. Its logarithm is drawn uniformly; read noise depends on it."""
 STRENGTH = (0.7, 1.6)
-"""Factor of a sensor's noise after it was smoothed."""
+"""Range of the factor on a sensor's noise after it was smoothed."""
 CAMERA, CAMERA_QUALITIES, FULL_CHROMA = 0.85, (70, 100), 0.3
-"""Share of pictures that a camera writes as JPEG, of which quality, and share of those with chroma at full size."""
+"""Share of pictures that a camera writes as JPEG, their range of quality, and the share of those with full chroma."""
 MESSENGER, MESSENGER_QUALITIES, SMALLER = 0.2, (60, 95), 0.5
-"""Share of pictures that are sent, as JPEG of which quality, and share of those that are made smaller on the way."""
+"""Share of pictures that are sent as JPEG, their range of quality, and the share of those that are downsized first."""
 REAL_GRID = 16
-"""Sides of JPEG's blocks with halved chroma."""
+"""Side of JPEG's blocks when chroma is halved, in pixels."""
 REAL_MARGIN = (2 + REAL_GRID) + RESAMPLING_MARGIN + 2 + SENSOR_MARGIN + LENS_RADIUS
-"""Pixels that decide a crop: blocks that lie anywhere and the next chroma, what was made smaller, the chroma of blocks
-on the grid, and around these what sensor and lens see."""
+"""Pixels around a crop that decide it: blocks at any offset and the next chroma pixel, the resampling, the chroma of
+blocks on the grid, and around these what sensor and lens see."""
 
-_LENS_DRAWS, _NOISE_DRAWS, _JPEG_DRAWS, _MESSENGER_DRAWS = 7, 16, 2, 4  # numbers that each takes
+_LENS_DRAWS, _NOISE_DRAWS, _JPEG_DRAWS, _MESSENGER_DRAWS = 7, 16, 2, 4  # random numbers that each step takes
 
 
 def real(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Clean (B, 3, H, W) as a camera and a messenger would give it, in multiples of 1/255, and what is to be restored:
-    clean, or where a sensor's mosaic is interpolated, clean as that gives it."""
+    """Clean (B, 3, H, W) as a camera and a messenger would give it, in multiples of 1/255; and the target to restore.
+
+    The target is clean. Where a sensor's mosaic is interpolated, it is clean after that interpolation.
+    """
     (untouched,) = rand_each(generator, len(clean), 1)
     touched = untouched >= UNTOUCHED
     x = _lens(clean, touched, generator)
@@ -50,7 +52,7 @@ def real(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
 
 
 def _lens(clean: Tensor, touched: Tensor, generator: Generator) -> Tensor:
-    """A third of what is blurred by a Gaussian, a third out of focus, a third moved."""
+    """Blur some images: a third of them with a Gaussian, a third out of focus, a third moved."""
     there, kind, *how = rand_each(generator, len(clean), _LENS_DRAWS)
     there = (there < LENS) & touched
     if not some(there):
@@ -70,7 +72,7 @@ def _lens(clean: Tensor, touched: Tensor, generator: Generator) -> Tensor:
 
 
 def _noise(clean: Tensor, x: Tensor, touched: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Of a sensor or of a film; and what is to be restored."""
+    """Add the noise of a sensor or the grain of a film. Also returns the target to restore."""
     kind, *how = rand_each(generator, len(clean), _NOISE_DRAWS)
     of_sensor, of_film = (kind < SENSOR) & touched, (kind >= 1 - GRAIN) & touched
     normal = randn_like(clean, generator)
@@ -112,7 +114,7 @@ def _jpeg(x: Tensor, share: float, qualities: tuple[int, int], touched: Tensor, 
 
 
 def _messenger(x: Tensor, touched: Tensor, generator: Generator) -> Tensor:
-    """Perhaps made smaller (and shown as large as it was), and written again with blocks elsewhere."""
+    """Send some images: perhaps downsize them and enlarge them again, then write them with blocks at another offset."""
     batch, _, height, width = x.shape
     there, smaller, scale, full = rand_each(generator, batch, _MESSENGER_DRAWS)
     kernel = randint(generator, batch, 0, len(KERNELS) - 1)
@@ -141,7 +143,7 @@ def _messenger(x: Tensor, touched: Tensor, generator: Generator) -> Tensor:
 
 
 def _shifted(side: int, shift: Tensor) -> Tensor:
-    """Places (B, side + 15) of the pixels of lines that begin `shift` (B,) later; the first and last repeated."""
+    """Positions (B, side + 15) of the pixels of lines that begin `shift` (B,) later. The first and last repeat."""
     return (torch.arange(side + REAL_GRID - 1, device=shift.device) - shift[:, None]).clamp(0, side - 1)
 
 
@@ -153,5 +155,5 @@ def _taken(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _each(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), where `like` lies."""
+    """(B,) -> (B, 1, 1, 1), on the device of `like`."""
     return value.to(like.device)[:, None, None, None]

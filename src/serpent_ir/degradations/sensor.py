@@ -1,5 +1,7 @@
-"""What a camera's sensor and its first processing make of a picture: noise that follows the light, seen through a
-mosaic of colour filters, smoothed, sharpened and drawn over by a tone curve.
+"""What a camera's sensor and its first processing make of a picture.
+
+Noise that follows the light is seen through a mosaic of colour filters, smoothed, sharpened and passed through a tone
+curve.
 
 The model of the noise is that of Brooks et al., "Unprocessing Images for Learned Raw Denoising", 2019.
 """
@@ -14,27 +16,27 @@ from torch import Tensor
 from serpent_ir.degradations.blur import blur_each
 
 SMOOTHING_RADIUS = 12
-"""Pixels that the smoothing of the noise reaches, for standard deviations up to 4."""
+"""Pixels to each side that the smoothing of the noise reaches, for standard deviations up to 4."""
 SENSOR_MARGIN = 1 + SMOOTHING_RADIUS + 3
-"""Pixels around a pixel that decide what a sensor makes of it: interpolation, smoothing, sharpening."""
+"""Pixels around a pixel that decide what a sensor makes of it: interpolation, smoothing and sharpening."""
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """A sensor, and what the camera does with it, for each image of a batch; all (B,).
+    """A sensor and its camera's processing, for each image of a batch. All attributes are (B,).
 
     Attributes:
-        power: from linear light to the picture's values, 1 / power back.
-        contrast: booleans: whether a curve of contrast, 3 x^2 - 2 x^3, comes after it.
-        red, blue: gains of the white balance, beside 1 for green.
-        shot, read: variances of the noise in linear light from 0 to 1: shot times the light, and read.
-        mosaic: booleans: whether a pixel sees one colour, and the others are interpolated.
-        luma, chroma: standard deviations (pixels, up to 4) by which the noise is smoothed.
-        blotches: what is left of the standard deviation of the noise's chroma after that, as cameras leave it in
-            blotches: 1 as if it were as strong as white noise before.
-        waves: how much luma they leave with them, as a share of the same.
-        sharpening: how much of what a blur of 1 pixel takes from the noise is added once more.
-        strength: factor of the noise after that.
+        power: exponent from linear light to the picture's values; 1 / power for the way back.
+        contrast: booleans: whether a contrast curve, 3 x^2 - 2 x^3, follows it.
+        red, blue: gains of the white balance; green has gain 1.
+        shot, read: variances of the noise, in linear light from 0 to 1: `shot` times the light, and `read`.
+        mosaic: booleans: whether a pixel sees one colour only and the others are interpolated.
+        luma, chroma: standard deviations (pixels, up to 4) with which the noise is smoothed.
+        blotches: standard deviation of the chroma noise that remains afterwards, as the blotches that cameras leave.
+            1 means that it is as strong as the white noise was before.
+        waves: the same for the luma noise that remains with them.
+        sharpening: how much of what a blur of 1 pixel removes from the noise is added back.
+        strength: factor on the noise after that.
     """
 
     power: Tensor
@@ -53,18 +55,18 @@ class Sensor:
 
 
 def through_sensor(clean: Tensor, blurred: Tensor, normal: Tensor, sensor: Sensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a sensor gives of a picture that a lens has blurred.
+    """What a sensor makes of a picture that a lens has blurred.
 
     Args:
-        clean: (B, 3, H, W) in [0, 1]; the upper left pixel lies at even coordinates of its image.
+        clean: (B, 3, H, W) in [0, 1]. Its upper left pixel must lie at even coordinates of its image.
         blurred: the same after the lens.
         normal: normal numbers of that shape.
-        sensor: each image's.
+        sensor: the sensor of each image.
 
     Returns:
-        The noise, and blurred and clean as the sensor would give them without it, all (B, 3, H, W); what is seen is
-        the sum of the first two. The last differs from clean where there is a mosaic: fine detail is lost to its
-        interpolation, which no restoration should be asked to bring back.
+        The noise, then `blurred` and `clean` as the sensor would give them without noise, all (B, 3, H, W). The picture
+        that is seen is the sum of the first two. The third differs from `clean` where there is a mosaic: interpolation
+        loses fine detail, which no restoration should be asked to bring back.
     """
     power, contrast, mosaic = (_each(value, clean) for value in (sensor.power, sensor.contrast, sensor.mosaic))
     ones = torch.ones_like(sensor.red)
@@ -72,21 +74,21 @@ def through_sensor(clean: Tensor, blurred: Tensor, normal: Tensor, sensor: Senso
     raw_clean, raw = (_linear(x, power, contrast) / gains for x in (clean, blurred))
     deviation = (raw * _each(sensor.shot, clean) + _each(sensor.read, clean)).sqrt()
     raws = torch.stack([raw_clean, raw, raw + deviation * normal.to(clean.device, clean.dtype)])
-    if min(clean.shape[-2:]) > 1:  # a line has no pixels of one of the colours
+    if min(clean.shape[-2:]) > 1:  # an image of a single line lacks one of the colours
         raws = torch.where(mosaic, mosaicked(raws.flatten(0, 1)).view_as(raws), raws)
     target, picture, noisy = _toned((raws * gains).clamp(0, 1), power, contrast)
     noise = _processed(noisy - picture, sensor)
-    # To the last bit where there is no mosaic.
+    # Exact to the last bit where there is no mosaic.
     return noise, torch.where(mosaic, picture, blurred), torch.where(mosaic, target, clean)
 
 
 def film_grain(x: Tensor, normal: Tensor, strength: Tensor, size: Tensor) -> Tensor:
-    """The grain of a film, the same in all colours, strongest in the middle tones.
+    """Film grain, the same in all colours and strongest in the middle tones.
 
     Args:
         x: (B, 3, H, W) in [0, 1].
         normal: normal numbers (B, 1, H, W).
-        strength: (B,) its standard deviation at half the brightness, on the [0, 1] scale.
+        strength: (B,) standard deviation of the grain at half the brightness, on the [0, 1] scale.
         size: (B,) standard deviation of a grain in pixels, from 0.5 to 2.
     """
     grain = blur_each(normal.to(x.device, x.dtype), size, SMOOTHING_RADIUS)
@@ -96,8 +98,10 @@ def film_grain(x: Tensor, normal: Tensor, strength: Tensor, size: Tensor) -> Ten
 
 
 def mosaicked(x: Tensor) -> Tensor:
-    """(B, 3, H, W), sides from 2 on, as seen through a Bayer mosaic (red at even rows and columns, blue at odd ones)
-    and interpolated bilinearly, reflected at borders."""
+    """(B, 3, H, W), sides at least 2, seen through a Bayer mosaic and interpolated bilinearly.
+
+    Red is at even rows and columns, blue at odd ones. Borders are reflected.
+    """
     height, width = x.shape[-2:]
     rows = torch.arange(height, device=x.device)[:, None] % 2
     columns = torch.arange(width, device=x.device) % 2
@@ -108,26 +112,26 @@ def mosaicked(x: Tensor) -> Tensor:
     corners = padded[..., :-2, :] + padded[..., 2:, :]
     corners = (corners[..., :-2] + corners[..., 2:]) / 4
     middle = padded[..., 1:-1, 1:-1]
-    # Of red and blue a pixel has itself, two neighbours, or four corners; of green itself, or four neighbours.
+    # For red and blue a pixel has itself, two neighbours, or four corners; for green itself, or four neighbours.
     red_blue = middle + beside + above + corners
     green = middle + (beside + above) / 2
     return torch.cat([red_blue[:, :1], green[:, 1:2], red_blue[:, 2:]], 1)
 
 
 def _linear(x: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
-    """The light of values in [0, 1]."""
+    """The linear light of values in [0, 1]."""
     x = torch.where(contrast, 0.5 - torch.sin(torch.asin((1 - 2 * x).clamp(-1, 1)) / 3), x)
     return x.clamp(0, 1) ** power
 
 
 def _toned(light: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
-    """The values of light in [0, 1]."""
+    """The values of linear light in [0, 1]."""
     x = light ** (1 / power)
     return torch.where(contrast, x * x * (3 - 2 * x), x)
 
 
 def _processed(noise: Tensor, sensor: Sensor) -> Tensor:
-    """Noise (B, 3, H, W) after the smoothing and sharpening of a camera."""
+    """Noise (B, 3, H, W) after a camera's smoothing and sharpening."""
     luma = _luma_of(noise)
     parts = torch.cat([luma, luma, noise - luma], 1)
     parts = blur_each(parts, torch.stack([sensor.luma, *[sensor.chroma] * 4], 1), SMOOTHING_RADIUS)
@@ -140,7 +144,7 @@ def _processed(noise: Tensor, sensor: Sensor) -> Tensor:
 
 
 def _taken_from_white(sigma: Tensor) -> Tensor:
-    """By what a Gaussian blur divides the standard deviation of white noise."""
+    """The factor by which a Gaussian blur divides the standard deviation of white noise."""
     return (2 * math.sqrt(math.pi) * sigma).clamp(min=1)
 
 
@@ -150,6 +154,6 @@ def _luma_of(x: Tensor) -> Tensor:
 
 
 def _each(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1) where `like` lies, and in its dtype unless they are booleans."""
+    """(B,) -> (B, 1, 1, 1) on the device of `like`, and in its dtype unless the values are booleans."""
     value = value.to(like.device) if value.dtype == torch.bool else value.to(like.device, like.dtype)
     return value[:, None, None, None]
