@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from serpent_ir import cli, create_model
 from serpent_ir.errors import UsageError, memory_line
-from serpent_ir.files import Job, Manifest, Outcome, plan, run
+from serpent_ir.files import Job, Manifest, Outcome, pipeline, plan
 from serpent_ir.system.processes import rank_and_world
 
 # Where no C compiler is, the scan says once that a slower one serves.
@@ -292,7 +292,7 @@ def test_reading_computing_and_writing_overlap_and_are_bounded():
             held -= 1
 
     outcomes: list[Outcome] = []
-    run(jobs(8), read, work, write, outcomes.append)
+    assert list(pipeline.run(jobs(8), read, work, write, outcomes.append)) == outcomes
     assert [outcome.job.index for outcome in outcomes] == list(range(8))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     assert most <= 4
@@ -306,8 +306,7 @@ def test_a_failure_at_any_stage_is_of_one_image():
 
         return step
 
-    errors: list[str] = []
-    run(jobs(8), at(0), at(1), at(2), lambda outcome: errors.append(outcome.error))
+    errors = [outcome.error for outcome in pipeline.run(jobs(8), at(0), at(1), at(2))]
     assert errors[:4] == [
         "0.in: [Errno 28] No space left",
         "1.in: " + memory_line(MemoryError()),
@@ -332,7 +331,7 @@ def test_stopping_finishes_what_is_being_written():
         written.append(job.index)
 
     with pytest.raises(KeyboardInterrupt):
-        run(jobs(9), lambda job: None, work, write, lambda outcome: reported.append(outcome.job.index))
+        list(pipeline.run(jobs(9), lambda job: None, work, write, lambda outcome: reported.append(outcome.job.index)))
     assert written == reported == [0, 1]
 
 

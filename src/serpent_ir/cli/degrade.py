@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from serpent_ir.cli.files import convert_files, plan_files
+from serpent_ir.cli.files import convert_files
 from serpent_ir.cli.shell import Inputs, Output, Seed, Task, shell_command
 from serpent_ir.errors import UsageError
 
@@ -31,23 +31,22 @@ def degrade(
     import numpy as np
 
     from serpent_ir.degradations import create_degradation, evaluation_generator
+    from serpent_ir.files import Job
     from serpent_ir.image import Picture, to_pixels, to_tensor, write_image
 
     degradation = create_degradation(task)
     if masks and degradation.channels == 3:
         raise UsageError(f"{task} has no masks; leave --masks out")
-    jobs = plan_files(inputs, output)
 
-    def degraded(index: int, picture: Picture) -> Picture:
+    def degraded(job: Job, picture: Picture) -> Picture:
         clean = degradation.crop(to_tensor(picture.pixels))
-        y = degradation(clean, generator=evaluation_generator(seed, index))
+        y = degradation(clean, generator=evaluation_generator(seed, job.index))
         if masks:
-            target = jobs[index].target
-            file = masks / (target.relative_to(output) if target != output else target.name)
+            file = masks / (job.target.relative_to(output) if job.target != output else job.target.name)
             file.parent.mkdir(parents=True, exist_ok=True)
             mask = to_pixels(y[:, 3:].expand(-1, 3, -1, -1), np.uint8)
             write_image(file.with_suffix(".png"), Picture(mask, mode="L"))
         profile = None if picture.is_grey else picture.icc_profile  # a grey profile does not fit RGB
         return replace(picture, pixels=to_pixels(y[:, :3], np.uint8), alpha=None, mode="RGB", icc_profile=profile)
 
-    convert_files(jobs, degraded, "degraded")
+    convert_files(inputs, output, degraded, "degraded")

@@ -2,22 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serpent_ir.cli.files import plan_files, raise_if_failed, run_files
+from serpent_ir.cli.files import raise_if_failed, watched
 from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
-from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
-    from serpent_ir.cli.files import Parts
-    from serpent_ir.files import Job, Manifest, Source
-    from serpent_ir.files.source import Restored
-    from serpent_ir.inference import Restorer
+    from serpent_ir.cli.files import Watch
+    from serpent_ir.files import RestoredFile
 
 
 @shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
@@ -76,163 +72,46 @@ def restore(
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
-    from serpent_ir.files import Manifest
-    from serpent_ir.files.compare import write_comparison
-    from serpent_ir.files.plan import check_sheets, companion, sheet_of
-    from serpent_ir.inference import Restorer, pick_device
-    from serpent_ir.inference.network import check_task
-    from serpent_ir.models import create_model, load_model, preset_of
-    from serpent_ir.system.processes import gather, own_device, rank_and_world
+    from serpent_ir.files import restore_files
+    from serpent_ir.system.processes import gather, rank_and_world
 
     rank, world = rank_and_world()
-    if reference and not compare:
-        raise UsageError("--reference is for --compare; give both")
-    if pages not in ("first", "all"):
-        raise UsageError(f"--pages {pages}: use first or all")
-    if compare and pages == "all":
-        raise UsageError("--compare shows the first page; use it without --pages all")
-    planned = plan_files(inputs, output)
-    if compare:
-        check_sheets(planned)
-    jobs = planned[rank::world]
-    version = _version(weights)  # before they are read, as the manifest's other facts
-    if weights and name is None:
-        model = load_model(weights)
-        name = preset_of(model.config) or type(model).__name__
-    else:
-        name = model_name(name, weights)
-        model = create_model(name, pretrained=weights is None, checkpoint_path=weights)
-    check_task(model, weights)
-    restorer = Restorer(
-        model.to(pick_device(own_device(device))),
-        tile=int(tile) if tile.isdecimal() else tile,
-        tile_overlap=tile_overlap,
-        precision=precision,
-    )
-    _check_companions(restorer, mask, reference)
-    settings = {"model": name, "weights": version, "tile": tile, "overlap": tile_overlap}
-    settings |= {"mask": str(mask.absolute())} if mask else {}
-    settings |= {"pages": pages} if pages != "first" else {}
-
-    def mask_of(job: "Job") -> Path | None:
-        return companion(mask, job, output, "mask")
-
-    with ExitStack() as stack:
-        record = None
-        if manifest:
-            record = Manifest(manifest, {**settings, "precision": precision}, mask_of)
-            stack.enter_context(closing(record))
-
-        def comparison(job: "Job") -> dict[str, float]:
-            return write_comparison(
-                job.source, job.target, sheet_of(job), companion(reference, job, output, "reference")
-            )
-
-        beside = (mask_of, comparison if compare else None)
-        own = _restore(jobs, restorer, record, skip_existing, *beside, pages, raises=not as_json)
+    restoration = restore_files(
+        inputs, output, model_name(name, weights) if name or not weights else None, weights=weights, device=device,
+        precision=precision, tile=int(tile) if tile.isdecimal() else tile, tile_overlap=tile_overlap, pages=pages,
+        skip_existing=skip_existing, manifest=manifest, mask=mask, compare=compare, reference=reference,
+        progress=lambda job, part, parts: watch.tell(job, part, parts), report=lambda result: _report(watch, result),
+    )  # fmt: skip
+    start = time.perf_counter()
+    own: dict[str, Any] = {"rows": [], "problems": [], "skipped": 0}
+    todo = restoration.todo
+    with watched(todo, "restored", alone=len(todo) == world == 1 and not as_json) as watch:
+        try:
+            for result in restoration:
+                if result.status == "skipped":
+                    own["skipped"] += 1
+                    own["problems"] += [result.error] if result.error else []
+        except SerpentError as error:
+            own["problems"].append(str(error))
+    own |= {"rows": watch.rows, "seconds": time.perf_counter() - start}
+    if watch.alone:
+        watch.raise_if_failed()
     everybody = gather(own)
     if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
         _sum_up(everybody, as_json)
 
 
-def _restore(
-    jobs: "Sequence[Job]",
-    restorer: "Restorer",
-    record: "Manifest | None",
-    skip_existing: bool,
-    mask_of: "Callable[[Job], Path | None]",
-    compare: "Callable[[Job], dict[str, float]] | None",
-    pages: str,
-    *,
-    raises: bool,
-) -> dict[str, Any]:
-    """Do the share of this process.
-
-    Returns `rows` as `run_files` gives them with width, height and tiles; `problems`, lines on what failed besides;
-    skipped and seconds.
-    """
-    from serpent_ir.files import Source
-
-    skipped = [job for job in jobs if (skip_existing and job.target.exists()) or (record and record.has(job))]
-    kept = {job.index for job in skipped}
-    todo = [job for job in jobs if job.index not in kept]
-    facts: dict[str, dict[str, Any]] = {}
-
-    def read(job: "Job") -> "Source":
-        if record:
-            record.begin(job)
-        source = Source(job.source)
-        return source.load() if pages == "first" else source.load(pages)
-
-    def work(job: "Job", source: "Source", tell: "Parts") -> "Restored":
-        tiles = 1
-
-        def count(done: int, total: int) -> None:
-            nonlocal tiles
-            tiles = total
-            tell(done, total)
-
-        restored = source.restore(restorer, job.target, count, mask_of(job), pages=pages)
-        facts[str(job.source)] = {"width": restored.width, "height": restored.height, "tiles": tiles}
-        return restored
-
-    def write(job: "Job", restored: "Restored") -> None:
-        restored.write()
-        if compare:
-            facts[str(job.source)] |= compare(job)
-        if record:
-            record.add(job)
-
-    def details_of(job: "Job") -> str:
-        fact = facts[str(job.source)]
-        told = f", {fact['tiles']} tiles" if fact["tiles"] > 1 else ""
-        return f"{told}, PSNR {fact['input_psnr']:.2f} -> {fact['psnr']:.2f} dB" if "psnr" in fact else told
-
-    start = time.perf_counter()
-    problems = _draw_lost_sheets(skipped, compare) if compare else []
-    rows = run_files(todo, read, work, write, "restored", details_of, raises=raises)
-    rows = [{**row, **facts.get(row["source"], {})} for row in rows]
-    if record:
-        try:
-            record.finish()
-        except SerpentError as error:
-            problems.append(str(error))
-    return {"rows": rows, "problems": problems, "skipped": len(skipped), "seconds": time.perf_counter() - start}
-
-
-def _draw_lost_sheets(jobs: "Sequence[Job]", compare: "Callable[[Job], dict[str, float]]") -> list[str]:
-    """Draw the comparisons that are missing of images that are done: a stop came between. Returns what failed."""
-    from serpent_ir.files.plan import sheet_of
-
-    problems = []
-    for job in jobs:
-        if job.refused or (sheet := sheet_of(job)).exists():
-            continue
-        try:
-            compare(job)
-            say(f"{job.target} -> {sheet} (drawn)")
-        except SerpentError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _check_companions(restorer: "Restorer", mask: Path | None, reference: Path | None) -> None:
-    """Raise UsageError where every image would fail for one reason, after its restoration even."""
-    for path in filter(None, (mask, reference)):
-        if not path.exists():
-            raise UsageError(f"{path}: no such file or folder")
-    if mask and not restorer.takes_mask:
-        raise UsageError("--mask is for weights of inpaint; these take none")
-    if restorer.takes_mask and not mask:
-        raise UsageError("weights of inpaint need --mask, an image that is white where pixels are missing")
-
-
-def _version(weights: Path | None) -> list[Any] | None:
-    """What tells a weights file from another of the same name."""
-    if weights is None or not weights.exists():
-        return None
-    status = weights.stat()
-    return [str(weights.absolute()), status.st_size, status.st_mtime_ns]
+def _report(watch: "Watch", result: "RestoredFile") -> None:
+    job = result.job
+    if result.sheet:
+        say(f"{job.target} -> {result.sheet} (drawn)")
+    if result.status == "skipped":
+        return
+    facts = {"width": result.width, "height": result.height, "tiles": result.tiles} if result.width else {}
+    details = f", {result.tiles} tiles" if result.tiles > 1 else ""
+    if "psnr" in result.figures:
+        details += f", PSNR {result.figures['input_psnr']:.2f} -> {result.figures['psnr']:.2f} dB"
+    watch.report(job, result.error, result.seconds, details, **facts, **result.figures)
 
 
 def _sum_up(everybody: list[dict[str, Any]], as_json: bool) -> None:

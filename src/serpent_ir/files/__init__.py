@@ -5,4 +5,6 @@ from serpent_ir.files.pipeline import Outcome as Outcome
 from serpent_ir.files.pipeline import run as run
 from serpent_ir.files.plan import Job as Job
 from serpent_ir.files.plan import plan as plan
+from serpent_ir.files.restore import RestoredFile as RestoredFile
+from serpent_ir.files.restore import restore_files as restore_files
 from serpent_ir.files.source import Source as Source

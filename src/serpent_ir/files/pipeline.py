@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,19 +28,19 @@ def run(
     read: Callable[[Job], R],
     work: Callable[[Job, R], W],
     write: Callable[[Job, W], None],
-    report: Callable[[Outcome], None],
-) -> None:
-    """Read, work on and write each image, at the same time for three neighbouring ones.
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> Iterator[Outcome]:
+    """Read, work on and write each image, at the same time for three neighbouring ones; yield what became of each.
 
     Reading and writing have a thread each and at most one image waits before and after `work`, which runs in the
-    caller's thread. `report` is called in the order of the jobs, as soon as each is done, by the thread that writes. A
-    failure is that image's alone. Where the caller is stopped (Ctrl-C), what is being written is finished and nothing
-    else is begun.
+    caller's thread as the iteration goes on. `report` is called in the order of the jobs, as soon as each is done, by
+    the thread that writes, and so earlier than the outcome is yielded. A failure is that image's alone. Where the
+    caller is stopped (Ctrl-C) or stops iterating, what is being written is finished and nothing else is begun.
     """
     took: dict[int, float] = {}
     waiting = iter(jobs)
     reading: deque[tuple[Job, Future[R]]] = deque()
-    writing: Future[None] | None = None
+    writing: Future[Outcome] | None = None
 
     def timed(function: Callable[..., Any], job: Job, *args: Any) -> Any:
         start = time.perf_counter()
@@ -49,13 +49,15 @@ def run(
         finally:
             took[job.index] = took.get(job.index, 0) + time.perf_counter() - start
 
-    def finish(job: Job, done: list[W], error: str) -> None:
+    def finish(job: Job, done: list[W], error: str) -> Outcome:
         if not error:
             try:
                 timed(write, job, done.pop())  # popped: the image goes as soon as it is written
             except Exception as problem:
                 error = _one_line(job, problem)
-        report(Outcome(job, error, took.pop(job.index, 0)))
+        outcome = Outcome(job, error, took.pop(job.index, 0))
+        report(outcome)
+        return outcome
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
@@ -75,11 +77,11 @@ def run(
                     error = _one_line(job, problem)
                 del future  # with the image that it holds
                 if writing:
-                    writing.result()
+                    yield writing.result()
                 writing = writer.submit(finish, job, done, error)
                 del done
             if writing:
-                writing.result()
+                yield writing.result()
         finally:
             for _, future in reading:
                 future.cancel()

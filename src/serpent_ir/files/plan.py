@@ -235,10 +235,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | None:
+def companion(path: Path | None, job: Job, output: Path, what: str) -> Path | None:
     """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
-    from serpent_ir.image.folders import SUFFIXES
-
     if path is None or not path.is_dir():
         return path
     below = job.target.relative_to(output) if job.target != output else Path(output.name)
@@ -248,12 +246,12 @@ def companion(path: Path | None, job: "Job", output: Path, what: str) -> Path | 
     raise SerpentError(f"{job.source}: {path} holds no {what} of that name ({below.with_suffix('')})")
 
 
-def sheet_of(job: "Job") -> Path:
+def sheet_of(job: Job) -> Path:
     """Where the comparison of an image goes."""
     return job.target.with_name(f"{job.target.stem}-compare.png")
 
 
-def check_sheets(jobs: "Sequence[Job]") -> None:
+def check_sheets(jobs: Sequence[Job]) -> None:
     """Raise UsageError where a comparison would take the place of an input or an output."""
     taken = {path.resolve() for job in jobs for path in (job.source, job.target)}
     sheets: set[Path] = set()
@@ -262,3 +260,12 @@ def check_sheets(jobs: "Sequence[Job]") -> None:
         if sheet in taken or sheet in sheets:
             raise UsageError(f"{sheet_of(job)}: --compare would overwrite another image; run them apart")
         sheets.add(sheet)
+
+
+def make_folders(jobs: Iterable[Job]) -> None:
+    """Make the folders of the outputs. Raises SerpentError where one cannot be made."""
+    for folder in {job.target.parent: None for job in jobs if not job.refused}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SerpentError(f"{folder}: no folder can be made there ({error.strerror}); choose another -o") from None

@@ -1,0 +1,296 @@
+"""Many image files restored: what `serpent restore` does, for programs."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.files.compare import write_comparison
+from serpent_ir.files.manifest import Manifest
+from serpent_ir.files.pipeline import Outcome, run
+from serpent_ir.files.plan import Job, check_sheets, companion, make_folders, plan, sheet_of
+from serpent_ir.files.source import Restored, Source
+from serpent_ir.inference import Restorer, pick_device
+from serpent_ir.inference.network import check_task
+from serpent_ir.models import DEFAULT_WEIGHTS, create_model, load_model, preset_of
+from serpent_ir.system.processes import own_device, rank_and_world
+
+
+@dataclass(frozen=True)
+class RestoredFile:
+    """What became of an image.
+
+    Attributes:
+        job: the image and its output.
+        status: "restored"; "skipped", for an image whose output was there before; or "failed".
+        error: one line that says why it failed, "" where it did not. A skipped image has one where a lost comparison
+            could not be drawn.
+        seconds: how long reading, restoring and writing took.
+        width, height: of the image, in pixels; 0 where it was not restored.
+        tiles: how many tiles it was cut into; 1 for a whole image.
+        figures: with a reference input_psnr, psnr (dB), input_ssim and ssim.
+        sheet: the comparison that was drawn for a skipped image, or None.
+    """
+
+    job: Job
+    status: Literal["restored", "skipped", "failed"]
+    error: str = ""
+    seconds: float = 0.0
+    width: int = 0
+    height: int = 0
+    tiles: int = 1
+    figures: Mapping[str, float] = field(default_factory=dict)
+    sheet: Path | None = None
+
+
+def restore_files(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    model: str | nn.Module | None = None,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    tile: str | int = "auto",
+    tile_overlap: int = 32,
+    pages: str = "first",
+    skip_existing: bool = False,
+    manifest: str | Path | None = None,
+    mask: str | Path | None = None,
+    compare: bool = False,
+    reference: str | Path | None = None,
+    progress: Callable[[Job, int, int], None] | None = None,
+    report: Callable[[RestoredFile], None] | None = None,
+) -> "Restoration":
+    """Restore image files and folders of them into a folder, or one file into one file.
+
+    Everything that can be wrong with the call is checked at once; images are restored as the result is iterated over,
+    in the caller's thread, while the next one is read and the last one written. A file that fails is that file's
+    alone. Whoever stops iterating loses nothing: what is being written is finished. Of several processes that
+    `torchrun` started each does its share.
+
+    Args:
+        inputs: image files, folders, patterns, `@LIST` or `-`, as `serpent_ir.files.plan` takes them.
+        output: a folder; or, for one image, an image file.
+        model: weights that ship (default `serpent_l.photo`), the network that `weights` are for, or a network.
+        weights: a file as `serpent_ir.load_model` takes it; without `model`, the network is the one that it is for.
+        device: as `serpent_ir.inference.pick_device` takes it; "auto" leaves a network where it is, and under
+            `torchrun` is a GPU for each process.
+        precision: as for `serpent_ir.restore`.
+        tile: the same.
+        tile_overlap: the same.
+        pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
+        skip_existing: leave out images whose output is there, whatever made it.
+        manifest: leave out images that this file names as done with these settings, and note there what gets done.
+        mask: an image whose light pixels are missing, or a folder of them named as the outputs; for weights of
+            `inpaint`.
+        compare: also draw a sheet of before and after beside each output.
+        reference: what the outputs should look like, as an image or such a folder; measured and drawn.
+        progress: called with an image, and how many of how many parts of it are restored.
+        report: called with what became of an image as soon as that is known, perhaps in another thread, and before it
+            is yielded.
+
+    Returns:
+        An iterator over `RestoredFile`s: first the skipped images, then the others in the order of the plan.
+
+    Raises:
+        UsageError: for what `plan` refuses, or an unknown name, device, tile, precision or option.
+        SerpentError: weights that cannot be read; or, at the end of the iteration, a manifest that cannot be written.
+    """
+    rank, world = rank_and_world()
+    output, weights = Path(output), _path(weights)
+    mask, reference, manifest = _path(mask), _path(reference), _path(manifest)
+    if reference and not compare:
+        raise UsageError("--reference is for --compare; give both")
+    if pages not in ("first", "all"):
+        raise UsageError(f"--pages {pages}: use first or all")
+    if compare and pages == "all":
+        raise UsageError("--compare shows the first page; use it without --pages all")
+    jobs = plan([Path(path) for path in inputs], output)
+    if compare:
+        check_sheets(jobs)
+    version = _version(weights)  # before they are read, as the manifest's other facts
+    network, name = _network(model, weights)
+    if isinstance(model, nn.Module):
+        version = _digest(model) if manifest else None
+    check_task(network, weights)
+    if device != "auto" or not isinstance(model, nn.Module):
+        network = network.to(pick_device(own_device(device)))
+    restorer = Restorer(network, tile=tile, tile_overlap=tile_overlap, precision=precision)
+    _check_companions(restorer, mask, reference)
+    settings: dict[str, Any] = {"model": name, "weights": version, "tile": str(tile), "overlap": tile_overlap}
+    settings |= {"mask": str(mask.absolute())} if mask else {}
+    settings |= {"pages": pages} if pages != "first" else {}
+    settings["precision"] = precision
+
+    def mask_of(job: Job) -> Path | None:
+        return companion(mask, job, output, "mask")
+
+    def draw(job: Job) -> dict[str, float]:
+        return write_comparison(job.source, job.target, sheet_of(job), companion(reference, job, output, "reference"))
+
+    record = Manifest(manifest, settings, mask_of) if manifest else None
+    return Restoration(
+        jobs[rank::world], restorer, record, skip_existing, mask_of, draw if compare else None, pages, progress, report
+    )
+
+
+class Restoration(Iterator[RestoredFile]):
+    """A call of `restore_files` that is under way.
+
+    Attributes:
+        skipped: of the share of this process the images that were done before, in order.
+        todo: the others.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        restorer: Restorer,
+        record: Manifest | None,
+        skip_existing: bool,
+        mask_of: Callable[[Job], Path | None],
+        draw: Callable[[Job], dict[str, float]] | None,
+        pages: str,
+        progress: Callable[[Job, int, int], None] | None,
+        report: Callable[[RestoredFile], None] | None,
+    ):
+        self._restorer, self._record = restorer, record
+        there = [(skip_existing and job.target.exists()) or bool(record and record.has(job)) for job in jobs]
+        self.skipped = [job for job, done in zip(jobs, there, strict=True) if done]
+        self.todo = [job for job, done in zip(jobs, there, strict=True) if not done]
+        self._mask_of, self._draw, self._pages = mask_of, draw, pages
+        self._progress, self._report = progress, report
+        self._facts: dict[int, dict[str, Any]] = {}
+        self._results = self._restore()
+
+    def __next__(self) -> RestoredFile:
+        return next(self._results)
+
+    def close(self) -> None:
+        """End the work: what is being written is finished, nothing else is begun."""
+        self._results.close()
+
+    def _restore(self) -> Generator[RestoredFile]:
+        with closing(self._record or _Nothing()):
+            for job in self.skipped:
+                yield self._told(self._done_before(job))
+            make_folders(self.todo)  # before any work, or each file would fail for this one reason
+            told: deque[RestoredFile] = deque()
+
+            def report(outcome: Outcome) -> None:
+                told.append(self._result(outcome))
+
+            for _ in run(self.todo, self._read, self._work, self._write, report):
+                yield told.popleft()
+            if self._record:
+                self._record.finish()
+
+    def _done_before(self, job: Job) -> RestoredFile:
+        """An image that is done; its comparison is drawn where a stop came between."""
+        if not self._draw or job.refused or (sheet := sheet_of(job)).exists():
+            return RestoredFile(job, "skipped")
+        start = time.perf_counter()
+        try:
+            figures = self._draw(job)
+        except SerpentError as error:
+            return RestoredFile(job, "skipped", str(error))
+        return RestoredFile(job, "skipped", "", time.perf_counter() - start, figures=figures, sheet=sheet)
+
+    def _read(self, job: Job) -> Source:
+        if job.refused:
+            raise SerpentError(job.refused)
+        if self._record:
+            self._record.begin(job)
+        source = Source(job.source)
+        return source.load() if self._pages == "first" else source.load(self._pages)
+
+    def _work(self, job: Job, source: Source) -> Restored:
+        parts = 1
+
+        def count(done: int, total: int) -> None:
+            nonlocal parts
+            parts = total
+            if self._progress:
+                self._progress(job, done, total)
+
+        restored = source.restore(self._restorer, job.target, count, self._mask_of(job), pages=self._pages)
+        self._facts[job.index] = {"width": restored.width, "height": restored.height, "tiles": parts}
+        return restored
+
+    def _write(self, job: Job, restored: Restored) -> None:
+        restored.write()
+        if self._draw:
+            self._facts[job.index]["figures"] = self._draw(job)
+        if self._record:
+            self._record.add(job)
+
+    def _result(self, outcome: Outcome) -> RestoredFile:
+        facts = self._facts.pop(outcome.job.index, {})
+        status = "failed" if outcome.error else "restored"
+        return self._told(RestoredFile(outcome.job, status, outcome.error, outcome.seconds, **facts))
+
+    def _told(self, result: RestoredFile) -> RestoredFile:
+        if self._report:
+            self._report(result)
+        return result
+
+
+class _Nothing:
+    """Stands for a manifest that nobody asked for."""
+
+    def close(self) -> None:
+        pass
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _network(model: str | nn.Module | None, weights: Path | None) -> tuple[nn.Module, str]:
+    """The network, and its name in a manifest."""
+    if isinstance(model, nn.Module):
+        if weights:
+            raise UsageError("weights are for a network that is named; load them into this one before")
+        return model, type(model).__name__
+    if weights and model is None:
+        network = load_model(weights)
+        return network, preset_of(network.config) or type(network).__name__
+    name = model or DEFAULT_WEIGHTS
+    return create_model(name, pretrained=weights is None, checkpoint_path=weights), name
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells one network from another in a manifest, where no file or name does."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_companions(restorer: Restorer, mask: Path | None, reference: Path | None) -> None:
+    """Raise UsageError where every image would fail for one reason, after its restoration even."""
+    for path in filter(None, (mask, reference)):
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+    if mask and not restorer.takes_mask:
+        raise UsageError("--mask is for weights of inpaint; these take none")
+    if restorer.takes_mask and not mask:
+        raise UsageError("weights of inpaint need --mask, an image that is white where pixels are missing")
+
+
+def _version(weights: Path | None) -> list[Any] | None:
+    """What tells a weights file from another of the same name."""
+    if weights is None or not weights.exists():
+        return None
+    status = weights.stat()
+    return [str(weights.absolute()), status.st_size, status.st_mtime_ns]

@@ -1,0 +1,85 @@
+"""restore_files: what `serpent restore` does, for programs."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from commands import save_photo, serpent, untrained_weights
+from networks import small_network
+from serpent_ir.errors import UsageError
+from serpent_ir.files import restore_files
+
+pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return untrained_weights(tmp_path_factory.mktemp("weights"))["deblur"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    for name in ("in/a.png", "in/below/b.jpg", "in/c.png"):
+        save_photo(tmp_path / name, 16, 20)
+    (tmp_path / "in/c.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_it_makes_the_files_of_the_command(folder, weights):
+    parts, told = [], []
+    results = list(
+        restore_files(
+            ["in"], "out", weights=weights, compare=True, progress=lambda *part: parts.append(part), report=told.append
+        )
+    )
+    assert serpent("restore", "in", "-o", "theirs", "--weights", weights, "--compare").exit_code == 1
+    assert hashes(folder / "out") == hashes(folder / "theirs")
+    assert results == told
+    assert [(r.job.source.name, r.status, r.width, r.height) for r in results] == [
+        ("a.png", "restored", 20, 16), ("b.jpg", "restored", 20, 16), ("c.png", "failed", 0, 0),
+    ]  # fmt: skip
+    assert results[2].error.startswith("in/c.png: ")
+    assert {job.source.name for job, _, _ in parts} == {"a.png", "b.jpg"}
+
+
+def test_whoever_stops_loses_nothing_and_goes_on(folder, weights):
+    options = {"weights": weights, "manifest": "done.jsonl"}
+    first = restore_files(["in"], "out", **options)
+    assert next(first).status == "restored"
+    first.close()
+    written = hashes(folder / "out")
+    again = restore_files(["in"], "out", **options)
+    assert [job.source.name for job in again.skipped][:1] == ["a.png"]
+    assert [result.status for result in again] == ["skipped"] * len(again.skipped) + ["restored", "failed"][
+        len(again.skipped) - 1 :
+    ]
+    assert {name: hashes(folder / "out")[name] for name in written} == written
+
+
+def test_a_manifest_knows_a_network_of_ones_own(folder):
+    """By its numbers: it has neither a name nor a file."""
+
+    def statuses(network) -> list[str]:
+        return [result.status for result in restore_files(["in/a.png"], "out", network, manifest="done.jsonl")]
+
+    network = small_network("deblur")
+    assert statuses(network) == ["restored"]
+    assert statuses(network) == ["skipped"]
+    next(network.parameters()).data += 0.1
+    assert statuses(network) == ["restored"]
+
+
+def test_the_call_is_checked_before_any_work(folder, weights):
+    for wrong in ({"reference": "in/a.png"}, {"pages": "some"}, {"device": "none"}, {"tile": "large"}):
+        with pytest.raises(UsageError):
+            restore_files(["in"], "out", weights=weights, **wrong)
+    with pytest.raises(UsageError, match="serpent_x"):
+        restore_files(["in"], "out", "serpent_x.photo")
+    assert not (folder / "out").exists()
