@@ -1,7 +1,7 @@
-"""Colour spaces that a file gives by numbers (ITU-T H.273) or by gamma and primaries, as ICC profiles.
+"""ICC profiles of colour spaces that a file gives by numbers (ITU-T H.273) or by gamma and primaries.
 
-Pillow's ImageCms makes a profile of sRGB alone. Sources: ITU-T H.273 (primaries, transfers), ICC.1:2022 (profiles and
-their tag `cicp`), Bradford's adaptation of the white point.
+Pillow's ImageCms can only make an sRGB profile. Sources: ITU-T H.273 (primaries, transfer functions), ICC.1:2022
+(profiles and their tag `cicp`), Bradford's chromatic adaptation of the white point.
 """
 
 import struct
@@ -14,7 +14,7 @@ from serpent_ir.image.png import chunks
 
 _D65 = (0.3127, 0.3290)
 _SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), _D65)
-# Red, green, blue and white of H.273's numbers.
+# Red, green, blue and white for the numbers of H.273.
 _PRIMARIES = {
     1: _SRGB,
     4: ((0.67, 0.33), (0.21, 0.71), (0.14, 0.08), (0.310, 0.316)),
@@ -34,14 +34,14 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 
 def is_hdr(cicp: bytes) -> bool:
-    """Whether four numbers of H.273 (primaries, transfer, matrix, full range) say HDR."""
+    """Whether four numbers of H.273 (primaries, transfer, matrix, full range) describe an HDR image."""
     return cicp[1] in (PQ, HLG)
 
 
 def icc_of_cicp(cicp: bytes, *, grey: bool = False) -> bytes | None:
-    """An ICC profile of the colours that four numbers of H.273 say; None for numbers without a definition here.
+    """An ICC profile of the colours that four numbers of H.273 describe; None for numbers that are not defined here.
 
-    With `grey` it is one for samples of grey, which says the curve alone.
+    With `grey` the profile is for grey samples and describes the curve only.
     """
     primaries, transfer = cicp[0], cicp[1]
     curve = _curve(transfer)
@@ -55,7 +55,7 @@ _TRANSFERS = {1: "sRGB", 6: "sRGB", 13: "sRGB", 14: "sRGB", 15: "sRGB", 8: "line
 
 
 def icc_of_gamma(png_chunks: bytes, *, grey: bool = False) -> bytes | None:
-    """An ICC profile of a PNG's gAMA and cHRM, as `icc_of_cicp`; None where they say sRGB, or nothing."""
+    """An ICC profile of a PNG's gAMA and cHRM, like `icc_of_cicp`; None if they describe sRGB, or nothing."""
     gamma, xy = 0.0, _SRGB
     for kind, content, _ in chunks(b"\x89PNG\r\n\x1a\n" + png_chunks):
         if kind == b"sRGB":
@@ -75,8 +75,8 @@ def icc_of_gamma(png_chunks: bytes, *, grey: bool = False) -> bytes | None:
 
 
 def _curve(transfer: int) -> bytes | None:
-    """The tag of a curve from samples to light."""
-    if transfer in (1, 6, 13, 14, 15):  # viewers show the cameras' curves of BT.709 and BT.2020 as sRGB's
+    """The tag for a curve from samples to light."""
+    if transfer in (1, 6, 13, 14, 15):  # viewers show the camera curves of BT.709 and BT.2020 like sRGB's
         return _parametric_srgb()
     if transfer in (4, 5):
         return b"curv" + struct.pack(">IIH", 0, 1, _fixed8(2.2 if transfer == 4 else 2.8))
@@ -90,7 +90,7 @@ def _curve(transfer: int) -> bytes | None:
 
 
 def _pq(v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """SMPTE ST 2084: light, of 10,000 cd/m2."""
+    """SMPTE ST 2084: light as a share of 10,000 cd/m2."""
     p = v ** (1 / 78.84375)
     return (np.maximum(p - 0.8359375, 0) / (18.8515625 - 18.6875 * p)) ** (1 / 0.1593017578125)
 
@@ -107,7 +107,7 @@ def _parametric_srgb() -> bytes:
 
 
 def _profile(xy: tuple[tuple[float, float], ...], curve: bytes, name: str, cicp: bytes, grey: bool) -> bytes:
-    """A display profile of version 4: primaries as columns of a matrix, one curve for all; or of grey, the curve."""
+    """A version 4 display profile: primaries as columns of a matrix and one curve for all; for grey the curve only."""
     columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in xy])
     white = columns[3]
     rgb = columns[:3].T * np.linalg.solve(columns[:3].T, white)

@@ -1,7 +1,7 @@
 """Bytes of image files -> pictures. Used by `image/files.py`.
 
-The depth comes from the file's header, never from the pixels. Pillow decodes, but it holds colour in 8 bits: 16-bit PNG
-goes through OpenCV and 16-bit TIFF through tifffile, HEIC through pillow-heif where that is installed.
+The depth comes from the file's header, never from the pixels. Pillow decodes, but it holds colour in 8 bits. So 16-bit
+PNG goes through OpenCV and 16-bit TIFF through tifffile. HEIC goes through pillow-heif if that is installed.
 """
 
 import io
@@ -26,20 +26,21 @@ from serpent_ir.image.tiff_samples import read_samples
 from serpent_ir.system.forks import Lock, in_child
 
 _PNG, TIFFS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# What Pillow knows well: if it finds no image there the file is damaged, and OpenCV would return a part of it.
+# Formats that Pillow knows well. If it finds no image in one, the file is damaged, and OpenCV would return a part of
+# it.
 _PILLOW_SIGNATURES = (_PNG, *TIFFS, b"\xff\xd8", b"RIFF", b"BM", b"GIF8")
 _PPM_HEADER = re.compile(rb"P[36](?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+\d+(?:\s+|#[^\n]*\n)+(\d{1,5})\s")
-_HEIFS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands; AVIF, too, has the last two
+_HEIFS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands; AVIF also uses the last two
 _bound_lock = Lock()
-_bounds: list[int | None] = []  # Pillow's own, while there is none in its place
+_bounds: list[int | None] = []  # Pillow's own bound, while it is replaced
 
 
 def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Picture, list[str], list[str]]:
-    """The picture in a file, and what a person should know of how its pixels, and its metadata, were read.
+    """The picture in a file, and notes for the user on how its pixels, and its metadata, were read.
 
-    `data` may be a page of a TIFF of so many `planes`; `whole` says that all of them will stay together.
+    `data` may be a page of a TIFF of `planes` pages; `whole` says that all of them will stay together.
 
-    Raises ImageError for what is known to be wrong, and whatever a decoder raises for a damaged file.
+    Raises ImageError for known problems, and whatever a decoder raises for a damaged file.
     """
     notes, lost = [], []
     image = open_header(data)
@@ -47,13 +48,13 @@ def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Pictur
     kept, orientation = {}, 1
     if image is not None:
         check_size(*image.size)
-        if image.format == "EPS":  # Pillow would have Ghostscript run it, which may take any time
+        if image.format == "EPS":  # Pillow would run it with Ghostscript, which may take any time
             raise ImageError("is PostScript, a program that draws; export it as PNG")
-        # Those of a JPEG are told with the rest of what follows its image.
+        # The further images of a JPEG are reported with the rest of what follows its image.
         if (frames := getattr(open_header(data), "n_frames", 1)) > 1 and image.format != "MPO":
             notes.append(f"holds {frames} images; the first is taken")
     if tiff:
-        # First: when Pillow loads the pixels of a TIFF it turns them upright.
+        # Metadata comes first: when Pillow loads the pixels of a TIFF, it turns them upright.
         kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
         kept["tiff"] = tiff_record(io.BytesIO(data), orientation, lost, planes, whole=whole)
         if read := read_samples(data, image, notes):
@@ -62,7 +63,7 @@ def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Pictur
         orientation = 1
     if image is None:
         return _decode_other(data), notes, lost
-    image.load()  # raises where data is missing; nothing below this line needs to look for that
+    image.load()  # raises if data is missing, so nothing below this line needs to check for that
     if not tiff:
         kept, orientation = metadata_of(image, io.BytesIO(data), notes, lost)
     grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # a PGM is scaled to 16 bits
@@ -95,7 +96,7 @@ def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Pictur
 def tiff_record(
     file: BinaryIO, orientation: int, lost: list[str], planes: int = 1, *, whole: bool = False
 ) -> TiffRecord | None:
-    """`Picture.tiff` of the first page of a TIFF; `lost` gets what is left out of it. Nothing of damaged tags."""
+    """`Picture.tiff` of the first page of a TIFF. `lost` receives what is left out. Damaged tags give nothing."""
     import tifffile
 
     file.seek(0)
@@ -108,18 +109,18 @@ def tiff_record(
             record, left = read_record(page, planes, whole=whole, turned=turned, size=upright)
     except MemoryError:
         raise
-    except Exception:  # tifffile raises anything for damaged tags
+    except Exception:  # tifffile raises all kinds of exceptions for damaged tags
         return None
     lost += left
     return record
 
 
 def open_header(data: bytes | BinaryIO) -> Image.Image | None:
-    """Parse the header with Pillow; None if it knows no such format."""
+    """Parse the header with Pillow; None if Pillow does not know the format."""
     start = data[:4] if isinstance(data, bytes) else data.read(4)
-    if start == b"MM\0+":  # Pillow takes it for a TIFF of 32-bit offsets
+    if start == b"MM\0+":  # Pillow mistakes it for a TIFF with 32-bit offsets
         return None
-    with _bound_lock:  # Pillow's bound is a global of its module; ours is checked by the caller
+    with _bound_lock:  # Pillow's bound is a global of its module; the caller checks ours
         _bounds.append(Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None
         file = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -148,7 +149,7 @@ def _open_jxl(file: BinaryIO) -> Image.Image | None:
 
 
 def _open_heif(file: BinaryIO) -> Image.Image | None:
-    """A HEIC photo as Pillow would open it; None for anything else, and where pillow-heif is missing."""
+    """A HEIC photo, opened as Pillow would open it; None for anything else, and if pillow-heif is missing."""
     file.seek(0)
     if not _is_heif(file.read(12)):
         return None
@@ -157,7 +158,7 @@ def _open_heif(file: BinaryIO) -> Image.Image | None:
     except ModuleNotFoundError:
         return None
     file.seek(0)
-    return HeifImageFile(file)  # not registered with Pillow: that is for the whole process, and its owner's to decide
+    return HeifImageFile(file)  # not registered with Pillow: that would affect the whole process, which is not ours
 
 
 def _is_heif(start: bytes) -> bool:
@@ -165,7 +166,7 @@ def _is_heif(start: bytes) -> bool:
 
 
 def _from_cmyk(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
-    """CMYK as RGB and the profile of that: by the file's own profile, or by Pillow's formula where it has none."""
+    """CMYK as RGB, and the profile of that RGB: by the file's own profile, or by Pillow's formula if it has none."""
     own = image.info.get("icc_profile")
     if own:
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
@@ -182,7 +183,7 @@ def _from_cmyk(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes
 
 
 def _picture(array: NDArray[Any], *, mode: str, format: str | None) -> Picture:
-    """Split decoded samples, (H, W) or (H, W, 1 to 4) in the order grey or RGB, then alpha."""
+    """Split decoded samples, (H, W) or (H, W, 1 to 4), in the order grey or RGB, then alpha."""
     array = array[..., None] if array.ndim == 2 else array
     colours = array.shape[2] - (array.shape[2] in (2, 4))
     pixels = np.ascontiguousarray(np.broadcast_to(array[..., :colours], (*array.shape[:2], 3)))
@@ -191,7 +192,7 @@ def _picture(array: NDArray[Any], *, mode: str, format: str | None) -> Picture:
 
 
 def _decode_deep(data: bytes, image: Image.Image, bits: int) -> Picture | None:
-    """The 10 or 12 bits of an AVIF or HEIC as 16; None where nothing at hand reads them."""
+    """The 10 or 12 bits of an AVIF or HEIC as 16 bits; None if nothing that is installed reads them."""
     array = None
     if image.format == "AVIF":
         try:
@@ -213,7 +214,7 @@ def _decode_deep(data: bytes, image: Image.Image, bits: int) -> Picture | None:
 
 
 def _decode_png16(data: bytes, image: Image.Image) -> Picture:
-    # Checksums and end of file, where OpenCV would warn on stderr and go on.
+    # Check checksums and the end of the file, since OpenCV would only warn on stderr and continue.
     cast(Image.Image, open_header(data)).verify()
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("is cut short; get the file again")
@@ -228,7 +229,7 @@ def _decode_png16(data: bytes, image: Image.Image) -> Picture:
 
 
 def _decode_other(data: bytes) -> Picture:
-    """A file that Pillow does not know; OpenCV reads a few more formats."""
+    """A file that Pillow does not know. OpenCV reads a few more formats."""
     if _is_heif(data[:12]):
         raise ImageError("is HEIC, which takes another package: pip install 'serpent-ir[heic]'; or export it as JPEG")
     if image_jxl.is_jxl(data) and not image_jxl.INSTALLED:
@@ -243,13 +244,13 @@ def _decode_other(data: bytes) -> Picture:
 
 
 def _bits(data: bytes, image: Image.Image) -> int:
-    """Of a sample in the file, for formats where Pillow gives 8 of however many."""
+    """Bits per sample in the file, for formats of which Pillow gives only 8."""
     if image.mode.startswith("I"):
-        return 8  # which Pillow gives as 16
+        return 8  # Pillow gives these as 16 bits already
     if image.format == "PPM" and (numbers := _PPM_HEADER.match(data)):
         return max(8, int(numbers[1]).bit_length())
     if image.format == "JPEG2000" and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
-        return max(8, (data[start + 42] & 0x7F) + 1)  # of the first component, in SIZ
+        return max(8, (data[start + 42] & 0x7F) + 1)  # of the first component, in the SIZ marker
     if image.format == "JXL":
         return image_jxl.bits_of(data)
     if image.format != "AVIF":
@@ -266,7 +267,7 @@ def _upright(picture: Picture, orientation: int) -> Picture:
     return replace(picture, pixels=np.ascontiguousarray(turn(picture.pixels)), alpha=alpha)
 
 
-_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # EXIF orientation -> what makes (H, W, ...) upright
+_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # EXIF orientation -> what turns (H, W, ...) upright
     2: np.fliplr,
     3: lambda x: np.rot90(x, 2),
     4: np.flipud,
@@ -278,6 +279,6 @@ _TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # EXIF orientatio
 
 
 def reason(error: Exception) -> str:
-    """One line of what an exception says."""
+    """An exception's message as one line."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return text.splitlines()[0]

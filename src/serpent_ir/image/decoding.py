@@ -1,4 +1,4 @@
-"""What decoders share: the bound on sizes, and OpenCV. Used by `image/decoders.py` and the modules of TIFF."""
+"""What decoders share: the bound on sizes, and OpenCV. Used by `image/decoders.py` and the TIFF modules."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from serpent_ir.errors import ImageError
 from serpent_ir.system.memory import host_available
 
 MAX_PIXELS = 2**30
-"""Largest image read, in pixels: 32768 x 32768. Above Pillow's own bound, since large images are a use of this package;
-the bound that is left keeps a small hostile file from filling the memory."""
+"""Largest image read, in pixels: 32768 x 32768. It is above Pillow's own bound, since this package is used for large
+images. It still keeps a small hostile file from filling the memory."""
 
-_DECODING = 12  # bytes for each pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and ours
+_DECODING = 12  # bytes per pixel and byte of depth, about: the decoder's copy, the conversion to RGB, and our copy
 
 
 def check_size(width: int, height: int, depth: int = 1) -> None:
-    """Raise ImageError for an image without pixels, over the bound, or too large for the memory that is free."""
+    """Raise ImageError for an image without pixels, over the bound, or too large for the free memory."""
     if not (width > 0 and height > 0):
         raise ImageError(f"is damaged: it says that it is {width}x{height} px; get the file again")
     if width * height > MAX_PIXELS:
@@ -30,11 +30,11 @@ def check_size(width: int, height: int, depth: int = 1) -> None:
 
 
 def with_opencv(data: bytes) -> NDArray[Any]:
-    """Decode to RGB order. OpenCV returns the part it could read of a damaged file: check before with Pillow."""
+    """Decode to RGB order. Check with Pillow first: of a damaged file OpenCV returns the part that it could read."""
     import cv2
 
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what matters is raised below
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # an error is raised below if it matters
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     finally:

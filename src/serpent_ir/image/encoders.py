@@ -1,4 +1,4 @@
-"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot. Used by `image/files.py`."""
+"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot write. For `image/files.py`."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".webp": {"format": "WEBP", "lossless": True, "exact": True},  # exact: keeps the colour of transparent pixels
-    ".tif": {},  # not by Pillow
+    ".tif": {},  # not written by Pillow
     ".tiff": {},
     ".bmp": {"format": "BMP"},
 }
@@ -39,13 +39,13 @@ if image_jxl.INSTALLED:
     SAVE_OPTIONS[".jxl"] = {"format": "JXL", "lossless": True}
 DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
-# Bytes of each that a JPEG has room for: they stand in one segment. (A profile is spread over several.)
+# The most bytes of each that a JPEG can hold, since each must fit into one segment. (A profile is spread over several.)
 _JPEG_EXIF, _JPEG_XMP = 65533, 65504
 _FIELDS = ("icc_profile", "exif", "xmp", "dpi")
 
 
 def encode(picture: Picture, suffix: str) -> bytes:
-    """The bytes of an image file in the format of a suffix of `SAVE_OPTIONS`."""
+    """The bytes of an image file in the format of a suffix from `SAVE_OPTIONS`."""
     check_sides(picture.pixels.shape[1], picture.pixels.shape[0], suffix)
     picture = fitting(picture, suffix)
     if suffix in (".tif", ".tiff"):
@@ -74,7 +74,7 @@ def encode(picture: Picture, suffix: str) -> bytes:
 
 
 def fitting(picture: Picture, suffix: str) -> Picture:
-    """A picture with that alone which its format holds, and in the way in which it does."""
+    """A picture with only what its format holds, in the way in which the format holds it."""
     height, width = picture.pixels.shape[:2]
     fields = {name: getattr(picture, name) for name in _FIELDS if fate(name, suffix) != TOLD}
     carried = {name: value for name, value in picture.carried.items() if fate(name, suffix) != TOLD}
@@ -100,12 +100,12 @@ def fitting(picture: Picture, suffix: str) -> Picture:
 
 
 def _odd_numbers(cicp: bytes | None, suffix: str) -> bool:
-    """Whether numbers say that samples are not RGB over their full range, which PNG alone can say."""
+    """Whether the numbers say that samples are not full-range RGB, which only PNG can express."""
     return cicp is not None and suffix != ".png" and cicp[2:] != b"\0\1"
 
 
 def _made_profile(carried: dict[str, Any], suffix: str, *, grey: bool) -> bytes | None:
-    """An ICC profile of colours that are given otherwise, for a format that cannot say them so."""
+    """An ICC profile of colours that are given in another way, for a format that cannot express them in that way."""
     if "cicp" in carried:
         return icc_of_cicp(carried["cicp"], grey=grey) if fate("cicp", suffix) == CONVERTED else None
     if "gamma" in carried and fate("gamma", suffix) == CONVERTED:
@@ -116,18 +116,18 @@ def _made_profile(carried: dict[str, Any], suffix: str, *, grey: bool) -> bytes 
 def _exif_with_dpi(picture: Picture) -> bytes | None:
     try:
         return with_resolution(picture.exif, picture.dpi or (72, 72))
-    except (struct.error, KeyError):  # damaged data, which `left_out` names
+    except (struct.error, KeyError):  # damaged data, which `left_out` reports
         return picture.exif
 
 
 def _with_numbers(data: bytes, cicp: bytes | None) -> bytes:
-    """An AVIF file that says its primaries and transfer by numbers; Pillow always writes those of sRGB."""
+    """An AVIF file that gives its primaries and transfer by numbers. Pillow always writes those of sRGB."""
     place = data.find(b"colrnclx") + 8
     return data if cicp is None or place < 8 else data[:place] + struct.pack(">HH", *cicp[:2]) + data[place + 4 :]
 
 
 def samples_of(picture: Picture) -> tuple[tuple[int, int, int], Iterator[NDArray[Any]]]:
-    """The shape (H, W, samples) of what a TIFF holds of a picture, and its rows in parts."""
+    """The shape (H, W, samples) of a picture as a TIFF holds it, and its rows in parts."""
     shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
     rows = max(1, (1 << 22) // shape[1])
     parts = (slice(top, top + rows) for top in range(0, shape[0], rows))
@@ -135,14 +135,14 @@ def samples_of(picture: Picture) -> tuple[tuple[int, int, int], Iterator[NDArray
 
 
 def check_sides(width: int, height: int, suffix: str) -> None:
-    """Raise ImageError where a format cannot hold an image of this size, as is known before it is made."""
+    """Raise ImageError if a format cannot hold an image of this size. That is known before the image is made."""
     most = _LONGEST.get(suffix, 0)
     if most and max(width, height) > most:
         raise ImageError(f"would be {width}x{height} px, and {suffix} holds {most} a side; choose .png or .tif by -o")
 
 
 def left_out(picture: Picture, suffix: str) -> list[str]:
-    """What of a picture the format cannot hold, in words."""
+    """What the format cannot hold of a picture, in words."""
     there = {name for name in _FIELDS if getattr(picture, name)} | set(picture.carried)
     there |= names_of(picture.tiff)
     if picture.alpha is not None and picture.alpha.min() < np.iinfo(picture.alpha.dtype).max:
@@ -150,7 +150,7 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
     if picture.pixels.dtype == np.uint16:
         there.add("deep")
     if picture.icc_profile or ("gamma" in there and icc_of_gamma(picture.carried["gamma"]) is None):
-        there.discard("gamma")  # says nothing, or what the profile says better
+        there.discard("gamma")  # it says nothing, or the profile says it better
     if picture.icc_profile and suffix != ".bmp":
         there.discard("cicp")
     if "aspect" in there and len(set(picture.carried["aspect"])) == 1:
@@ -174,24 +174,24 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
 
 
 def advice(picture: Picture) -> str:
-    """A format that holds all of a picture, to be named where another one does not; "" where none does."""
+    """A format that holds all of a picture, to recommend if another one does not; "" if there is none."""
     return next((suffix for suffix in (".png", ".tif", ".jpg") if not left_out(picture, suffix)), "")
 
 
 def left_at_size(picture: Picture) -> list[str]:
-    """Of what a TIFF alone can hold that which is not true of an image of another size."""
+    """What only a TIFF can hold of a picture and what is not true for an image of another size."""
     height, width = picture.pixels.shape[:2]
     return tags_of(picture.tiff, (width, height), 1, 8, 1)[2] if picture.tiff else []
 
 
 def _profile_does_not_fit(picture: Picture, suffix: str) -> bool:
-    """A profile for grey beside colour, and one for neither."""
+    """Whether the profile is for grey although the samples are colour, or for neither grey nor RGB."""
     space = (picture.icc_profile or b"")[16:20]
     return suffix != ".bmp" and (space in (b"CMYK", b"Lab ") or (space == b"GRAY" and not _as_grey(picture, suffix)))
 
 
 def _as_grey(picture: Picture, suffix: str) -> bool:
-    """Whether samples are written as grey; WebP and Pillow's AVIF have colour alone."""
+    """Whether samples are written as grey. WebP and Pillow's AVIF only have colour."""
     return picture.is_grey and suffix not in (".webp", ".avif")
 
 
@@ -204,7 +204,7 @@ def _part(alpha: NDArray[Any] | None, part: slice) -> NDArray[Any] | None:
 
 
 def _samples(picture: Picture, pixels: NDArray[Any], alpha: NDArray[Any] | None) -> NDArray[Any]:
-    """(H, W, 1 to 4): grey pictures as grey (luma of ITU-R BT.601 where the channels differ), alpha last."""
+    """(H, W, 1 to 4): grey pictures as grey (luma of ITU-R BT.601 if the channels differ), alpha last."""
     if picture.is_grey:
         pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(pixels.dtype)
     return pixels.reshape(*pixels.shape[:2], -1) if alpha is None else np.dstack([pixels, alpha])
@@ -217,13 +217,13 @@ def _encode_png(array: NDArray[Any]) -> bytes:
 
 
 def _encode_png16(array: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 2 to 4). OpenCV writes it, but for grey with alpha, which it does not know."""
+    """(H, W) grey or (H, W, 2 to 4). OpenCV writes all but grey with alpha, which it does not know."""
     import cv2
 
     if array.ndim == 3 and array.shape[2] == 2:
         height, width = array.shape[:2]
         rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
-        rows = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1)  # each row begins with its filter, none
+        rows = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1)  # each row begins with its filter type: none
         header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
         body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
         return b"\x89PNG\r\n\x1a\n" + body

@@ -23,7 +23,7 @@ from serpent_ir.system.memory import host_available
 from serpent_ir.system.whole_file import whole_file
 
 WRITTEN_SUFFIXES = tuple(image_encoders.SAVE_OPTIONS)
-"""The endings that `write_image` takes, in either case."""
+"""The suffixes that `write_image` takes, in either case."""
 
 RAW_SUFFIXES = frozenset(
     [
@@ -58,18 +58,22 @@ RAW_SUFFIXES = frozenset(
         ".x3f",
     ]
 )
-"""Files of a camera's sensor. Many are TIFFs whose first page is a small preview, which must not pass for the photo."""
+"""Suffixes of camera raw files.
+
+Many are TIFFs whose first page is a small preview, which must not pass for the photo.
+"""
 
 
 def read_image(path: str | Path) -> Picture:
-    """Read an image file with all that `Picture` keeps; of an animation or a multi-page file the first frame.
+    """Read an image file with all that `Picture` keeps. Of an animation or multi-page file, read the first frame.
 
-    Reads what Pillow reads, with OpenCV some more, and HEIC where pillow-heif is installed. 16 bits are kept in PNG, in
-    TIFF and in what Pillow calls "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB (the last
-    two by Pillow's formulas).
+    Reads what Pillow reads, some more formats with OpenCV, and HEIC if pillow-heif is installed. 16 bits are kept in
+    PNG, in TIFF and in what Pillow calls "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB
+    (the last two by Pillow's formulas).
 
-    Raises ImageError: no such file, a folder, not readable, no image, a camera's raw file, damaged or cut short, over
-    `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
+    Raises:
+        ImageError: no such file, a folder, not readable, not an image, a camera's raw file, damaged or cut short, over
+            `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
     """
     picture, lost = _read(Path(path))
     for note in lost:
@@ -78,14 +82,14 @@ def read_image(path: str | Path) -> Picture:
 
 
 def read_image_pixels(path: str | Path) -> Pixels:
-    """`Picture.pixels` of an image file, as `read_image` reads it, without a word on metadata that it would lose."""
+    """`Picture.pixels` of an image file, as `read_image` reads it, but without warnings on metadata that is lost."""
     return _read(Path(path))[0].pixels
 
 
 def _read(path: Path) -> tuple[Picture, list[str]]:
-    """The picture, of whose pixels all is said, and what is to be said of the metadata."""
+    """The picture, after warnings on its pixels were given; and the notes on its metadata."""
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, a device never does
+        if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, and a device never does
             raise ImageError(f"{path}: is not a regular file; write it to one first")
         if path.stat().st_size > host_available():
             raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
@@ -102,7 +106,7 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
         picture, notes, lost = decode(data, planes)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
-    except Exception as error:  # decoders meet damaged files with any type, struct.error and SyntaxError among them
+    except Exception as error:  # decoders raise any type for damaged files, struct.error and SyntaxError among them
         if is_out_of_memory(error):
             raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error
         raise ImageError(f"{path}: is damaged or cut short ({reason(error)}); get the file again") from error
@@ -116,7 +120,7 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
 
 
 def _first_page(path: Path) -> tuple[bytes, int, int]:
-    """A file; or of a TIFF of several pages the first, with how many there are, and copies that are no pages."""
+    """A file's bytes, or the first page of a multi-page TIFF; the number of pages; and of copies that are no pages."""
     with path.open("rb") as file:
         if file.read(4) in TIFFS:
             file.seek(0)
@@ -124,7 +128,7 @@ def _first_page(path: Path) -> tuple[bytes, int, int]:
                 pages = TiffPages(file)
                 if len(pages) > 1 or pages.left or pages.is_big:
                     return pages.page(0), len(pages), pages.left
-            except Exception:  # whatever is wrong, reading the file names it
+            except Exception:  # whatever is wrong, reading the file will report it
                 pass
     return path.read_bytes(), 1, 0
 
@@ -132,12 +136,13 @@ def _first_page(path: Path) -> tuple[bytes, int, int]:
 def write_image(path: str | Path, picture: Picture) -> None:
     """Write a picture in the format of the suffix: PNG, JPEG (quality 95, 4:4:4), WebP (lossless), TIFF, BMP or AVIF.
 
-    Grey pictures are written as grey (luma of ITU-R BT.601 where the channels differ). 16 bits stay 16 in PNG and TIFF
-    and are rounded to 8 elsewhere. What a format cannot hold (alpha in JPEG and BMP, ICC and EXIF in BMP) is left out
-    with a UserWarning that names it. The file appears whole or not at all: it is written under another name in the same
+    Grey pictures are written as grey (luma of ITU-R BT.601 if the channels differ). 16 bits stay 16 in PNG and TIFF and
+    are rounded to 8 elsewhere. What a format cannot hold (alpha in JPEG and BMP, ICC and EXIF in BMP) is left out with
+    a UserWarning that names it. The file appears whole or not at all: it is written under another name in the same
     folder and then renamed.
 
-    Raises ImageError: another suffix, a folder that is missing or not writable, an image too large for the format.
+    Raises:
+        ImageError: another suffix, a folder that is missing or not writable, an image too large for the format.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -166,7 +171,7 @@ def write_image(path: str | Path, picture: Picture) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """As `whole_file`; raises ImageError where the system does not let it."""
+    """As `whole_file`, but raises ImageError if the system refuses."""
     try:
         with whole_file(path) as file:
             yield file

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from serpent_ir.errors import UsageError
 
-# What counts as an image in a folder. A file that is named is read whatever its suffix is.
+# Suffixes that count as images in a folder. A file that is named explicitly is read whatever its suffix is.
 SUFFIXES = frozenset(
     [
         ".apng",
@@ -45,12 +45,12 @@ SUFFIXES = frozenset(
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files under a folder, subfolders included, in the order of their paths.
+    """All image files under a folder, including subfolders, in the order of their paths.
 
-    Not those that macOS puts beside each on other disks, `._NAME`, which hold its notes and no pixels.
+    The files `._NAME`, which macOS puts beside each file on foreign disks, are skipped: they hold notes and no pixels.
 
     Raises:
-        UsageError: no such folder, or no image in it.
+        UsageError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: {'is a file; give the folder of it' if folder.is_file() else 'no such folder'}")
@@ -120,4 +120,4 @@ PASSED_OVER = frozenset(
         ".xcf",
     ]
 )
-"""Images to a person, of formats that are not read: in a folder they are passed over, but not in silence."""
+"""Suffixes that people take for images, of formats that are not read. In a folder they are skipped, with a warning."""

@@ -1,6 +1,6 @@
 """Boxes of HEIC, AVIF (ISO base media) and JPEG 2000: colours by number, light levels, images beside the first one.
 
-Read for `image/metadata.py`; the pixels, EXIF, XMP and ICC are read by Pillow and pillow-heif.
+They are read for `image/metadata.py`. Pillow and pillow-heif read the pixels, EXIF, XMP and ICC.
 """
 
 import struct
@@ -19,7 +19,7 @@ _UUIDS = {
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Kind of each box of a level, and where its content begins and ends."""
+    """The kind of each box at one level, and where its content begins and ends."""
     end = len(data) if end is None else end
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
@@ -35,14 +35,14 @@ def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple
 
 
 def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
-    """Entries of `Picture.carried` of a HEIC or AVIF file. Raises struct.error or IndexError where it is damaged."""
+    """Entries of `Picture.carried` of a HEIC or AVIF file. Raises struct.error or IndexError if it is damaged."""
     carried: dict[str, Any] = {}
     top = {kind: (start, end) for kind, start, end in boxes(data)}
     if b"mpvd" in top:
         carried["lost_video"] = b""
     if b"sefd" in top:
         carried["trailer"] = b""
-    if b"moov" in top and not has_icc:  # a sequence says it in its track, and perhaps here too
+    if b"moov" in top and not has_icc:  # a sequence gives its colours in its track, and perhaps here too
         start, end = top[b"moov"]
         place = data.find(b"colrnclx", start, end)
         carried |= _numbers(data[place + 8 : place + 12]) if place > 0 else {}
@@ -54,7 +54,7 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
     owned = list(boxes(data, *properties[b"ipco"]))
     of_item = _associations(data, *properties[b"ipma"])
     own = [owned[i - 1] for i in of_item.get(primary, ()) if 0 < i <= len(owned)]
-    if not any(kind == b"colr" for kind, _, _ in own):  # of a grid its tiles may have it
+    if not any(kind == b"colr" for kind, _, _ in own):  # a grid may have it on its tiles
         own += [property_ for property_ in owned if property_[0] == b"colr"][:1]
     for kind, start, end in own:
         content = data[start:end]
@@ -66,7 +66,7 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
             body = struct.pack(">8H2I", *(xy[i] for i in order), most, least)
             carried["mastering"] = carried.get("mastering", b"") + chunk(b"mDCV", body)
         elif kind == b"clli" and len(content) >= 4:
-            levels = (10000 * level for level in struct.unpack_from(">2H", content))  # in 0.0001 cd/m2 there
+            levels = (10000 * level for level in struct.unpack_from(">2H", content))  # PNG counts in 0.0001 cd/m2
             carried["mastering"] = carried.get("mastering", b"") + chunk(b"cLLI", struct.pack(">2I", *levels))
     if b"iref" in meta:
         for kind, sources in _references(data, *meta[b"iref"], primary):
@@ -83,16 +83,16 @@ def carried_by_heif(data: bytes, *, has_icc: bool) -> dict[str, Any]:
 
 
 def _numbers(content: bytes) -> dict[str, bytes]:
-    """Primaries and transfer as four numbers of a cICP chunk; nothing where they say sRGB, or nothing."""
+    """Primaries and transfer as the four numbers of a cICP chunk; empty if they say sRGB, or nothing."""
     primaries, transfer = struct.unpack(">HH", content)
-    known = (primaries if primaries != 2 else 1, transfer if transfer != 2 else 13)  # 2: not said
+    known = (primaries if primaries != 2 else 1, transfer if transfer != 2 else 13)  # 2: unspecified
     if known == (1, 13) or max(known) > 255:
         return {}
     return {"cicp": bytes([*known, 0, 1])}  # the matrix of RGB, over the full range
 
 
 def carried_by_jp2(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `Picture`, and entries of `Picture.carried`, of a JPEG 2000 file that Pillow does not give."""
+    """Fields of `Picture` and entries of `Picture.carried` of a JPEG 2000 file, as far as Pillow does not give them."""
     fields: dict[str, Any] = {}
     carried: dict[str, Any] = {}
     for kind, start, end in boxes(data):
@@ -134,7 +134,7 @@ def _associations(data: bytes, start: int, end: int) -> dict[int, list[int]]:
         number, place = data[place], place + 1
         size = 2 if wide else 1
         values = (int.from_bytes(data[place + size * i : place + size * (i + 1)], "big") for i in range(number))
-        found[item] = [value & (0x7FFF if wide else 0x7F) for value in values]  # the bit left out: essential
+        found[item] = [value & (0x7FFF if wide else 0x7F) for value in values]  # without the bit "essential"
         place += size * number
         if place > end:
             raise struct.error
@@ -142,7 +142,7 @@ def _associations(data: bytes, start: int, end: int) -> dict[int, list[int]]:
 
 
 def _references(data: bytes, start: int, end: int, item: int) -> Iterator[tuple[bytes, list[int]]]:
-    """Kind and source of the references to an item."""
+    """The kind and source of each reference to an item."""
     form, size = (">H", 2) if data[start] == 0 else (">I", 4)
     for kind, begin, _ in boxes(data, start + 4, end):
         (source,) = struct.unpack_from(form, data, begin)

@@ -1,4 +1,4 @@
-"""Segments of JPEG files and what follows the image: read for `image/metadata.py`, and written again."""
+"""Segments of JPEG files, and what follows the image. Read for `image/metadata.py`, and written again."""
 
 import math
 import re
@@ -9,12 +9,12 @@ from typing import Any
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
 _PHOTOSHOP, _IPTC = b"Photoshop 3.0\0", 0x0404
-# Photoshop's resources that go without a word: resolution, thumbnails, digests, the state of its windows.
+# Photoshop's resources that are dropped without a word: resolution, thumbnails, digests, the state of its windows.
 _STALE_RESOURCES = (0x03ED, 0x0409, 0x040C, 0x0422, 0x0423, 0x0424, 0x0425, 0x0428, 0x03F3, 0x0414, 0x041E, 0x0421)
 _STALE_RESOURCES += (0x0408, 0x040D, 0x0419, 0x041A, 0x0426, 0x043A, 0x043B, 0x0411, 0x0406)
-# Segments that are read elsewhere, or speak of how the old file was coded alone.
+# Segments that are read elsewhere, or that only describe how the old file was encoded.
 _CODING = (b"JFIF", b"JFXX", b"AVI1", b"Adobe", b"Ducky", b"ICC_PROFILE\0", b"MPF\0", b"urn:iso:std:iso:ts:21496:-1\0")
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # within entropy-coded data: no stuffed zero and no restart
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in entropy-coded data: neither a stuffed zero nor a restart
 _EOI, _SOS = 0xD9, 0xDA
 _SEGMENT = 65533  # bytes that a segment holds
 _GAIN_MAP = re.compile(rb"urn:iso:std:iso:ts:21496|hdrgm:|hdrgainmap|HDRGainMap")
@@ -22,7 +22,7 @@ _DEPTH_MAP = re.compile(rb"aux:depth|aux:disparity|aux:portraiteffectsmatte|aux:
 
 
 def segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
-    """Marker and content of each segment of a JPEG, and where the image ends, after its last marker."""
+    """The marker and content of each segment of a JPEG, and where the image ends, after its last marker."""
     found, place = [], 2
     while match := _MARKER.search(data, place):
         marker, place = match[1][0], match.end()
@@ -37,9 +37,9 @@ def segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
 
 
 def carried_by_jpeg(data: bytes) -> dict[str, Any]:
-    """Entries of `Picture.carried` that a JPEG's segments hold. What follows the image is for `after_the_image`."""
+    """Entries of `Picture.carried` from a JPEG's segments. `after_the_image` handles what follows the image."""
     carried: dict[str, Any] = {}
-    extended: dict[bytes, list[tuple[int, int, bytes]]] = {}  # by GUID: length of all, place, part
+    extended: dict[bytes, list[tuple[int, int, bytes]]] = {}  # by GUID: total length, offset, part
     photoshop = b""
     for marker, content in segments(data)[0]:
         if marker == 0xFE:
@@ -73,14 +73,14 @@ def carried_by_jpeg(data: bytes) -> dict[str, Any]:
 
 
 def iptc_of(resources: bytes) -> tuple[bytes, bytes]:
-    """Captions as IPTC (IIM), and the rest that is worth a word, of Photoshop's resources or of IIM alone."""
+    """Captions as IPTC (IIM), and whatever else matters, from Photoshop's resources or from IIM alone."""
     resources = resources.removeprefix(_PHOTOSHOP)
     if resources[:1] == b"\x1c":
         return resources, b""
     iptc, other, place = b"", b"", 0
     while resources[place : place + 4] == b"8BIM" and place + 12 <= len(resources):
         (kind,) = struct.unpack_from(">H", resources, place + 4)
-        start = place + 6 + (resources[place + 6] + 2) // 2 * 2  # after a name, whose length stands before it
+        start = place + 6 + (resources[place + 6] + 2) // 2 * 2  # after a name, which is preceded by its length
         if start + 4 > len(resources):
             break
         size = int.from_bytes(resources[start : start + 4], "big")
@@ -94,10 +94,10 @@ def iptc_of(resources: bytes) -> tuple[bytes, bytes]:
 
 
 def after_the_image(data: bytes, video: int | None) -> tuple[dict[str, Any], int]:
-    """Entries of `Picture.carried` for what follows the image, and where the video of a motion photo begins, or 0.
+    """Entries of `Picture.carried` for what follows the image, and where the video of a motion photo begins (0: none).
 
-    `video` is where the XMP data says that it begins. It is kept with all that follows it, and with the blocks of
-    Samsung's trailer before it, whose directory counts backwards from the end of the file.
+    `video` is where the XMP data says that the video begins. The video is kept with everything that follows it. Before
+    it the blocks of Samsung's trailer are kept, because their directory counts backwards from the end of the file.
     """
     end = segments(data)[1]
     tail = _samsung_start(data, end)
@@ -122,7 +122,7 @@ def after_the_image(data: bytes, video: int | None) -> tuple[dict[str, Any], int
 
 
 def _video_start(data: bytes, end: int) -> int:
-    """Where an MP4 begins after the image, by its first box; 0 where there is none."""
+    """Where an MP4 begins after the image, found by its first box; 0 if there is none."""
     place = data.find(b"ftyp", end)
     while place >= 0:
         if place - 4 >= end and 16 <= int.from_bytes(data[place - 4 : place], "big") <= 256:
@@ -132,7 +132,7 @@ def _video_start(data: bytes, end: int) -> int:
 
 
 def _samsung_start(data: bytes, end: int) -> int:
-    """Where the blocks of Samsung's trailer begin (SEFH, their directory, SEFT); 0 where there is none."""
+    """Where the blocks of Samsung's trailer begin (SEFH, their directory, SEFT); 0 if there is none."""
     if data[-4:] != b"SEFT" or len(data) < 20:
         return 0
     directory = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
@@ -145,7 +145,7 @@ def _samsung_start(data: bytes, end: int) -> int:
 
 
 def with_segments(data: bytes, about: Mapping[str, Any]) -> bytes:
-    """A JPEG that Pillow wrote, with those entries of `Picture.carried` that JPEG keeps and Pillow does not write."""
+    """A JPEG that Pillow wrote, plus those entries of `Picture.carried` that JPEG keeps and Pillow does not write."""
     extra = []
     if iptc := about.get("iptc"):
         block = b"8BIM" + struct.pack(">HHI", _IPTC, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
@@ -163,7 +163,7 @@ def with_segments(data: bytes, about: Mapping[str, Any]) -> bytes:
         shrink = max(1, -(-max(x, y) // 65535))
         struct.pack_into(">BHH", made, 13, 0, max(1, x // shrink), max(1, y // shrink))
     place = 2
-    while made[place] == 0xFF and 0xE0 <= made[place + 1] <= 0xEF:  # after what stands first in every JPEG
+    while made[place] == 0xFF and 0xE0 <= made[place + 1] <= 0xEF:  # after the segments that must come first
         place += 2 + int.from_bytes(made[place + 2 : place + 4], "big")
     made[place:place] = b"".join(struct.pack(">BBH", 0xFF, kind, len(part) + 2) + part for kind, part in extra)
     return bytes(made) + about.get("motion_video", b"") + about.get("samsung_trailer", b"")

@@ -1,4 +1,4 @@
-"""JPEG XL by pillow-jxl-plugin, where that is installed: what the plugin does not say of a file.
+"""JPEG XL through pillow-jxl-plugin, if installed: here is read what the plugin does not tell about a file.
 
 Source: ISO/IEC 18181-1 (the codestream's header) and 18181-2 (boxes).
 """
@@ -12,23 +12,23 @@ _BARE, _CONTAINER = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 
 
 def is_jxl(start: bytes) -> bool:
-    """Whether a file that begins so is JPEG XL."""
+    """Whether a file that begins with these bytes is JPEG XL."""
     return start.startswith((_BARE, _CONTAINER))
 
 
 def register() -> None:
-    """Let Pillow read and write it: the plugin registers itself for the whole process, and has no other way."""
+    """Let Pillow read and write JPEG XL. The plugin registers itself for the whole process and has no other way."""
     if INSTALLED:
         importlib.import_module("pillow_jxl")
 
 
 def xmp_of(data: bytes) -> bytes | None:
-    """The XMP packet of a file, unless it is compressed."""
+    """The XMP packet of a file; None if it is compressed."""
     return next((content for kind, content in _boxes(data) if kind == b"xml "), None)
 
 
 def bits_of(data: bytes) -> int:
-    """Bits of a sample, from the header of the codestream."""
+    """Bits per sample, from the header of the codestream."""
     stream = data
     if data.startswith(_CONTAINER):
         parts = ((kind, content) for kind, content in _boxes(data) if kind in (b"jxlc", b"jxlp"))
@@ -48,13 +48,13 @@ def bits_of(data: bytes) -> int:
             take(5 if eighths else (9, 13, 18, 30)[take(2)])
 
     size()
-    if take(1):  # all as by default
+    if take(1):  # everything has its default
         return 8
     if take(1):  # more fields
         take(3)  # orientation
         if take(1):
             size()
-        if take(2):  # a preview or an animation, whose headers are not read here
+        if take(2):  # a preview or an animation, whose headers are not parsed here
             return 8
     if take(1):
         return 32  # floats

@@ -1,7 +1,7 @@
-"""What an image file says beside its pixels: EXIF, ICC profile, XMP, resolution. Read here for `image/decoders.py`.
+"""What an image file says beside its pixels: EXIF, ICC profile, XMP, resolution. Read for `image/decoders.py`.
 
-`image_carriers.CARRIERS` is the list of all that is looked for. Nothing here raises for damaged metadata: it must not
-cost the image. A note says what is left out.
+`image_carriers.CARRIERS` lists everything that is looked for. Nothing here raises for damaged metadata, because that
+must not cost the image. A note says what is left out.
 """
 
 import math
@@ -24,8 +24,8 @@ EXIF_IFD, INTEROP_IFD = ExifTags.IFD.Exif, ExifTags.IFD.Interop
 SUB_IFDS = (EXIF_IFD, ExifTags.IFD.GPSInfo)
 XMP_TAG = 700
 _ORIENTATION = ExifTags.Base.Orientation
-# The tags of a TIFF that describe the scene (description, make, model, software, date and time, artist, copyright,
-# rating, and Windows' title, comment, author, keywords, subject); the others describe how that one file is laid out.
+# The TIFF tags that describe the scene: description, make, model, software, date and time, artist, copyright, rating,
+# and Windows' title, comment, author, keywords and subject. The others describe how that one file is laid out.
 RATINGS, XP = (18246, 18249), tuple(range(40091, 40096))
 _EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432, *RATINGS, *XP)
 IPTC_TAG, _PHOTOSHOP_TAGS = 33723, (34377, 37724)
@@ -35,10 +35,10 @@ _WEBP_KNOWN = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"
 def metadata_of(
     image: Image.Image | None, file: BinaryIO, notes: list[str], lost: list[str]
 ) -> tuple[dict[str, Any], int]:
-    """`Picture`'s metadata for an upright image, and the EXIF orientation that leads to it.
+    """`Picture`'s metadata for an upright image, and the EXIF orientation that makes the pixels upright.
 
-    `image` is what Pillow opened; None for a TIFF that it cannot, which is read from `file`. `lost` gets what a person
-    should know of what is left out, `notes` of what changes how the pixels are seen.
+    `image` is what Pillow opened; None for a TIFF that Pillow cannot open, which is read from `file`. `lost` receives
+    what the user should know about metadata that is left out, `notes` what changes how the pixels are seen.
     """
     exif, orientation, xmp, icc, dpi = None, 1, None, None, None
     fields: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def metadata_of(
             icc, dpi = tags.get(34675), _dpi_of_tags(tags)
         else:
             fields, carried = _carried(image, data)
-            # A profile of a space that is left, such as CMYK, would be wrong for the RGB pixels.
+            # The profile of a space that is converted away, such as CMYK, would be wrong for the RGB pixels.
             icc = image.info.get("icc_profile") or fields.get("icc_profile")
             icc = None if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else icc
             xmp, dpi = image.info.get("xmp") or fields.get("xmp"), _dpi(image.info.get("dpi"))
@@ -67,18 +67,18 @@ def metadata_of(
             exif = _upright_exif(exif)
         orientation = tags.get(_ORIENTATION) or image_xmp.orientation(xmp)
         if image is not None and image.format == "JXL" and not getattr(image, "jpeg", False):
-            orientation = 1  # its decoder turned it, by what the codestream says; EXIF's word does not count
+            orientation = 1  # its decoder has applied the codestream's orientation; that of EXIF does not count
     except MemoryError:
         raise
-    except Exception:  # Pillow raises anything for damaged tags
-        notes.append("its EXIF data is damaged and left out")  # the orientation, too
+    except Exception:  # Pillow raises all kinds of exceptions for damaged tags
+        notes.append("its EXIF data is damaged and left out")  # including the orientation
         exif = None
     xmp, gone = _tidy_xmp(xmp, data, carried, turned=orientation in range(2, 9))
     if "damaged_xmp" in gone:
         lost.append("its XMP data is damaged and left out")
     if told := kept_by_none({*carried, *gone}):
         lost.append(f"has {', '.join(told)}; left out")
-    dpi = None if "aspect" in carried else dpi  # which Pillow then takes from nowhere
+    dpi = None if "aspect" in carried else dpi  # Pillow would make up a resolution
     if orientation in (5, 6, 7, 8):
         dpi = dpi and dpi[::-1]
         carried |= {"aspect": carried["aspect"][::-1]} if "aspect" in carried else {}
@@ -87,7 +87,7 @@ def metadata_of(
 
 
 def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `Picture`, and entries of `Picture.carried`, that Pillow does not give. Nothing of a damaged part."""
+    """Fields of `Picture` and entries of `Picture.carried` that Pillow does not give. A damaged part gives nothing."""
     try:
         if data.startswith(SIGNATURE):
             return carried_by_png(data)
@@ -101,7 +101,7 @@ def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str,
             return {}, _carried_by_webp(data)
         if data[4:8] == b"jP  ":
             return carried_by_jp2(data)
-        if data[:2] == b"BM" and data[70:74] == b"DEBM":  # "MBED": a profile stands in the file, from version 5 on
+        if data[:2] == b"BM" and data[70:74] == b"DEBM":  # "MBED": the file embeds a profile (from version 5 on)
             place, size = struct.unpack_from("<II", data, 126)
             return {"icc_profile": data[14 + place :][:size]}, {}
     except (struct.error, IndexError, KeyError, ValueError):
@@ -128,7 +128,7 @@ def _carried_by_webp(data: bytes) -> dict[str, Any]:
 
 
 def _carried_by_tiff(tags: Image.Exif) -> dict[str, Any]:
-    """Entries of `Picture.carried` that stand in a TIFF's tags."""
+    """Entries of `Picture.carried` from the tags of a TIFF."""
     carried: dict[str, Any] = {}
     iptc = _bytes_of(tags.get(IPTC_TAG), tags.endian)
     other, layers = (_bytes_of(tags.get(tag), tags.endian) for tag in _PHOTOSHOP_TAGS)
@@ -145,7 +145,7 @@ def _carried_by_tiff(tags: Image.Exif) -> dict[str, Any]:
 
 
 def _bytes_of(value: Any, order: str | None) -> bytes:
-    """A tag's bytes, which some programs give as numbers of 32 bits."""
+    """The bytes of a tag, which some programs write as 32-bit numbers."""
     if isinstance(value, bytes):
         return value
     value = (value,) if isinstance(value, int) else value
@@ -155,9 +155,9 @@ def _bytes_of(value: Any, order: str | None) -> bytes:
 
 
 def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -> tuple[bytes | None, set[str]]:
-    """XMP data that says the picture is upright and claims nothing that is gone; and what it claimed of that.
+    """XMP data that says the picture is upright and claims nothing that is gone; and the carriers it claimed.
 
-    What follows a JPEG's image is looked for here, since XMP says where; `carried` gets it.
+    What follows a JPEG's image is looked for here, since the XMP data says where it is. It goes into `carried`.
     """
     gone: set[str] = set()
     xmp = image_xmp.upright(xmp) if isinstance(xmp, bytes) else None
@@ -181,10 +181,10 @@ def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -
 
 
 def interop_of(tags: Image.Exif) -> dict[int, Any]:
-    """The directory within that of EXIF that says Adobe RGB where no profile does; empty where there is none."""
+    """The directory within the EXIF directory that says Adobe RGB if no profile does; empty if there is none."""
     try:
         return dict(tags.get_ifd(INTEROP_IFD))
-    except KeyError:  # Pillow's word for a directory of EXIF without it
+    except KeyError:  # what Pillow raises if the EXIF directory has none
         return {}
 
 
@@ -201,10 +201,11 @@ def _exif_of_tiff(tags: Image.Exif) -> bytes | None:
 
 
 def _upright_exif(exif: bytes) -> bytes:
-    """The same bytes with the orientation set to 1: what is not touched cannot break, maker notes least of all.
+    """The same bytes with the orientation set to 1. Nothing else is touched, so nothing else, such as maker notes,
+    breaks.
 
-    A thumbnail stays, but nothing leads to it: it shows the photo as it was, and not upright. Raises struct.error or
-    what Pillow raises where the data are damaged.
+    A thumbnail stays in the data, but nothing points to it any more: it shows the photo as it was, and not upright.
+    Raises struct.error, or what Pillow raises, if the data are damaged.
     """
     parsed = Image.Exif()
     parsed.load(exif)
@@ -215,12 +216,12 @@ def _upright_exif(exif: bytes) -> bytes:
     start, order, directory = _first_directory(exif)
     (count,) = struct.unpack_from(order + "H", exif, start + directory)
     next_directory = start + directory + 2 + 12 * count
-    result[next_directory : next_directory + 4] = bytes(4)[: max(0, len(result) - next_directory)]  # there is none
+    result[next_directory : next_directory + 4] = bytes(4)[: max(0, len(result) - next_directory)]  # no next directory
     return bytes(result)
 
 
 def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
-    """EXIF data that gives an image's size, where it gives one: turned upright or upsampled the image has another."""
+    """EXIF data with this image size, if it gives a size. An image that was turned or upsampled has another size."""
     sizes = {int(ExifTags.Base.ExifImageWidth): width, int(ExifTags.Base.ExifImageHeight): height}
     try:
         return exif and _patched(exif, sizes)
@@ -229,9 +230,9 @@ def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
 
 
 def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
-    """EXIF data that gives a resolution: its first directory is written anew at the end, all else stays in its place.
+    """EXIF data with this resolution. The first directory is rewritten at the end; everything else stays in place.
 
-    Raises struct.error or KeyError where the data are damaged.
+    Raises struct.error or KeyError if the data are damaged.
     """
     exif = exif or b"Exif\0\0MM\0*\0\0\0\x08" + bytes(6)
     start, order, directory = _first_directory(exif)
@@ -252,10 +253,10 @@ def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
 
 
 def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
-    """EXIF data with other values of whole numbers, in the first directory and that of EXIF, where they are there."""
+    """EXIF data with other integer values for tags that are present in the first directory or in EXIF's own."""
     start, order, first = _first_directory(exif)
     result, directories = bytearray(exif), [first]
-    for directory in directories:  # which grows by the directory of EXIF, once
+    for directory in directories:  # the loop adds the EXIF directory to this list, once
         (count,) = struct.unpack_from(order + "H", exif, start + directory)
         for entry in range(start + directory + 2, start + directory + 2 + 12 * count, 12):
             tag, kind, _, value = struct.unpack_from(order + "HHII", exif, entry)
@@ -269,7 +270,7 @@ def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
 
 
 def _first_directory(exif: bytes) -> tuple[int, str, int]:
-    """Where offsets count from, the order of bytes as `struct` has it, and the offset of the first directory."""
+    """Where offsets count from, the byte order in `struct`'s notation, and the offset of the first directory."""
     start = 6 if exif.startswith(b"Exif\0\0") else 0
     order = {b"II": "<", b"MM": ">"}[exif[start : start + 2]]
     return start, order, *struct.unpack_from(order + "I", exif, start + 4)

@@ -1,4 +1,4 @@
-"""What an image file holds: `Picture`, which the decoders make, the networks change and the encoders write."""
+"""`Picture`: what an image file holds. Decoders make it, networks change it, and encoders write it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class TiffRecord:
-    """What a TIFF says of its pixels' size and place; at another size it is written as it is true of that.
+    """What a TIFF says about its pixels' size and place. For another size it is rewritten so that it holds true.
 
     Attributes:
-        size: of the image that it is true of, width first.
+        size: size (width, height) of the image for which it is true.
         descriptions: texts of ImageDescription, as bytes.
         resolution: XResolution and YResolution as fractions, and ResolutionUnit: 1 none, 2 inch, 3 cm.
-        tags: of GeoTIFF and GDAL: number, type as `struct` has it, count, value.
-        imagej: what stands in ImageJ's own tag: Labels, Ranges, LUTs, Info, ROI, Overlays, Properties.
+        tags: GeoTIFF's and GDAL's: number, type in `struct`'s notation, count, value.
+        imagej: content of ImageJ's own tag: Labels, Ranges, LUTs, Info, ROI, Overlays, Properties.
     """
 
     size: tuple[int, int]
@@ -33,19 +33,20 @@ class TiffRecord:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image and what must survive its restoration; `dataclasses.replace(picture, pixels=...)` swaps the pixels.
+    """An image and what must survive its restoration. `dataclasses.replace(picture, pixels=...)` swaps the pixels.
 
     Attributes:
-        pixels: (H, W, 3) uint8 or uint16, RGB, upright: the EXIF orientation is applied, and taken out.
-        alpha: (H, W) of the same dtype, not premultiplied; None where the image is opaque.
-        mode: Pillow's name of the colours in the file ("L", "P", "RGB", "CMYK", ...) or, for 16 bits, "I;16", "LA",
+        pixels: (H, W, 3) uint8 or uint16, RGB, upright: the EXIF orientation is applied and removed.
+        alpha: (H, W) of the same dtype, not premultiplied; None if the image is opaque.
+        mode: Pillow's name for the colours in the file ("L", "P", "RGB", "CMYK", ...), or, for 16 bits, "I;16", "LA",
             "RGB" or "RGBA". Grey modes are written back as grey.
         format: Pillow's name of the file format ("PNG", "JPEG", ...).
-        icc_profile: the ICC profile of the pixels; None if there is none, or if it was for CMYK or another space left.
-        exif: EXIF data as Pillow saves it.
+        icc_profile: the ICC profile of the pixels; None if there is none, or if it was for CMYK or another space that
+            was converted.
+        exif: EXIF data in the form in which Pillow saves it.
         xmp: the XMP packet.
         dpi: horizontal and vertical resolution in pixels per inch.
-        carried: what else the file carried and some format keeps, by its name in `image_carriers.CARRIERS`.
+        carried: everything else that the file carried and some format keeps, by its name in `image_carriers.CARRIERS`.
         tiff: what only a TIFF can hold.
     """
 

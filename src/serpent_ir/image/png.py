@@ -1,4 +1,4 @@
-"""Chunks of PNG files: what they carry beside the pixels, read for `image/metadata.py`, and written again."""
+"""Chunks of PNG files: what they carry beside the pixels. Read for `image/metadata.py`, and written again."""
 
 import struct
 import zlib
@@ -12,21 +12,21 @@ from serpent_ir.image.jpeg import iptc_of
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP_KEYWORD = b"XML:com.adobe.xmp"
-_XMP_HEAD = _XMP_KEYWORD + bytes(5)  # keyword; not compressed, no language, no translated keyword
-_RAW_PROFILE = b"Raw profile type "  # of older ImageMagick and GIMP: a block of another format, in hexadecimal digits
+_XMP_HEAD = _XMP_KEYWORD + bytes(5)  # keyword, then: not compressed, no language, no translated keyword
+_RAW_PROFILE = b"Raw profile type "  # older ImageMagick and GIMP: a block of another format, in hexadecimal digits
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_MASTERING = {b"mDCV": b"mDCV", b"cLLI": b"cLLI", b"mDCv": b"mDCV", b"cLLi": b"cLLI"}  # the draft's names, too
-# What is read elsewhere, or speaks of how the old file was coded alone.
+_MASTERING = {b"mDCV": b"mDCV", b"cLLI": b"cLLI", b"mDCv": b"mDCV", b"cLLi": b"cLLI"}  # including the draft's names
+# Chunks that are read elsewhere, or that only describe how the old file was encoded.
 _CODING = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"hIST", b"sPLT", b"iDOT", b"iCCP")
 _CODING += (b"eXIf",)
-# Texts that would turn or measure the picture once more.
+# Texts that would turn or size the picture a second time.
 _STALE_TEXTS = (b"exif:Orientation", b"tiff:Orientation", b"exif:ExifImageWidth", b"exif:ExifImageLength")
 _STALE_TEXTS += (b"exif:PixelXDimension", b"exif:PixelYDimension")
-_MOST = 1 << 25  # bytes of a text that was compressed
+_MOST = 1 << 25  # most bytes of a text after decompression
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Kind, content and whole bytes of each chunk of a PNG, up to where the file ends or is cut."""
+    """The kind, content and whole bytes of each chunk of a PNG, up to where the file ends or is cut."""
     place = len(SIGNATURE)
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -40,7 +40,7 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 
 def carried_by_png(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a PNG carries: fields of `Picture` that stand in "Raw profile" texts, and entries of `Picture.carried`."""
+    """What a PNG carries: fields of `Picture` from "Raw profile" texts, and entries of `Picture.carried`."""
     fields: dict[str, Any] = {}
     carried: dict[str, Any] = {}
     palette, length = b"", len(SIGNATURE)
@@ -69,7 +69,7 @@ def carried_by_png(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
                 carried["background"] = levels
         elif kind == b"tIME" and len(content) == 7:
             carried["time"] = content
-        elif kind == b"pHYs":  # with a unit it is `dpi`
+        elif kind == b"pHYs":  # if it has a unit, it is `dpi`
             density = struct.unpack(">II", content[:8]) if len(content) == 9 and content[8] == 0 else (0, 0)
             if all(density) and density != (1, 1):
                 carried["aspect"] = density
@@ -81,14 +81,14 @@ def carried_by_png(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         elif kind == b"caBX":
             carried["content_credentials"] = content
         elif kind not in _CODING:
-            add("png_chunks" if kind[3:].islower() else "app_segments", whole)  # a small letter: may be copied
+            add("png_chunks" if kind[3:].islower() else "app_segments", whole)  # a lowercase letter: safe to copy
     if data[length:].strip(b"\0"):
         carried["trailer"] = data[length:]
     return fields, carried
 
 
 def _raw_profile(kind: bytes, content: bytes) -> bytes:
-    """The bytes of a "Raw profile" text: a name, their number, then hexadecimal digits; b"" where it is damaged."""
+    """The bytes of a "Raw profile" text (a name, their number, hexadecimal digits); b"" if it is damaged."""
     _, _, text = content.partition(b"\0")
     try:
         if kind == b"iTXt":
@@ -104,7 +104,7 @@ def _raw_profile(kind: bytes, content: bytes) -> bytes:
 
 
 def _sort(name: bytes, profile: bytes, fields: dict[str, Any], carried: dict[str, Any]) -> None:
-    """Put a "Raw profile" where what it holds belongs."""
+    """Put the content of a "Raw profile" where it belongs."""
     _, is_xmp, packet = profile.partition(b"http://ns.adobe.com/xap/1.0/\0")
     if is_xmp or name == b"xmp":
         fields.setdefault("xmp", packet or profile)
@@ -121,7 +121,7 @@ def _sort(name: bytes, profile: bytes, fields: dict[str, Any], carried: dict[str
 
 
 def _background(content: bytes, depth: int, colour_type: int, palette: bytes) -> tuple[int, ...] | None:
-    """The levels of a background, grey or RGB, in 8 bits or in 16 where the file has 16."""
+    """The levels of a background colour, grey or RGB, in 8 bits, or in 16 if the file has 16."""
     if colour_type == 3:
         start = 3 * content[0] if content else len(palette)
         return tuple(palette[start : start + 3]) or None
@@ -132,9 +132,9 @@ def _background(content: bytes, depth: int, colour_type: int, palette: bytes) ->
 
 
 def alpha_of_png(data: bytes, samples: NDArray[Any]) -> NDArray[Any] | None:
-    """Alpha (H, W) by the transparent colour of a grey or RGB PNG, of any depth; None where it has none.
+    """Alpha (H, W) from the transparent colour of a grey or RGB PNG of any depth; None if it has none.
 
-    `samples` are grey (H, W) or RGB (H, W, 3), of 8 bits or, where the file has 16, of 16.
+    `samples` are grey (H, W) or RGB (H, W, 3), with 8 bits, or with 16 if the file has 16.
     """
     depth, colour_type = data[24], data[25]
     content = next((content for kind, content, _ in chunks(data) if kind == b"tRNS"), b"")
@@ -149,7 +149,7 @@ def alpha_of_png(data: bytes, samples: NDArray[Any]) -> NDArray[Any] | None:
 
 
 def with_chunks(data: bytes, *, icc: bytes | None, exif: bytes | None, xmp: bytes | None, **about: Any) -> bytes:
-    """A PNG with its metadata put in after the header.
+    """A PNG with its metadata inserted after the header.
 
     `about` are the entries of `Picture.carried` that PNG keeps, `dpi`, and whether it `is_grey`.
     """
@@ -182,7 +182,7 @@ def with_chunks(data: bytes, *, icc: bytes | None, exif: bytes | None, xmp: byte
 
 
 def _utf8(text: bytes) -> bytes:
-    """A comment as UTF-8; one that is not yet is taken for Latin-1, in which every byte is a letter."""
+    """A comment as UTF-8. If it is not UTF-8 yet, it is taken for Latin-1, in which every byte is a character."""
     try:
         return text.decode().encode()
     except UnicodeDecodeError:

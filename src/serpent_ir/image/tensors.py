@@ -1,4 +1,4 @@
-"""A picture's samples and a network's tensors."""
+"""Conversion between a picture's samples and a network's tensors, and the filling of transparent pixels."""
 
 import numpy as np
 import torch
@@ -31,10 +31,10 @@ def to_pixels(image: Tensor, dtype: DTypeLike) -> Pixels:
 
 
 def fill_transparent(x: Tensor, alpha: Tensor) -> Tensor:
-    """Give pixels that cannot be seen the colours around them, so that a network does not spread what was there.
+    """Give invisible pixels the colours around them, so that a network does not spread what was hidden there.
 
-    x (B, C, H, W), alpha (B, 1, H, W) in [0, 1]. Where alpha is 0 the colour becomes that of the visible pixels
-    nearby, smoothly; where it is not, nothing changes.
+    x (B, C, H, W), alpha (B, 1, H, W) in [0, 1]. Where alpha is 0, the colour becomes that of the visible pixels
+    nearby, smoothly. Elsewhere nothing changes.
     """
     if bool((alpha > 0).all()):
         return x

@@ -1,6 +1,7 @@
-"""TIFF files by rows: written strip by strip, and read so too where they are large. Used by the other image modules.
+"""TIFF files by rows: written strip by strip, and read in the same way if they are large. Used by the image modules.
 
-By tifffile: Pillow has no 16-bit colour, cannot write EXIF data into a compressed TIFF, and holds images whole.
+tifffile does the work, because Pillow has no 16-bit colour, cannot write EXIF data into a compressed TIFF, and holds
+whole images in memory.
 """
 
 import logging
@@ -32,7 +33,7 @@ from serpent_ir.image.picture import Picture, Span
 from serpent_ir.image.tiff_records import tags_of
 
 _STRIP = 1 << 20  # bytes of a written strip before compression, about
-_CLASSIC = 2**32 - 2**26  # bytes of samples up to which offsets of 32 bits do
+_CLASSIC = 2**32 - 2**26  # up to this many bytes of samples, offsets of 32 bits suffice
 _DEFLATE = (8, 32946)
 _DESCRIPTION = 270
 
@@ -42,22 +43,22 @@ def write_tiff(
 ) -> None:
     """Write an image of `shape` (H, W, 1 to 4 samples), 8 or 16 bits, deflated, from parts (rows, W, samples).
 
-    Samples are grey or RGB, then alpha. The metadata is that of `about`. EXIF data that is damaged, or of an image
-    beyond 4 GB, whose directories are others, is left out.
+    Samples are grey or RGB, then alpha. The metadata is that of `about`. EXIF data is left out if it is damaged, or if
+    the image is beyond 4 GB, since such files have other directories.
     """
     with TiffOutput(file, math.prod(shape) * np.dtype(dtype).itemsize) as output:
         output.write(about, strips, shape, dtype)
 
 
 class TiffOutput:
-    """A TIFF that is written page by page; `nbytes` are those of all samples, about. Used as a context."""
+    """A TIFF that is written page by page. `nbytes` is the size of all samples, about. Used as a context manager."""
 
     def __init__(self, file: BinaryIO, nbytes: int):
         import tifffile
 
         self._file, self._big = file, nbytes > _CLASSIC
         self._writer = tifffile.TiffWriter(file, bigtiff=self._big, byteorder="<")
-        self._directories: list[dict[int, dict[int, Any]]] = []  # of EXIF and GPS, of each page
+        self._directories: list[dict[int, dict[int, Any]]] = []  # EXIF and GPS directories of each page
 
     def __enter__(self) -> "TiffOutput":
         return self
@@ -75,7 +76,7 @@ class TiffOutput:
         dtype: DTypeLike,
         planes: int = 1,
     ) -> None:
-        """Add a page, as `write_tiff` does. `planes` is how many the file will hold from this one on."""
+        """Add a page, as `write_tiff` does. `planes` is the number of pages from this one to the last."""
         height, width, samples = shape
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         tags = _tags(with_size(about.exif, width, height) if not self._big else None)
@@ -93,7 +94,7 @@ class TiffOutput:
         extra += [(tag, "s", 0, value, True) for tag, value in tags.items() if isinstance(value, str)]
         extra += [(tag, "H", 1, tags[tag], True) for tag in RATINGS if isinstance(tags.get(tag), int)]
         extra += [(tag, "B", len(tags[tag]), tags[tag], True) for tag in XP if isinstance(tags.get(tag), bytes)]
-        extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number: tifffile refuses the real one
+        extra += [(tag - 1, "I", 1, 0, True) for tag in sub_ifds]  # a free number, since tifffile refuses the real one
         if about.xmp:
             extra.append((XMP_TAG, "B", len(about.xmp), about.xmp, True))
         if iptc := about.carried.get("iptc"):
@@ -120,13 +121,13 @@ def _tags(exif: bytes | None) -> Image.Exif:
         tags.load(exif or b"")
         for tag in SUB_IFDS:
             tags.get_ifd(tag)
-    except Exception:  # whatever Pillow meets in damaged data
+    except Exception:  # Pillow raises all kinds of exceptions for damaged data
         return Image.Exif()
     return tags
 
 
 def _compressed(parts: Iterable[NDArray[Any]], rows: int, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """The strips of a TIFF, `rows` each but for the last: differences along the rows, deflated by several threads."""
+    """The strips of a TIFF, `rows` each except the last: differences along the rows, deflated by several threads."""
 
     def compress(strip: NDArray[Any]) -> bytes:
         strip = strip.astype(dtype.newbyteorder("<"), copy=False)
@@ -144,7 +145,7 @@ def _compressed(parts: Iterable[NDArray[Any]], rows: int, dtype: np.dtype[Any]) 
 
 
 def _append_directories(file: BinaryIO, directories: list[dict[int, dict[int, Any]]]) -> None:
-    """Put EXIF and GPS directories of each page at the end of a TIFF and point their placeholder tags there."""
+    """Append the EXIF and GPS directories of each page to a TIFF, and point their placeholder tags there."""
     import tifffile
 
     file.seek(0)
@@ -164,16 +165,16 @@ def _append_directories(file: BinaryIO, directories: list[dict[int, dict[int, An
 
 
 class TiffRows:
-    """The first page of a TIFF, read by rows as they are asked for; a row that has been passed is forgotten.
+    """The first page of a TIFF, read row by row on demand. Rows that were passed are forgotten.
 
-    Raises ImageError for a file that cannot be read so: another layout, compression or kind of samples than those that
-    are usual for large photos. Reading it whole may still serve.
+    Raises ImageError for a file that cannot be read in this way, because its layout, compression or samples are not
+    those that are usual for large photos. Reading it whole may still work.
     """
 
     def __init__(self, file: BinaryIO):
         import tifffile
 
-        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print arrives as an error
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print also arrives as an error
         self._file = file
         self._tiff = tifffile.TiffFile(file)
         page = self._page = self._tiff.pages.first.aspage()
@@ -198,7 +199,7 @@ class TiffRows:
         self._bands: dict[int, NDArray[Any]] = {}
 
     def read(self, rows: Span) -> NDArray[Any]:
-        """(rows, W, samples). What lies above the first of these rows is not kept."""
+        """(rows, W, samples). Rows above the first of these are not kept."""
         first, last = rows[0] // self._band, (rows[1] - 1) // self._band
         self._bands = {index: band for index, band in self._bands.items() if index >= first}
         for index in range(first, last + 1):
@@ -210,7 +211,7 @@ class TiffRows:
         return whole[start : start + rows[1] - rows[0]]
 
     def _decode(self, index: int) -> NDArray[Any]:
-        """A row of strips or tiles."""
+        """Decode one row of strips or tiles."""
         page, top = self._page, index * self._band
         band = np.empty((min(self._band, self.height - top), self.width, self.samples), self.dtype)
         for segment in range(index * self._across, (index + 1) * self._across):
@@ -224,9 +225,9 @@ class TiffRows:
         return band
 
     def close(self) -> None:
-        """Forget the rows; the file is the caller's."""
+        """Forget the rows. Closing the file is up to the caller."""
         self._bands = {}
         self._tiff.close()
 
 
-_LAYOUTS = {(1, ()), (2, (2,)), (3, ()), (4, (2,))}  # samples of a pixel, and those that are alpha (not premultiplied)
+_LAYOUTS = {(1, ()), (2, (2,)), (3, ()), (4, (2,))}  # (samples per pixel, extra samples); 2: unassociated alpha

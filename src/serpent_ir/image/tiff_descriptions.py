@@ -1,6 +1,6 @@
-"""Descriptions in TIFFs that speak of the file's planes and their scale: of ImageJ, OME, tifffile, SCIFIO and scanners.
+"""Descriptions in TIFFs of the file's planes and their scale: by ImageJ, OME, tifffile, SCIFIO and scanners.
 
-They are made true of what a file holds: of its first plane alone, or of all of them at another size.
+They are rewritten so that they are true of what a file holds: its first plane only, or all planes at another size.
 Sources: ImageJ's TiffDecoder and FileInfo, the OME schema 2016-06, SCIFIO's TIFFFormat, tifffile's `shaped` files.
 """
 
@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 
 _STACK = ("images", "channels", "slices", "frames", "hyperstack", "mode", "loop", "fps", "finterval")
-# Descriptions of scanners and microscopes, which say sizes and planes in their own words, and are not rewritten.
+# Descriptions by scanners and microscopes. They give sizes and planes in their own words and are not rewritten.
 _OTHERS = {
     "ScanImage": rb"(?m)^(?:SI\.|scanimage\.|frameNumbers? ?=|state\.\w+)",
     "Micro-Manager": rb"\{\s*\"(?:Summary|FrameIndex|PixelSizeUm|MicroManagerVersion|Slice)\"",
@@ -28,7 +28,7 @@ _OTHERS = {
 
 
 def kind_of(text: bytes) -> str:
-    """Whose description this is; "" for a person's words."""
+    """The program whose description this is; "" for a person's words."""
     if text.startswith(b"ImageJ="):
         return "ImageJ"
     if text.startswith(b"SCIFIO="):
@@ -42,7 +42,7 @@ def kind_of(text: bytes) -> str:
 
 
 def of_first_plane(text: bytes) -> bytes | None:
-    """A description that is true of the first plane alone; None where it cannot be made so."""
+    """A description that is true of the first plane alone; None if it cannot be made so."""
     kind = kind_of(text)
     if kind == "ImageJ":
         return _lines(dict.fromkeys(_STACK), text)
@@ -61,9 +61,9 @@ def of_first_plane(text: bytes) -> bytes | None:
 def as_written(
     text: bytes, size: tuple[int, int], factors: tuple[float, float], samples: int, bits: int, planes: int
 ) -> bytes | None:
-    """A description as it is true of planes of another size, width first, that is `factors` times the old one.
+    """A description that is true of planes of another `size`, (width, height), `factors` times the old one.
 
-    `planes` is how many follow in the file, this one included. None where it cannot be made true.
+    `planes` is the number of planes in the file from this one on. None if it cannot be made true.
     """
     kind, (fx, fy) = kind_of(text), factors
     if kind == "tifffile":
@@ -105,7 +105,7 @@ def _value(text: bytes, name: str) -> str:
 
 
 def _lines(values: dict[str, str | None], text: bytes) -> bytes:
-    """Lines of `name=value` with other values; without those whose value is None."""
+    """Lines of `name=value` with new values, and without the lines whose new value is None."""
     kept = []
     for line in text.split(b"\n"):
         name, equals, _ = line.partition(b"=")
@@ -118,7 +118,7 @@ def _lines(values: dict[str, str | None], text: bytes) -> bytes:
 
 
 def _shaped(text: bytes, shape: Sequence[int] | None, planes: int = 1) -> bytes | None:
-    """What tifffile wrote of an array's shape, with that of the planes now; without one where there is one plane."""
+    """tifffile's description of an array's shape, for the planes there are now; without a shape if there is one."""
     try:
         values = json.loads(text.rstrip(b"\0"))
     except ValueError:
@@ -146,7 +146,7 @@ def _product(values: Sequence[int]) -> int:
 
 
 def _parsed(text: bytes) -> tuple[ET.Element, bytes]:
-    """The root of OME's XML, and its default name space, which is taken out, and put back by `_serialized`."""
+    """The root of OME's XML, and its default namespace, which is removed here and put back by `_serialized`."""
     space = re.search(rb"<OME\b[^>]*?(\sxmlns=\"[^\"]*\")", text)
     bare = text.rstrip(b"\0") if space is None else text[: space.start(1)] + text[space.end(1) :].rstrip(b"\0")
     return ET.fromstring(bare), space[1] if space else b""
@@ -168,7 +168,7 @@ def _all_pixels(root: ET.Element) -> Iterator[tuple[ET.Element, ET.Element]]:
 
 
 def files_of_ome(text: bytes) -> int:
-    """How many files OME's description speaks of."""
+    """How many files OME's description refers to."""
     return len(set(re.findall(rb"FileName=\"([^\"]*)\"", text))) or 1
 
 
@@ -251,7 +251,7 @@ def _ome_as_written(
             put(channels[0], {"SamplesPerPixel": str(samples)})
             put(pixels, {"SizeC": str(samples)})
         for data in _named(pixels, "TiffData"):
-            for uuid in _named(data, "UUID"):  # which names this very file, by the name that it had
+            for uuid in _named(data, "UUID"):  # it refers to this very file, under its old name
                 data.remove(uuid)
                 changed = True
         if factors != (1, 1):
@@ -263,6 +263,6 @@ def _ome_as_written(
             for reference in _named(image, "ROIRef"):
                 image.remove(reference)
     if factors != (1, 1):
-        for region in _named(root, "ROI"):  # whose places are pixels
+        for region in _named(root, "ROI"):  # their positions are in pixels
             root.remove(region)
     return _serialized(root, space) if changed else text

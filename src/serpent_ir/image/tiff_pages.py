@@ -1,4 +1,4 @@
-"""The pages of a TIFF, each as a TIFF of its own in memory, so that one at a time is read as any file is."""
+"""The pages of a TIFF, each as a TIFF of its own in memory. So one page at a time is read like any file."""
 
 import logging
 import struct
@@ -8,9 +8,9 @@ from serpent_ir.errors import ImageError
 from serpent_ir.image.tiff_descriptions import files_of_ome
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_CLASSIC = {16: (4, "I"), 17: (9, "i"), 18: (13, "I")}  # the types of 64 bits as those of 32
+_CLASSIC = {16: (4, "I"), 17: (9, "i"), 18: (13, "I")}  # 64-bit types -> the same with 32 bits
 _OFFSETS, _COUNTS, _DIRECTORIES = (273, 324), (279, 325), (34665, 34853)
-_LEFT = (330, 288, 289)  # smaller copies of the page; what leads to free places
+_LEFT = (330, 288, 289)  # left out: smaller copies of the page, and pointers to free space
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _OLD_JPEG = 6
 
@@ -18,23 +18,24 @@ Entry = tuple[int, int, int, bytes]
 
 
 def copies_left(count: int) -> str:
-    """How a person is told of `TiffPages.left`."""
+    """The message for `TiffPages.left`."""
     return f"holds {count} smaller {'copy or mask' if count == 1 else 'copies or masks'} of its pages; left out"
 
 
 class TiffPages:
-    """What a TIFF holds, less smaller copies and masks; also planes that ImageJ and tifffile keep in one directory.
+    """The pages of a TIFF, without smaller copies and masks. Also planes that ImageJ and tifffile keep in one
+    directory.
 
     Attributes:
-        left: how many smaller copies and masks are no pages.
+        left: number of smaller copies and masks, which are not pages.
 
-    Raises whatever tifffile does for a file that is damaged.
+    Raises whatever tifffile raises for a damaged file.
     """
 
     def __init__(self, file: BinaryIO):
         import tifffile
 
-        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print arrives as an error
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print also arrives as an error
         self._file = file
         self._tiff = tifffile.TiffFile(file)
         self._big, self._order = self._tiff.is_bigtiff, self._tiff.byteorder
@@ -50,21 +51,21 @@ class TiffPages:
 
     @property
     def is_big(self) -> bool:
-        """Whether it is a BigTIFF, whose directories are others."""
+        """Whether it is a BigTIFF, which has other directories."""
         return self._big
 
     @property
     def files(self) -> int:
-        """How many files OME's description says the images are in."""
+        """How many files the images are in, according to OME's description."""
         return files_of_ome((self._tiff.pages.first.aspage().description or "").encode())
 
     def nbytes(self) -> int:
-        """Of all samples, before compression, as far as the first page says."""
+        """Bytes of all samples before compression, as far as the first page tells."""
         page = self._page(0)
         return page.imagewidth * page.imagelength * page.samplesperpixel * max(1, page.bitspersample // 8) * len(self)
 
     def page(self, number: int) -> bytes:
-        """A page as a file. Raises ImageError where its samples are not there, or cannot be taken out."""
+        """A page as a file. Raises ImageError if its samples are missing, or cannot be extracted."""
         index, plane = self._places[number]
         page = self._page(index)
         if page.compression == _OLD_JPEG:
@@ -77,7 +78,7 @@ class TiffPages:
         return self._built(self._entries(page.offset), data, tiled=page.is_tiled)
 
     def close(self) -> None:
-        """The file is the caller's."""
+        """Do nothing: closing the file is up to the caller."""
         self._tiff.close()
 
     def _page(self, index: int) -> Any:
@@ -87,7 +88,7 @@ class TiffPages:
         return bool(page.subfiletype & (_REDUCED | _MASK))
 
     def _planes_of_one(self) -> int:
-        """How many planes lie behind one directory, as in large stacks of ImageJ and truncated ones of tifffile."""
+        """How many planes one directory stands for, as in large ImageJ stacks and tifffile's truncated ones."""
         page = self._page(0)
         if not page.is_contiguous or page.compression != 1 or not (page.is_imagej or page.is_shaped):
             return 1
@@ -106,7 +107,7 @@ class TiffPages:
         return self._file.read(size)
 
     def _entries(self, place: int) -> list[Entry]:
-        """A directory: number, type, count and bytes of each tag."""
+        """The entries of a directory: number, type, count and bytes of each tag."""
         order, width = self._order, 20 if self._big else 12
         count_size, room = (8, 8) if self._big else (2, 4)
         (count,) = struct.unpack(order + ("Q" if self._big else "H"), self._at(place, count_size))
@@ -122,7 +123,7 @@ class TiffPages:
         return entries
 
     def _built(self, entries: list[Entry], data: list[bytes], *, tiled: bool) -> bytes:
-        """A TIFF of 32-bit offsets with this one directory and these strips or tiles."""
+        """A TIFF with 32-bit offsets, with only this directory and these strips or tiles."""
         order = self._order
         out = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
         starts = []
@@ -130,7 +131,7 @@ class TiffPages:
             starts.append(len(out))
             out += part + bytes(len(part) % 2)
         kept = [entry for entry in entries if entry[0] not in (*_OFFSETS, *_COUNTS, *_LEFT)]
-        if len(data) == 1 and not tiled:  # a plane of several strips that lie together
+        if len(data) == 1 and not tiled:  # a plane of several contiguous strips
             kept = [entry for entry in kept if entry[0] != 278]
             kept += [(278, *entry[1:]) for entry in kept if entry[0] == 257]
         lengths = [len(part) for part in data]
@@ -140,7 +141,7 @@ class TiffPages:
         return bytes(out)
 
     def _put(self, out: bytearray, entries: list[Entry]) -> int:
-        """Append a directory and what it leads to; returns its offset."""
+        """Append a directory and everything it points to. Returns its offset."""
         order, table = self._order, b""
         for tag, kind, count, value in sorted(entries, key=lambda entry: entry[0]):
             if tag in _DIRECTORIES:

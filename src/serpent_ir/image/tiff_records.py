@@ -1,4 +1,4 @@
-"""What a TIFF says of its pixels' size and place: descriptions of stacks, scale, GeoTIFF. Only a TIFF can hold it.
+"""What a TIFF says about its pixels' size and place, and only a TIFF can hold: stack descriptions, scale, GeoTIFF.
 
 Sources: the GeoTIFF standard (OGC 19-008r4), GDAL's TIFF driver, ImageJ's TiffDecoder.
 """
@@ -14,7 +14,7 @@ _GEO = {_PIXEL_SCALE: "d", _TIEPOINTS: "d", _MATRIX: "d", _GEO_KEYS: "H", 34736:
 _GDAL = {42112: "s", 42113: "s"}  # metadata as XML; the value of pixels without data
 _IJ_METADATA = 50839
 _NO_UNIT = 1
-# What describes the layout of the file, or is read elsewhere (EXIF, XMP, IPTC, colours, a person's words).
+# Tags that describe the file's layout, or that are read elsewhere (EXIF, XMP, IPTC, colours, a person's words).
 _KNOWN = {*range(254, 260), 262, 263, 264, 265, 266, 269, 270, 271, 272, 273, 274, *range(277, 285), 285, 286, 287, 288}
 _KNOWN |= {
     289,
@@ -62,14 +62,14 @@ _KNOWN |= {33432, 33723, 34377, 34665, 34675, 34853, 37724, *range(40091, 40096)
 
 
 def read_record(page: Any, planes: int, *, whole: bool, turned: bool, size: tuple[int, int]) -> tuple[Any, list[str]]:
-    """The record of a page as tifffile gives it, and what a person should know of what is left out of it.
+    """The record of a page of tifffile's, and notes for the user on what is left out of it.
 
     Args:
         page: the first of `planes`, or one of them.
-        planes: how many the file holds.
-        whole: all planes are kept in their order; otherwise what speaks of the others goes.
-        turned: the pixels are turned upright, so that places in them are others.
-        size: of the upright image, width first.
+        planes: number of planes in the file.
+        whole: whether all planes are kept in their order; otherwise what refers to the others is dropped.
+        turned: whether the pixels are turned upright, which changes positions in them.
+        size: (width, height) of the upright image.
     """
     lost: list[str] = []
     descriptions = []
@@ -121,7 +121,7 @@ def _entry(code: int, kind: str, value: Any) -> tuple[int, str, int, Any]:
 
 
 def _of_first(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What ImageJ says of the first plane."""
+    """What ImageJ says about the first plane."""
     first = {"Labels": 1, "LUTs": 1, "Ranges": 2}
     kept = {
         name: value[: first[name]] if name in first and isinstance(value, (list, tuple)) else value
@@ -133,7 +133,7 @@ def _of_first(metadata: dict[str, Any]) -> dict[str, Any]:
 def tags_of(
     record: TiffRecord, size: tuple[int, int], samples: int, bits: int, planes: int
 ) -> tuple[list[tuple[int, str, int, Any, bool]], dict[str, Any], list[str]]:
-    """A record for an image of another size: extra tags and options of tifffile's writer, and what is lost."""
+    """A record for an image of another size: extra tags and options for tifffile's writer, and what is lost."""
     fx, fy = (new / old for new, old in zip(size, record.size, strict=True))
     lost: list[str] = []
     machine = False
@@ -165,7 +165,7 @@ def tags_of(
     if record.resolution:
         x, y, unit = record.resolution
         says = (x, y, unit) != ((1, 1), (1, 1), _NO_UNIT)
-        if machine and says and (fx, fy) != (1, 1):  # pixels for each unit of what is seen, and not of paper
+        if machine and says and (fx, fy) != (1, 1):  # pixels per unit of what is seen, not of paper
             x, y = (_enlarged(side, f) for side, f in ((x, fx), (y, fy)))
         options = {"resolution": (x, y), "resolutionunit": unit}
     return tags, options, lost
@@ -180,13 +180,13 @@ def _enlarged(side: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def _is_point(tags: dict[int, tuple[str, int, Any]]) -> bool:
-    """Whether whole numbers are the middles of pixels (GTRasterTypeGeoKey 2), and not their corners."""
+    """Whether integer coordinates are the centres of pixels (GTRasterTypeGeoKey 2), not their corners."""
     keys = tags.get(_GEO_KEYS, ("", 0, ()))[2]
     return any(tuple(keys[at : at + 4]) == (1025, 0, 1, 2) for at in range(4, len(keys), 4))
 
 
 def _placed(code: int, values: tuple[float, ...], fx: float, fy: float, is_point: bool) -> tuple[float, ...]:
-    """Pixel scale, tie points or matrix of an image with `fx` and `fy` times as many pixels a side."""
+    """Pixel scale, tie points or matrix of an image with `fx` and `fy` times as many pixels per side."""
     half = 0.5 if is_point else 0.0
     if code == _PIXEL_SCALE:
         return (values[0] / fx, values[1] / fy, *values[2:])
@@ -204,7 +204,7 @@ def _placed(code: int, values: tuple[float, ...], fx: float, fy: float, is_point
 
 
 def names_of(record: TiffRecord | None) -> set[str]:
-    """What a record holds that only a TIFF can, by its names in `image_carriers.CARRIERS`."""
+    """What a record holds that only a TIFF can, by the names in `image_carriers.CARRIERS`."""
     if record is None:
         return set()
     codes = {code for code, *_ in record.tags}

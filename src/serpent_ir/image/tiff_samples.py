@@ -1,4 +1,4 @@
-"""The samples of a TIFF's first page that Pillow would cut to 8 bits, misread or refuse. For `image/decoders.py`."""
+"""Samples of a TIFF's first page that Pillow would cut to 8 bits, misread or refuse. For `image/decoders.py`."""
 
 import io
 import logging
@@ -15,26 +15,27 @@ _YCBCR, _JPEGS = 6, (6, 7)
 
 
 def read_samples(data: bytes, image: Image.Image | None, notes: list[str]) -> tuple[NDArray[Any], str] | None:
-    """Samples (H, W) or (H, W, 2 to 4), grey or RGB, then alpha (not premultiplied), and Pillow's name of such a mode.
+    """Samples (H, W) or (H, W, 2 to 4), grey or RGB, then alpha (not premultiplied), and Pillow's name for that mode.
 
-    None where Pillow, which opened `image`, reads them as they are. `notes` gets what changes how they are seen.
+    None if Pillow, which opened `image`, reads them correctly. `notes` receives what changes how they are seen.
 
-    Raises ImageError: no pixels, samples that are not unsigned integers of at most 16 bits, a colour space or a
-    compression that is not read; by the name of it.
+    Raises:
+        ImageError: no pixels, samples that are not unsigned integers of at most 16 bits, or a colour space or
+            compression that is not supported, which is named.
     """
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print arrives as an ImageError
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would print also arrives as an ImageError
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first.aspage()
         check_size(page.imagewidth, page.imagelength, depth=2 if page.bitspersample > 8 else 1)
         samples, extra = page.samplesperpixel, page.extrasamples
-        has_alpha = bool(extra) and extra[0] in (1, 2)  # 0: a mask of an editor, or whatever
+        has_alpha = bool(extra) and extra[0] in (1, 2)  # 0: an editor's mask, or anything else
         if (more := len(extra) - has_alpha) and page.photometric in (0, 1, 2):
             notes.append(f"has {more} channel{'s' * (more > 1)} beside its colours; left out")
         if page.dtype is None or page.dtype.kind not in "bu":
             raise _refusal(page)
-        luma = page.photometric == _YCBCR and page.compression not in _JPEGS  # which Pillow does not read
+        luma = page.photometric == _YCBCR and page.compression not in _JPEGS  # Pillow does not read this
         if page.bitspersample <= 8 and image is not None and not luma:
             return None
         usual = page.photometric in (0, 1, 2) or (luma and page.bitspersample == 8 and page.subsampling == (1, 1))
@@ -79,12 +80,12 @@ def _refusal(page: Any) -> ImageError:
 
 
 def _with_lzw(data: bytes, image: Image.Image | None, page: Any) -> NDArray[Any]:
-    """The samples (H, W) or (H, W, S) of a page that tifffile would read with another package alone."""
+    """The samples (H, W) or (H, W, S) of a page for which tifffile would need another package."""
     shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
     array = None
     if image is not None and page.compression.name == "LZW" and page.planarconfig == 1:
         image.load()
-        if tag := page.tags.get(274):  # OpenCV would turn the image upright, and we once more
+        if tag := page.tags.get(274):  # OpenCV would turn the image upright, and we would do so once more
             upright = bytearray(data)
             order = "little" if data.startswith(b"II") else "big"
             upright[tag.valueoffset : tag.valueoffset + 2] = (1).to_bytes(2, order)

@@ -1,6 +1,6 @@
-"""XMP packets: what they claim of parts of a file that are gone is taken out, and sizes are put right.
+"""XMP packets: claims about parts of a file that are gone are removed, and sizes are corrected.
 
-A packet that claims nothing stays as it is, byte for byte, but for its orientation and sizes.
+A packet that makes no such claims stays the same, byte for byte, except for its orientation and sizes.
 """
 
 import re
@@ -14,7 +14,7 @@ _CONTAINER, _ITEM, _CAMERA = f"{_GOOGLE}container/", f"{_GOOGLE}container/item/"
 _NOTE, _DC_TERMS, _BASIC = f"{_ADOBE}xmp/note/", "http://purl.org/dc/terms/", f"{_ADOBE}xap/1.0/"
 _RDF, _XMLNS = "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "http://www.w3.org/2000/xmlns/"
 _REGIONS = ("http://www.metadataworkinggroup.com/schemas/regions/", "http://ns.microsoft.com/photo/1.2/")
-# Carrier of `image_carriers.CARRIERS`, start of a namespace, start of a property's name: who has them claims it.
+# (Carrier of `image_carriers.CARRIERS`, start of a namespace, start of a property's name). Such a property claims it.
 _CLAIMS = (
     ("gain_map", f"{_ADOBE}hdr-gain-map/", ""),
     ("gain_map", "http://ns.apple.com/HDRGainMap/", ""),
@@ -54,15 +54,15 @@ def orientation(xmp: Any) -> int:
 
 
 def upright(xmp: bytes) -> bytes:
-    """The packet with an orientation of 1, where it has one."""
+    """The packet with orientation 1, if it gives an orientation."""
     return _ORIENTATION.sub(rb"\g<1>1", xmp)
 
 
 def with_size(xmp: bytes | None, width: int, height: int) -> bytes | None:
-    """The packet with an image's size, where it gives one."""
+    """The packet with this image size, if it gives a size."""
     if xmp is None:
         return None
-    if (cropped := _CROPPED.search(xmp)) and (old := int(cropped[1])):  # a panorama: places within a sphere
+    if (cropped := _CROPPED.search(xmp)) and (old := int(cropped[1])):  # a panorama gives positions within a sphere
         xmp = _PANORAMA.sub(lambda match: match[1] + b"%d" % round(int(match[2]) * width / old), xmp)
     xmp = _WIDTH.sub(rb"\g<1>%d" % width, xmp)
     return _HEIGHT.sub(rb"\g<1>%d" % height, xmp)
@@ -71,17 +71,17 @@ def with_size(xmp: bytes | None, width: int, height: int) -> bytes | None:
 def without_claims(
     xmp: bytes, kept: Collection[str], *, video: int = 0, gap: int = 0, turned: bool = False
 ) -> tuple[bytes | None, set[str]]:
-    """The packet without what it says of parts that are gone, and the carriers that were claimed and are not `kept`.
+    """The packet without its claims about parts that are gone; and the carriers that were claimed and are not `kept`.
 
     Args:
         xmp: the packet.
         kept: carriers whose claims stay.
-        video: bytes from the begin of a motion photo's video to the end of the file, which are written where the packet
-            gives them.
+        video: bytes from the beginning of a motion photo's video to the end of the file. They are written where the
+            packet gives them.
         gap: bytes between the image and that video.
-        turned: whether the image was turned upright, so that regions of it lie elsewhere.
+        turned: whether the image was turned upright, so that regions in it have moved.
 
-    A packet that claims something and cannot be parsed is left out: None and all that it might claim.
+    A packet that makes claims and cannot be parsed is left out: the result is None, and all that it might claim.
     """
     if not _MIGHT_CLAIM.search(xmp):
         return xmp, set()
@@ -106,7 +106,7 @@ def _stripped(xmp: bytes, kept: Collection[str], video: int, gap: int, turned: b
     for element in _elements(document):
         used |= {element.namespaceURI, *(a.namespaceURI for a in _attributes(element))}
     claims = (*(start for _, start, _ in _CLAIMS), _CONTAINER, *_REGIONS)
-    for element in _elements(document):  # a declaration alone would still name what is gone
+    for element in _elements(document):  # a namespace declaration alone would still name what is gone
         for node in _attributes(element, declarations=True):
             if node.namespaceURI == _XMLNS and node.value.startswith(claims) and node.value not in used:
                 element.removeAttributeNode(node)
@@ -116,7 +116,7 @@ def _stripped(xmp: bytes, kept: Collection[str], video: int, gap: int, turned: b
 
 
 def video_start(xmp: bytes, total: int) -> int | None:
-    """Where in a file of `total` bytes the video of a motion photo begins, as its XMP data says."""
+    """Where the video of a motion photo begins in a file of `total` bytes, according to its XMP data."""
     if not _MIGHT_CLAIM.search(xmp):
         return None
     try:
@@ -136,13 +136,13 @@ def video_start(xmp: bytes, total: int) -> int | None:
 
 
 def _parsed(xmp: bytes) -> minidom.Document:
-    if b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:  # has no place in XMP, and may grow without bound
+    if b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:  # they have no place in XMP, and may grow without bound
         raise ExpatError
     return minidom.parseString(xmp.strip(b"\0 \r\n\t"))
 
 
 def _strip_directories(document: Any, kept: Collection[str], video: int, gap: int) -> set[str]:
-    """Take out the items of containers that are gone; write where a video begins that is kept."""
+    """Remove the items of containers that are gone, and write where a video that is kept begins."""
     gone: set[str] = set()
     for directory in [e for e in _elements(document) if e.namespaceURI == _CONTAINER and e.localName == "Directory"]:
         left = []
@@ -167,7 +167,7 @@ def _strip_directories(document: Any, kept: Collection[str], video: int, gap: in
 
 
 def _claimed_by(node: Any, turned: bool) -> str | None:
-    """The carrier of which an element or an attribute speaks."""
+    """The carrier that an element or an attribute refers to."""
     space, local = node.namespaceURI or "", node.localName or ""
     if turned and space.startswith(_REGIONS) and local in ("Regions", "RegionInfo"):
         return "regions"
@@ -194,7 +194,7 @@ def _remove(owner: Any, node: Any) -> None:
 
 
 def _property(item: Any, name: str) -> str:
-    """A property of an item, as an attribute or an element; "" where there is none."""
+    """A property of an item, given as an attribute or an element; "" if there is none."""
     if node := item.getAttributeNodeNS(_ITEM, name):
         return node.value
     children = (c for c in item.childNodes if c.nodeType == c.ELEMENT_NODE)
