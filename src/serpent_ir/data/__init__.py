@@ -1,4 +1,4 @@
-"""Images of folders and packed sets, and batches of (network input, clean) for training, made on the device."""
+"""Images from folders and packed sets, and batches of (network input, clean) for training, made on the device."""
 
 from serpent_ir.data.files import list_images as list_images
 from serpent_ir.data.files import read_rgb8 as read_rgb8

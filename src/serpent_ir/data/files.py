@@ -18,14 +18,15 @@ if INSTALLED:
 
 
 def list_images(where: str | Path) -> list[Path] | list[PackedImage]:
-    """The images of a folder, as `find_images`, or of a packed set (`FILE.serpent`), in the order of their names.
+    """The images of a folder, as `find_images` gives them, or of a packed set (`FILE.serpent`), in order of their
+    names.
 
-    `where[A:B]` is those whose names are numbers from A on and below B, either of which may be left out: FFHQ's
-    training images are `ffhq[:60000]`, of which `ffhq/00000/00000.png` is the first.
+    `where[A:B]` selects those whose names are numbers from A on and below B; either may be left out. FFHQ's training
+    images are `ffhq[:60000]`, of which `ffhq/00000/00000.png` is the first.
 
     Raises:
-        UsageError: no such folder or file, no image in it, or [A:B] with names that are no numbers.
-        ImageError: a packed set that is damaged.
+        UsageError: no such folder or file, no image in it, or [A:B] with names that are not numbers.
+        ImageError: a damaged packed set.
     """
     part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", str(where), re.ASCII | re.DOTALL)
     if part is None or Path(where).exists():
@@ -53,12 +54,12 @@ def _all_images(path: Path) -> list[Path] | list[PackedImage]:
 
 
 def read_rgb8(image: Path | PackedImage) -> Tensor:
-    """An image as (3, H, W) uint8; deeper files are rounded to 8 bits, alpha is left out."""
+    """An image as (3, H, W) uint8. Files with more bits are rounded to 8; alpha is left out."""
     return torch.from_numpy(read_pixels(image).transpose(2, 0, 1).copy())
 
 
 def read_pixels(image: Path | PackedImage) -> np.ndarray:
-    """The same as an array (H, W, 3); of a packed set it is a part of the mapped file, not to be written to."""
+    """The same as an array (H, W, 3). For a packed set it is a part of the mapped file and must not be written to."""
     if isinstance(image, PackedImage):
         return image.pixels
     pixels = read_image_pixels(image)

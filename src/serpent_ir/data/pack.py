@@ -1,8 +1,8 @@
-"""Packed sets of images: one file of 8-bit pixels that is mapped into memory, with a manifest that checks it.
+"""Packed sets of images: one file of 8-bit pixels that is mapped into memory, with a manifest to check it.
 
-A file is a line that names the format, the pixels (H, W, 3) of one image after the other, a manifest in JSON (name,
-height, width and SHA-256 of each image), and a footer: the manifest's SHA-256, its length, and a mark. The footer comes
-last, so that a file that was cut short has none.
+A file is a line that names the format; then the pixels (H, W, 3) of one image after the other; a manifest in JSON
+(name, height, width and SHA-256 of each image); and a footer: the manifest's SHA-256, its length, and a mark. The
+footer comes last, so a file that was cut short has none.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from serpent_ir.errors import ImageError, SerpentError
 from serpent_ir.image.decoders import reason
 
 SUFFIX = ".serpent"
-"""What the name of a packed set ends with."""
+"""The suffix of a packed set's name."""
 KIND = b"serpent-pack "
 HEADER = KIND + b"1\n"
 _FOOTER = struct.Struct("<32sQ8s")
@@ -31,9 +31,9 @@ _AGAIN = "copy it or pack it again"
 
 @dataclass(frozen=True)
 class Record:
-    """What a manifest says of an image."""
+    """What a manifest says about an image."""
 
-    name: str  # path below the folder that was packed, with slashes
+    name: str  # path below the packed folder, with slashes
     height: int
     width: int
     sha256: str  # of its pixels, in hexadecimal digits
@@ -51,10 +51,10 @@ def footer_of(records: list[Record]) -> bytes:
 
 
 class Pack:
-    """A packed set that is open for reading: `records`, and pixels that are read from the disk when they are used.
+    """A packed set that is open for reading: `records`, and pixels that are read from disk when they are used.
 
-    Raises ImageError: no such file, another kind of file or format, cut short, or a manifest that is damaged. Damaged
-    pixels are found when an image is first used, or by `check`.
+    Raises ImageError if there is no such file, if it is another kind of file or format, if it is cut short, or if its
+    manifest is damaged. Damaged pixels are found when an image is first used, or by `check`.
     """
 
     def __init__(self, path: str | Path):
@@ -70,7 +70,7 @@ class Pack:
         self._known_whole = bytearray(len(self.records))
 
     def __reduce__(self) -> tuple[type["Pack"], tuple[Path]]:
-        """A copy maps the file again: pickled or copied as an array it would be as large as the file."""
+        """A copy maps the file again. Pickled or copied as an array it would be as large as the file."""
         return Pack, (self.path,)
 
     def __len__(self) -> int:
@@ -80,14 +80,17 @@ class Pack:
         return [PackedImage(self, index) for index in range(len(self))]
 
     def pixels(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8 of an image, not compared with its hash: a part of the mapped file, not to be written to."""
+        """(H, W, 3) uint8 of an image, not compared with its hash.
+
+        A part of the mapped file; must not be written to.
+        """
         record = self.records[index]
         return self._bytes[self._starts[index] : self._starts[index + 1]].reshape(record.height, record.width, 3)
 
     def check(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compare all pixels with the manifest; `progress` is called with (images done, images in all).
+        """Compare all pixels with the manifest. `progress` is called with (images done, all images).
 
-        Raises SerpentError that names the first damaged image.
+        Raises SerpentError, which names the first damaged image.
         """
         damaged: list[str] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -106,7 +109,7 @@ class Pack:
         return whole
 
     def was_whole(self, index: int) -> bool:
-        """The same of an image that was found whole before; any other is compared now."""
+        """The same, but an image that was once found whole is not compared again."""
         return bool(self._known_whole[index]) or self.is_whole(index)
 
     def _read_manifest(self, file: BinaryIO) -> list[Record]:
@@ -131,7 +134,7 @@ class Pack:
         raise ImageError(f"{self.path}: its manifest is damaged; {_AGAIN}")
 
     def _parse(self, manifest: bytes, size: int) -> list[Record]:
-        """The manifest's records; `size` bytes of pixels are there."""
+        """The manifest's records. `size` is the number of bytes of pixels in the file."""
         try:
             records = [_record(item) for item in json.loads(manifest)["images"]]
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -152,7 +155,7 @@ def _record(item: dict[str, Any]) -> Record:
 
 @dataclass(frozen=True)
 class PackedImage:
-    """An image of a packed set; as a string it is the set's path and the image's name."""
+    """An image of a packed set. As a string it is the set's path and the image's name."""
 
     pack: Pack
     index: int
@@ -167,9 +170,9 @@ class PackedImage:
 
     @property
     def pixels(self) -> np.ndarray:
-        """(H, W, 3) uint8, not to be written to; compared with their hash the first time that they are asked for.
+        """(H, W, 3) uint8, which must not be written to. Compared with their hash when they are first asked for.
 
-        Raises ImageError where they are not those that were packed.
+        Raises ImageError if they are not the pixels that were packed.
         """
         if not self.pack.was_whole(self.index):
             raise ImageError(f"{self}: is damaged; pack the images again")

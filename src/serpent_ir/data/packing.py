@@ -29,18 +29,18 @@ def write_pack(
     size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """Decode the images of several sources, as `list_images` takes them, into a packed set, in their order.
+    """Decode the images of several sources, as `list_images` takes them, into a packed set, in order.
 
     Args:
-        sources: an image is named by its path below its source, with the source's own name before it where there are
-            several.
-        output: FILE.serpent. It appears whole or not at all, as `whole_file` does it.
-        size: the shorter side of each image is reduced to so many pixels (Lanczos); by default all keep theirs.
-        progress: called with (images done, images in all).
+        sources: folders or packed sets. An image is named by its path below its source; if there are several sources,
+            the source's own name comes before it.
+        output: FILE.serpent. It appears whole or not at all, as with `whole_file`.
+        size: the shorter side of each image is reduced to this many pixels (Lanczos). By default sizes are kept.
+        progress: called with (images done, all images).
 
     Raises:
-        UsageError: another suffix, a size under 1, a source without images.
-        ImageError: an image that cannot be read, is smaller than `size`, or changed while it was read.
+        UsageError: another suffix, a size under 1, or a source without images.
+        ImageError: an image cannot be read, is smaller than `size`, or changed while it was read.
         SerpentError: the file cannot be written.
     """
     if output.suffix != SUFFIX:
@@ -69,14 +69,14 @@ def write_pack(
                 records.append(record)
                 progress(len(records), len(images))
             file.write(footer_of(records))
-        output.with_name(f"{output.name}.part").unlink(missing_ok=True)  # what a killed call of an older version left
+        output.with_name(f"{output.name}.part").unlink(missing_ok=True)  # left by a killed call of an older version
     except OSError as error:
         raise SerpentError(f"{output}: cannot be written ({reason(error)}); make room or choose another -o") from None
     return records
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`function` of each item in their order, on all cores, a few items ahead of what is used."""
+    """`function` of each item, in order, on all cores, a few items ahead of what is used."""
     threads = os.cpu_count() or 1
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""The next batch is made while the step before it runs."""
+"""Makes the next batch while the current step runs."""
 
 import time
 from collections import deque
@@ -11,16 +11,16 @@ from serpent_ir.data.captured import Captured
 from serpent_ir.data.training import TrainingSet, Windows
 
 _AHEAD = 2  # batches whose pixels the host reads ahead
-_STEPS = 2  # that the host may be ahead of the device; each holds a batch in memory
+_STEPS = 2  # steps that the host may be ahead of the device; each holds a batch in memory
 
 
 class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
     """The batches of a training set, one for each request: (numbers of samples, crop).
 
-    On a CUDA device a batch is made on a stream of its own, so that it is ready when the step before it is done, if the
-    caller only queues its steps, on the stream that is current when it asks for a batch. Where the images are on the
-    device, too, it comes from a CUDA graph, once there were a few like it. Elsewhere batches are made when they are
-    asked for: there is no idle processor that could do it.
+    On a CUDA device a batch is made on a separate stream, so that it is ready when the step before it is done. For that
+    the caller must only queue its steps, on the stream that is current when it asks for a batch. If the images are also
+    on the device, batches come from a CUDA graph once there were a few alike. On other devices batches are made when
+    they are asked for, since no idle processor could make them earlier.
     """
 
     def __init__(self, images: TrainingSet, requests: Iterable[tuple[Sequence[int], int]], *, seed: int):
@@ -50,13 +50,16 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
 
     @property
     def waited(self) -> float:
-        """Seconds that steps waited for their batches, so far; of the last few steps on a CUDA device not yet."""
+        """Seconds that steps have waited for their batches.
+
+        On a CUDA device the last few steps are not yet included.
+        """
         return self._waited
 
     def _on_own_stream(self, stream: torch.cuda.Stream, windows: list[Windows], crop: int) -> tuple[Tensor, Tensor]:
         device = self._images.device
         current = torch.cuda.current_stream(device)
-        done = torch.cuda.Event(enable_timing=True)  # by the steps queued so far
+        done = torch.cuda.Event(enable_timing=True)  # marks the end of the steps queued so far
         done.record(current)
         with torch.cuda.stream(stream):
             batch = self._images.finish(windows, crop, self._captured)

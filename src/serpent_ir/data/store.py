@@ -1,4 +1,4 @@
-"""Where the pixels of training images lie, and how windows of them come to the device."""
+"""Where the pixels of training images are kept, and how windows of them reach the device."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +18,17 @@ from serpent_ir.system.processes import processes_of_host
 
 Memory = Literal["auto", "device", "host", "stream"]
 
-_SHARE = 1 / 3  # of the free memory, what images may take; the rest is for the network, and for others
-_CHUNK = 1 << 26  # bytes of one copy to the device
+_SHARE = 1 / 3  # share of the free memory that images may take; the rest is for the network, and for other programs
+_CHUNK = 1 << 26  # bytes per copy to the device
 _READERS = 4  # threads that copy windows on the host, or wait for the disk
 
 
 class ImageStore:
-    """The pixels of many images, in uint8: on a CUDA device, in the host's memory, or of packed sets on the disk.
+    """The pixels of many images, in uint8: on a CUDA device, in the host's memory, or in packed sets on disk.
 
-    `memory` says which of them ("device", "host", "stream"), "auto" the first where they fit. For other devices they
-    stay where they were read to: files in memory, packed sets on the disk and as far as it goes in the system's cache.
+    `memory` says which of these ("device", "host", "stream"); "auto" takes the first in which they fit. For devices
+    other than CUDA they stay where they were read to: decoded files in memory, packed sets on disk and, as far as it
+    goes, in the system's cache.
     """
 
     def __init__(self, files: Sequence[Path | PackedImage], device: torch.device, memory: Memory = "auto"):
@@ -35,7 +36,7 @@ class ImageStore:
         self._packed = {i: file for i, file in enumerate(files) if isinstance(file, PackedImage)}
         self._images = _read(files)
         self.sizes = np.array([image.shape[:2] for image in self._images], dtype=np.int64)
-        """(n, 2): height and width of each."""
+        """(n, 2): height and width of each image."""
         total = 3 * int(self.sizes.prod(1).sum())
         self.memory = _choose(total, device) if memory == "auto" else memory
         self._flat: Tensor | None = None
@@ -51,7 +52,7 @@ class ImageStore:
         self._readers = self._new_readers()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without threads, and what is mapped from packed sets as where it lies: for other processes, and copies."""
+        """The state without threads, and with packed sets as paths instead of maps: for other processes and copies."""
         state = self.__dict__ | {"_readers": None}
         if self.memory == "stream":
             state["_images"] = [None if i in self._packed else image for i, image in enumerate(self._images)]
@@ -66,10 +67,10 @@ class ImageStore:
         return ThreadPoolExecutor(_READERS) if self.device.type == "cuda" and self._flat is None else None
 
     def read(self, images: np.ndarray, begins: np.ndarray, height: int, width: int) -> Callable[[], Tensor]:
-        """Begin to read windows; `images` (B,) says of which image each is, `begins` (B, 2) where in it.
+        """Begin to read windows. `images` (B,) are the numbers of their images, `begins` (B, 2) their first pixels.
 
-        What it returns is called for the windows, (B, height, width, 3) uint8 on the device. Where the images are there
-        already, `places` and `gather` take its place.
+        Returns a function that gives the windows, (B, height, width, 3) uint8 on the device. If the images are already
+        on the device, use `places` and `gather` instead.
         """
         pinned = self._readers is not None
         staged = torch.empty((len(images), height, width, 3), dtype=torch.uint8, pin_memory=pinned)
@@ -94,25 +95,25 @@ class ImageStore:
         return finish
 
     def places(self, images: np.ndarray, begins: np.ndarray) -> np.ndarray:
-        """What `gather` needs of windows, (B, 2): where they begin, and how far it is from row to row."""
+        """What `gather` needs to know of windows, (B, 2): where they begin, and the distance from row to row."""
         widths = self.sizes[images, 1]
         return np.stack([self._starts[images] + begins[:, 0] * widths + begins[:, 1], widths], 1)
 
     def gather(self, places: Tensor, height: int, width: int) -> Tensor:
-        """Windows (B, height, width, 3) uint8 of images on the device, from places (B, 2) there."""
+        """Windows (B, height, width, 3) uint8 of images on the device, from `places` (B, 2)."""
         assert self._flat is not None
         start, stride = places[:, :, None].unbind(1)
         rows = start + torch.arange(height, device=self.device) * stride
         return self._flat[rows[:, :, None] + torch.arange(width, device=self.device)]
 
     def _checked(self, index: int) -> np.ndarray:
-        """The pixels of an image; those of a packed set are compared with their hash when they are first used."""
+        """The pixels of an image. Those of a packed set are compared with their hash when they are first used."""
         return self._packed[index].pixels if index in self._packed else self._images[index]
 
     def _upload(self, total: int) -> None:
         """Move the pixels of all images into one tensor (pixels, 3) on the device."""
         sizes = self.sizes.prod(1)
-        self._starts = np.cumsum(sizes) - sizes  # of each image, in pixels
+        self._starts = np.cumsum(sizes) - sizes  # first pixel of each image
         self._flat = torch.empty((total // 3, 3), dtype=torch.uint8, device=self.device)
         begin = 0
         while begin < len(sizes):
@@ -121,19 +122,19 @@ class ImageStore:
             self._flat[self._starts[begin] :][: len(chunk)] = torch.from_numpy(chunk)
             begin = end
         self._images = []
-        torch.cuda.synchronize(self.device)  # other streams read it
+        torch.cuda.synchronize(self.device)  # because other streams will read it
 
 
 def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device, copied behind what the device's current stream has queued, without waiting for it."""
+    """An array on the device. It is copied after what the current stream has queued, and nothing waits for the copy."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
-    """The pixels of each; files are decoded, packed images are not read yet."""
+    """The pixels of each file. Files are decoded; packed images are mapped and not read yet."""
     images: list[np.ndarray] = []
-    decoded, limit = 0, host_available() / processes_of_host()  # each of them reads all
+    decoded, limit = 0, host_available() / processes_of_host()  # each process reads all images
     for file, pixels in zip(files, in_threads(_mapped, files), strict=True):
         images.append(pixels)
         if isinstance(file, Path):

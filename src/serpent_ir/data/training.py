@@ -16,40 +16,40 @@ from serpent_ir.degradations import Degradation, ImageGenerators
 from serpent_ir.degradations.randomness import image_keys
 from serpent_ir.errors import ImageError
 
-# Devices where samples are made one by one: the last bits of a CPU's sums depend on how many images it does together.
+# Devices where samples are made one by one, since the last bits of a CPU's sums depend on how many images it batches.
 _APART = ("cpu",)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A part of a batch whose windows have one shape: each holds a crop and what the crop depends on."""
+    """The part of a batch whose windows have one shape. A window holds a crop and what the crop depends on."""
 
-    places: np.ndarray  # (B,) in the batch
+    places: np.ndarray  # (B,) positions in the batch
     shape: tuple[int, int]
-    kind: int  # which of the degradations
-    pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None where they are on the device
-    numbers: np.ndarray  # (B, 8) int64, as `_make` takes them apart; on the device what `ImageStore.gather` takes, too
+    kind: int  # number of the degradation
+    pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None if the images are on the device
+    numbers: np.ndarray  # (B, 8) int64, taken apart in `_make`; with images on the device also for `ImageStore.gather`
 
 
 class TrainingSet:
-    """Images of folders and packed sets, and batches made of them.
+    """Images from folders and packed sets, and batches made of them.
 
-    An image is degraded as a whole and cropped after, so the border of a crop is blurred by what lies beyond it; what
-    is computed is the crop and what it depends on (`Degradation.margin`), and the numbers are the same. Everything
-    random about a sample is a function of the seed and its number alone: samples are the same however they are divided
-    over batches and processes (on a CPU to the last bit), and training can go on from any of them without saved
-    generators.
+    An image is degraded as a whole and then cropped, so the border of a crop is blurred by what lies beyond it. Only
+    the crop and what it depends on (`Degradation.margin`) are computed, and the numbers are the same. Everything random
+    about a sample is a function of the seed and the sample's number alone. So samples are the same however they are
+    divided over batches and processes (on a CPU to the last bit), and training can continue from any of them without
+    saved generators.
 
     Args:
         paths: what `list_images` takes. Files are decoded once, now; packed sets are mapped.
-        degradation: what is done to the images; of several, which make images of the same kind, one sample after the
-            other gets the next.
+        degradation: what is done to the images. If there are several, which must make images of the same kind, samples
+            get them in turn.
         device: where batches are made.
-        memory: where the images lie, as `ImageStore` takes it.
+        memory: where the images are kept, as `ImageStore` takes it.
 
     Raises:
-        UsageError: as `list_images`; or images of folders that fill the memory.
-        ImageError: a file that cannot be read, or is smaller than the degradation takes.
+        UsageError: as `list_images`; or decoded images fill the memory.
+        ImageError: a file cannot be read, or is smaller than the degradation takes.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrainingSet:
         self.device = device
         self.store = ImageStore(self.files, device, memory)
         self.scale = self.degradations[0].scale
-        self.sizes = self.store.sizes // self.scale * self.scale  # as Degradation.crop
+        self.sizes = self.store.sizes // self.scale * self.scale  # as in Degradation.crop
         self.check_crop(self.scale)
 
     def __len__(self) -> int:
@@ -80,19 +80,17 @@ class TrainingSet:
             raise ImageError(f"{image} is smaller than the crop of {crop}; remove it or crop less")
 
     def largest_crop(self) -> tuple[int, str]:
-        """Side of the largest square that can be cropped from every image, and which image it is that allows no more,
-        with its size."""
+        """Side of the largest square that fits into every image, and the image that limits it, with its size."""
         sides = self.sizes.min(1)
         smallest = int(sides.argmin())
         height, width = self.store.sizes[smallest]
         return int(sides[smallest]), f"{self.files[smallest]}: {width}x{height}"
 
     def batch(self, samples: Sequence[int], crop: int, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Network input (B, C, crop, crop) and what is to be restored (B, 3, crop, crop) of these samples, float32, on
-        the device.
+        """Network input (B, C, crop, crop) and target (B, 3, crop, crop) of these samples, float32 on the device.
 
-        The input is degraded, has the clean image's size and is not clamped. Samples are numbered from 0 on; each
-        epoch, `len(self)` of them, takes every image once, in an order of its own.
+        The input is degraded, has the clean image's size and is not clamped. Samples are numbered from 0. Each epoch of
+        `len(self)` samples takes every image once, in an order of its own.
         """
         return self.finish(self.begin(samples, crop, seed=seed), crop)
 
@@ -101,7 +99,7 @@ class TrainingSet:
         numbers = np.asarray(samples, dtype=np.int64)
         images = self._images_of(numbers, seed)
         sizes = self.sizes[images]
-        # Places and orientations have keys of their own, beside those of the degradation.
+        # Positions and orientations have separate keys from those of the degradation.
         own, keys = np.split(_keys(seed, np.concatenate([2 * numbers, 2 * numbers + 1])), 2)
         draws = _generators(own)
         corners = torch.stack([draws.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
@@ -126,9 +124,9 @@ class TrainingSet:
         return groups
 
     def finish(self, groups: list[Windows], crop: int, captured: Captured | None = None) -> tuple[Tensor, Tensor]:
-        """The second half of `batch`: all that runs on the device, once the host has read what it has to.
+        """The second half of `batch`: everything that runs on the device, after the host has read what it must.
 
-        With `captured` from CUDA graphs, where the images are on the device.
+        With `captured` it runs from CUDA graphs, if the images are on the device.
         """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             parts = [self._finish(group, crop, captured) for group in groups]
@@ -150,7 +148,7 @@ class TrainingSet:
         return captured(make, group.numbers, key=(group.shape, group.kind, crop))
 
     def _make(self, pixels: Tensor, numbers: Tensor, kind: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Input and what is to be restored of windows (B, h, w, 3): what differs between batches is in numbers."""
+        """Input and target from windows (B, h, w, 3). Everything that differs between batches is in `numbers`."""
         keys, begins, sizes = numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5]
         first, down, across = numbers[:, 5:8, None, None].unbind(1)
         clean = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
@@ -163,8 +161,10 @@ class TrainingSet:
     def _windows(
         self, corners: np.ndarray, sizes: np.ndarray, kinds: np.ndarray, crop: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Begins and ends (B, 2) of what crops at these corners depend on: of one shape for a degradation, where images
-        are larger."""
+        """First and end pixels (B, 2) of what crops at these corners depend on.
+
+        They have one shape for each degradation, except in images that are smaller than that.
+        """
         begins, ends = np.zeros_like(sizes), sizes.copy()
         for kind, degradation in enumerate(self.degradations):
             margin, grid = degradation.margin, degradation.grid
@@ -187,8 +187,10 @@ class TrainingSet:
 def _orient(
     corners: np.ndarray, turns: np.ndarray, crop: int, width: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of crops in one of eight orientations: where the first pixel is in flattened windows of these widths, and how far
-    it is from there to the next below, and to the next across; (B,) each."""
+    """For crops in one of eight orientations, three arrays (B,) for flattened windows of these widths.
+
+    They are the position of the first pixel, the step to the pixel below, and the step to the pixel to the right.
+    """
     flip_rows, flip_columns, transpose = turns & 1, turns >> 1 & 1, turns >> 2
     rows, columns = (corners + (crop - 1) * np.stack([flip_rows, flip_columns], 1)).T
     down, across = width * (1 - 2 * flip_rows), 1 - 2 * flip_columns
@@ -196,12 +198,12 @@ def _orient(
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Pixels (B, C, h, w) of x (B, C, H, W) at places (B, h, w) in its flattened images."""
+    """Pixels (B, C, h, w) of x (B, C, H, W) at positions (B, h, w) in its flattened images."""
     index = places.flatten(1)[:, None].expand(-1, x.shape[1], -1)
     return x.flatten(2).gather(2, index).unflatten(2, places.shape[1:])
 
 
-@functools.lru_cache(maxsize=2)  # a batch may cross from one epoch into the next
+@functools.lru_cache(maxsize=2)  # since a batch may cross from one epoch into the next
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which `count` images are drawn in an epoch."""
     return np.random.Generator(np.random.PCG64([seed, 0, epoch])).permutation(count)
@@ -217,11 +219,11 @@ def _keys(seed: int, numbers: np.ndarray) -> np.ndarray:
 
 
 def _generators(keys: np.ndarray) -> ImageGenerators:
-    """Generators on the host, for numbers that belong to no place in an image."""
+    """Generators on the host, for numbers that belong to no position in an image."""
     nowhere = torch.zeros(len(keys), 2, dtype=torch.int64)
     return ImageGenerators(torch.from_numpy(keys), nowhere, nowhere)
 
 
 def _up(sides, grid: int):
-    """To multiples of the grid, upwards."""
+    """Round up to multiples of the grid."""
     return -(-sides // grid) * grid

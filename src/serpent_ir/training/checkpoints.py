@@ -1,14 +1,14 @@
-"""Checkpoints: a folder for each, of hashed safetensors files, there as a whole or not at all.
+"""Checkpoints: a folder for each, of hashed safetensors files, which is there as a whole or not at all.
 
     checkpoints/step-00004000/
         average.0.safetensors     groups of tensors, in the order they were given in, in parts of at most 15 MiB
         network.0.safetensors
         ...
         manifest.json             step and other facts, size and SHA-256 of every file, and a SHA-256 of itself
-        score.json                of the validation, where there was one, and a SHA-256 of itself
+        score.json                of the validation, if there was one, and a SHA-256 of itself
 
-A folder is written under another name, the manifest last, brought to the disk and then renamed. Nothing in it is ever
-executed: tensors and JSON alone.
+A folder is written under another name, with the manifest last, synced to disk and then renamed. Nothing in it is ever
+executed: it holds tensors and JSON only.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from serpent_ir.errors import SerpentError
 from serpent_ir.system.whole_file import replace_file
 
 PART_BYTES = 15 << 20
-"""Most bytes of tensors in a file; one tensor that is larger has a file of its own. Fits where 16 MiB is the limit."""
+"""Most bytes of tensors per file, so that files fit under a limit of 16 MiB. A larger tensor gets its own file."""
 
 ASIDE = ".aside"
-"""Ends the name of a checkpoint while another of its step takes its place."""
+"""Suffix of a checkpoint's name while another one of the same step takes its place."""
 
 Groups = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole; tensors are on the CPU."""
+    """A checkpoint that was read and found whole. Its tensors are on the CPU."""
 
     path: Path
     step: int
@@ -49,9 +49,9 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder that is made when the first is written.
+    """The checkpoints of a run, in a folder that is made when the first one is written.
 
-    `of` says what scores are of (the validation images); those of something else are not compared with them.
+    `of` says what scores refer to (the validation images). Scores that refer to something else are not compared.
     """
 
     def __init__(self, folder: Path, keep: int, of: dict[str, Any] | None = None):
@@ -60,13 +60,13 @@ class Checkpoints:
         self.of = of or {}
 
     def paths(self) -> list[Path]:
-        """All that are there, whole or damaged, in the order of their steps."""
+        """All checkpoints that are there, whole or damaged, in the order of their steps."""
         return sorted(self.folder.glob("step-*[0-9]"))
 
     def save(self, step: int, groups: Groups, facts: dict[str, Any]) -> Path:
-        """Write a checkpoint and remove those that the policy does not keep.
+        """Write a checkpoint and remove those that need not be kept.
 
-        Raises SerpentError where it cannot be written; those that were there stay.
+        Raises SerpentError if it cannot be written; existing ones stay.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = path.with_name(path.name + ".part")
@@ -82,7 +82,7 @@ class Checkpoints:
             _write(temporary / "manifest.json", json.dumps({**body, "sha256": _seal(body)}, indent=1).encode())
             _sync_folder(temporary)
             aside = path.with_name(path.name + ASIDE)
-            if path.exists():  # the same step again; `clean` puts it back if a kill comes before the new one is there
+            if path.exists():  # the same step again; if this is killed before the new one is there, `clean` restores it
                 path.rename(aside)
             temporary.rename(path)
             _sync_folder(self.folder)
@@ -99,19 +99,19 @@ class Checkpoints:
         return path
 
     def score(self, path: Path, score: dict[str, Any]) -> None:
-        """Note the validation of a checkpoint; the best PSNR is kept beside the last ones."""
+        """Record the validation of a checkpoint. The one with the best PSNR is kept besides the last ones."""
         body = score | self.of
         replace_file(path / "score.json", json.dumps({**body, "sha256": _seal(body)}).encode())
         self._prune()
 
     def best(self) -> Path | None:
-        """The one of the highest validation PSNR, the latest of equals."""
+        """The checkpoint with the highest validation PSNR; the latest one of equals."""
         scores = [(_score(path), path) for path in self.paths()]
         scored = [(score["psnr"], path) for score, path in scores if score is not None and self.comparable(score)]
         return max(scored)[1] if scored else None
 
     def best_weights(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Step and averaged weights of the best, None where there is none that is whole."""
+        """Step and averaged weights of the best checkpoint; None if there is none that is whole."""
         best = self.best()
         try:
             found = _read(best) if best else None
@@ -120,14 +120,14 @@ class Checkpoints:
         return (found.step, found.groups["average"]) if found else None
 
     def comparable(self, score: dict[str, Any]) -> bool:
-        """Whether a score is of the same images as those that this run makes."""
+        """Whether a score refers to the same images as this run's scores."""
         return all(score.get(key) == value for key, value in self.of.items())
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest that is whole, None where there is none at all.
+        """The newest checkpoint that is whole; None if there is none at all.
 
-        A damaged one is said and passed over; it stays, by the name of `step-NUMBER.damaged`. Raises SerpentError where
-        all are damaged, and leaves them. A score that is damaged is said, too, and counts as none.
+        A damaged one is reported and skipped. It stays, renamed to `step-NUMBER.damaged`. If all are damaged, raises
+        SerpentError and leaves them. A damaged score is reported too, and is ignored.
         """
         for path in self.paths():
             if (score := path / "score.json").exists() and _score(path) is None:
@@ -150,7 +150,7 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Put right what an interrupted write or removal left behind."""
+        """Repair what an interrupted write or removal left behind."""
         for aside in self.folder.glob(f"step-*{ASIDE}"):
             path = aside.with_name(aside.name.removesuffix(ASIDE))
             if path.exists():
@@ -181,7 +181,7 @@ def _parts(groups: Groups) -> list[tuple[str, dict[str, Tensor]]]:
             if part and size + tensor.nbytes > PART_BYTES:
                 parts.append((f"{group}.{number}.safetensors", part))
                 number, size, part = number + 1, 0, {}
-            # A copy, because safetensors refuses tensors that share memory.
+            # Copied, because safetensors refuses tensors that share memory.
             part[name] = tensor.detach().to("cpu", copy=True).contiguous()
             size += tensor.nbytes
         parts.append((f"{group}.{number}.safetensors", part))
@@ -193,7 +193,7 @@ def _seal(body: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> Checkpoint:
-    """A checkpoint, every byte of it checked."""
+    """Read a checkpoint and check every byte of it."""
     try:
         body = json.loads((path / "manifest.json").read_bytes())
         if body.pop("sha256") != _seal(body):
@@ -216,8 +216,10 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _score(path: Path) -> dict[str, Any] | None:
-    """What a validation found; None where there was none, or where it is not as it was written. Older runs did not seal
-    it."""
+    """What a validation found; None if there was none, or if the file is not as it was written.
+
+    Older runs did not seal it.
+    """
     try:
         score = json.loads((path / "score.json").read_bytes())
         whole = score.pop("sha256", None) in (None, _seal(score)) and math.isfinite(score["psnr"])
@@ -227,7 +229,10 @@ def _score(path: Path) -> dict[str, Any] | None:
 
 
 def _remove(path: Path) -> None:
-    """By another name first, so that what a kill leaves half removed is never taken for a checkpoint."""
+    """Remove a checkpoint.
+
+    It is renamed first, so that what a kill leaves half removed never passes for a checkpoint.
+    """
     gone = path.with_name(path.name + ".old.part")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -242,7 +247,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, where the system knows how to."""
+    """Sync the names in a folder to disk, if the system can do that."""
     if os.name != "posix":
         return
     folder = os.open(path, os.O_RDONLY)
@@ -253,12 +258,12 @@ def _sync_folder(path: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as flat tensors, `NUMBER.NAME`."""
+    """The state of an optimiser as flat tensors, named `NUMBER.NAME`."""
     return {f"{i}.{name}": x for i, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`; what the recipe says (learning rate and so on) stays as it is."""
+    """Undo `optimizer_tensors`. What the recipe sets (learning rate and so on) stays as it is."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")

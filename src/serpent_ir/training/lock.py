@@ -1,4 +1,4 @@
-"""A run's folder belongs to one training at a time."""
+"""Makes sure that a run's folder belongs to one training at a time."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from serpent_ir.errors import SerpentError
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder, and keep other trainings out of it while this one works; a kill leaves no lock behind.
+    """Make a run's folder, and keep other trainings out of it while this one works. A kill leaves no lock behind.
 
-    Lets all in on systems and disks that have no locks. Raises SerpentError where the folder cannot be made, or another
-    training is at work there, whose half-written checkpoint this one would take for what a kill left.
+    On systems and disks without locks nobody is kept out. Raises SerpentError if the folder cannot be made, or if
+    another training works there, whose half-written checkpoint this one would take for the rest of a killed run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SerpentError(f"{folder}: cannot be made a folder ({error.strerror}); choose another out=") from None
-    except ValueError:  # a character that no file system takes, nor a terminal
+    except ValueError:  # a character that neither file systems nor terminals take
         raise SerpentError(f"{str(folder)!a}: cannot be the name of a folder; choose another out=") from None
     if os.name != "posix":
         yield
@@ -34,7 +34,7 @@ def own_folder(folder: Path) -> Iterator[None]:
             raise SerpentError(
                 f"{folder}: another training is at work there; stop it, or choose another out="
             ) from None
-        except OSError:  # a disk of another host may know no locks
+        except OSError:  # a network disk may not support locks
             pass
         yield
     finally:

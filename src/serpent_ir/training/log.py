@@ -1,4 +1,7 @@
-"""What a run shows and leaves: lines or a bar, log.jsonl, TensorBoard, pictures and a plot; of the first process."""
+"""What a run shows and leaves behind: lines or a bar, log.jsonl, TensorBoard, pictures and a plot.
+
+Only in process 0.
+"""
 
 import io
 import itertools
@@ -21,7 +24,7 @@ from serpent_ir.system.whole_file import replace_file
 Say = Callable[[str], None]
 
 PICTURE = 256
-"""Longest side in pixels of an image on a strip; of larger ones the middle is shown."""
+"""Longest side in pixels of an image in a strip of pictures. Of larger images the middle is shown."""
 
 
 def say(line: str) -> None:
@@ -30,14 +33,14 @@ def say(line: str) -> None:
 
 
 class Report:
-    """The log of a run in its folder, and its words.
+    """The log of a run in its folder, and the lines that it prints.
 
     Args:
         out: the run's folder.
-        say: where lines go.
+        say: function that prints a line.
         first: whether this process is the one that reports; the others are silent.
-        tensorboard: write event files, too.
-        since: events of this step and later ones are those of a run that was interrupted: they are not to be shown.
+        tensorboard: whether to write event files too.
+        since: events of this step and later ones come from an interrupted run and are not to be shown.
     """
 
     def __init__(self, out: Path, say: Say, *, first: bool = True, tensorboard: bool = False, since: int = 0):
@@ -47,9 +50,9 @@ class Report:
         self._bar: Any = None
 
     def cut(self, step: int, *, validated: bool = True) -> None:
-        """Leave out what was logged after a step, and a last row that was never finished.
+        """Remove what was logged after a step, and a last row that was never finished.
 
-        Unless it was `validated`, the step's own validation as well, which comes again.
+        Unless `validated`, also remove the step's own validation, which will come again.
         """
         if not self.first:
             return
@@ -57,10 +60,10 @@ class Report:
         rows = [row for row in rows if validated or row["step"] < step or "psnr" not in row]
         replace_file(self.log, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         for row in [] if validated else [row for row in rows if row["step"] == step]:
-            self._show(step, row)  # its events went with those of the validation
+            self._show(step, row)  # its events were removed together with those of the validation
 
     def showing(self, total: int, bar: bool) -> AbstractContextManager[object]:
-        """While training: a bar, where `bar` and the error output is a terminal."""
+        """Shows a bar during training, if `bar` is set and stderr is a terminal."""
         if not bar or not sys.stderr.isatty():
             return nullcontext()
         from rich.console import Console
@@ -79,7 +82,7 @@ class Report:
             self._bar(completed=step)
 
     def row(self, step: int, told: str, row: dict[str, Any], *, now: str = "") -> None:
-        """Append a row to the log and say `told`, or show `now` in the bar, where both are."""
+        """Append a row to the log and print `told`; or, if there is a bar and `now` is given, show `now` in the bar."""
         if not self.first:
             return
         line = json.dumps({"step": step, **{key: _finite(value) for key, value in row.items()}})
@@ -105,7 +108,7 @@ class Report:
             self._writer.flush()
 
     def pictures(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Write degraded | restored | clean images (1, 3, H, W), a row each, as `pictures/step-NUMBER.png`."""
+        """Write degraded | restored | clean images (1, 3, H, W), one row each, as `pictures/step-NUMBER.png`."""
         if not rows or not self.first:
             return
         strips = [torch.cat([_middle(image) for image in row], -1) for row in rows]
@@ -123,7 +126,7 @@ class Report:
             self._writer.add_image("degraded, restored, clean", sheet[0].clamp(0, 1), step)
 
     def plot(self) -> None:
-        """Draw loss and PSNR of the whole run, and the PSNR of what it restores, as `run.png`."""
+        """Draw the loss and PSNR of the whole run, and the PSNR of its input, as `run.png`."""
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator, NullLocator
@@ -137,9 +140,9 @@ class Report:
         upper.plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=1)
         upper.set(ylabel="loss", yscale="log")
         upper.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
-        upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be set as formulas, which takes a second
+        upper.yaxis.set_major_formatter("{x:.3g}")  # powers of ten would be typeset as formulas, which takes a second
         lower.plot([r["step"] for r in scores], [r["psnr"] for r in scores], marker=".", label="restored")
-        if given := scores and scores[-1].get("input_psnr"):  # null where it is infinite
+        if given := scores and scores[-1].get("input_psnr"):  # null if it is infinite
             lower.axhline(given, color="grey", ls="--", lw=1, label="input")
             lower.legend()
         lower.set(ylabel="validation PSNR (dB)", xlabel="step")
@@ -157,13 +160,13 @@ class Report:
 
 
 def duration(seconds: float) -> str:
-    """In minutes or hours."""
+    """A duration in minutes or hours."""
     minutes = seconds / 60
     return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without what is none: a row that a kill cut short, or bytes that a damage left."""
+    """The rows of a log, without broken ones: a row that a kill cut short, or damaged bytes."""
     rows = []
     for line in log.read_bytes().split(b"\n") if log.exists() else []:
         try:
@@ -176,14 +179,14 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
 
 
 def _is_right(key: str, value: Any) -> bool:
-    """Whether a row may hold it: numbers alone, or null for one that was not finite."""
+    """Whether a row may hold this value: only numbers, or null for a number that was not finite."""
     if key == "step":
         return isinstance(value, int)
     return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 def event_writer() -> Any:
-    """TensorBoard's class. Raises UsageError where it is missing."""
+    """TensorBoard's class. Raises UsageError if TensorBoard is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The network of a recipe: its options, which recipes know nothing of, and the weights that it starts from."""
+"""The network of a recipe: its options, which the recipe schema does not know, and the weights that it starts from."""
 
 import math
 from pathlib import Path
@@ -14,13 +14,14 @@ from serpent_ir.models.weights import fill
 from serpent_ir.system.forks import Lock
 from serpent_ir.training.recipe import Recipe, RecipeError, of_key
 
-_drawing = Lock()  # by PyTorch's generator, which all threads share
+_drawing = Lock()  # for PyTorch's generator, which all threads share
 
 
 def starting_network(recipe: Recipe, *, fresh: bool = False) -> nn.Module:
-    """A network with the weights that the recipe starts from, or with fresh ones, drawn by its seed alone.
+    """A network with the weights that the recipe starts from, or with fresh weights drawn by its seed alone.
 
-    Raises RecipeError for an unknown network, options that it cannot be built with, and weights of another one.
+    Raises RecipeError for an unknown network, for options that it cannot be built with, and for another network's
+    weights.
     """
     if recipe.model not in list_models():
         raise RecipeError(f"model: unknown model {recipe.model!r}; valid: {', '.join(list_models())}")
@@ -51,9 +52,9 @@ def _start_from(recipe: Recipe, network: nn.Module) -> None:
 
 
 def check_model_options(recipe: Recipe) -> None:
-    """Raise RecipeError for an option that the recipe's network lacks or of another type.
+    """Raise RecipeError for an option that the recipe's network lacks, or that has another type.
 
-    Says nothing of a network that is not known.
+    An unknown network is not reported here.
     """
     if recipe.model not in PRESETS:
         return
@@ -71,7 +72,7 @@ def check_model_options(recipe: Recipe) -> None:
 
 
 def _mismatch(preset: Any, value: Any) -> str:
-    """What is expected where a preset has that value; "" for a value that fits. Numbers are sizes and above zero."""
+    """What is expected where a preset has this value; "" if the value fits. Numbers are sizes and must be positive."""
     if isinstance(preset, tuple):
         fits = isinstance(value, list) and bool(value) and all(type(x) is int and x > 0 for x in value)
         return "" if fits else "a list of integers above zero"

@@ -1,4 +1,4 @@
-"""What a run would take: every stage measured by a few steps on this machine, nothing written."""
+"""Estimates what a run takes: every stage is measured by a few steps on this machine. Nothing is written."""
 
 import itertools
 import math
@@ -19,18 +19,18 @@ from serpent_ir.training.trainer import QUEUED, Trainer
 from serpent_ir.training.validation import validate
 
 TIMED = 20
-"""Steps on a GPU that are timed together, the data of one being made while another runs."""
+"""Steps on a GPU that are timed together, since the data of one step are made while another runs."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. Memory in bytes is the most that was allocated on a GPU, or the process's peak on a CPU."""
+    """One stage. `memory` in bytes is the most that was allocated on a GPU, or the process's peak on a CPU."""
 
     crop: int
     batch: int
     steps: int
-    images: int  # samples drawn in all
-    seconds: float  # of a step; NaN where it did not fit
+    images: int  # all samples that are drawn
+    seconds: float  # per step; NaN if it did not fit
     memory: int
     error: str = ""
 
@@ -39,25 +39,25 @@ class StagePlan:
 class Plan:
     model: str
     task: str
-    images: int  # of the training set
+    images: int  # size of the training set
     workers: str
-    first: bool  # whether this process is the one that should show it
+    first: bool  # whether this process is the one that should show the plan
     device: str
     stages: list[StagePlan]
     validations: int
-    validation_seconds: float  # of one
+    validation_seconds: float  # per validation
 
     @property
     def hours(self) -> float:
-        """Estimate for the whole run, validations included; NaN where a stage does not fit."""
+        """Estimate for the whole run, validations included; NaN if a stage does not fit."""
         training = sum(stage.steps * stage.seconds for stage in self.stages)
         return (training + self.validations * self.validation_seconds) / 3600
 
 
 def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
-    """Measure the stages of a trainer that has not begun; its weights are of no use after.
+    """Measure the stages of a trainer that has not begun. Its weights are useless afterwards.
 
-    `images` stands for the number of training images, which decides the steps of stages given in epochs.
+    `images` replaces the number of training images, which decides the steps of stages given in epochs.
     """
     recipe = trainer.recipe
     images = images or len(trainer.data)
@@ -84,9 +84,10 @@ def make_plan(trainer: Trainer, images: int | None = None) -> Plan:
 
 
 def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | None:
-    """`measure_stage`, of stage `number`; None where it does not fit, be it in one process alone.
+    """`measure_stage` for stage `number`; None if it does not fit, even if only in one process.
 
-    Several find that out each by itself: those who wait in a step of all for one that ran out of memory wait long.
+    With several processes each first tries it alone, because processes that wait in a joint step for one that ran out
+    of memory wait for a long time.
     """
     workers, stage = trainer.workers, trainer.recipe.stages[number]
     measure = partial(measure_stage, trainer, stage)
@@ -107,15 +108,18 @@ def measure_where_it_fits(trainer: Trainer, number: int) -> tuple[float, int] | 
 
 
 def _try_alone(trainer: Trainer, stage: Stage) -> None:
-    """The way forth and back of a step, without the other processes."""
+    """The forward and backward pass of a step, without the other processes."""
     for graph in trainer.graphs:
-        graph.release()  # the stage before has its memory
+        graph.release()  # it still holds the memory of the stage before
     batch = trainer.data.batch(trainer.workers.share(range(stage.batch)), stage.crop, seed=trainer.recipe.seed)
     trainer.update.backward(*batch)
 
 
 def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
-    """Seconds of a step with its data, and peak memory (see `StagePlan`). The trainer's weights are of no use after."""
+    """Seconds per step with its data, and peak memory (see `StagePlan`).
+
+    The trainer's weights are useless afterwards.
+    """
     samples = trainer.workers.share(range(stage.batch))
     batches = Prefetcher(trainer.data, itertools.repeat((samples, stage.crop)), seed=trainer.recipe.seed)
     cuda = trainer.device.type == "cuda"
@@ -139,7 +143,7 @@ def measure_stage(trainer: Trainer, stage: Stage) -> tuple[float, int]:
 
 
 def _peak() -> int:
-    """Most memory that this process ever had, in bytes; 0 where the system does not say."""
+    """The most memory that this process ever had, in bytes; 0 if the system does not tell."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -149,7 +153,7 @@ def _peak() -> int:
 
 
 def _validation_seconds(trainer: Trainer) -> float:
-    """Of all images, by a few of them, the first of which is not counted."""
+    """Seconds for all images, estimated from a few of them. The first one is not counted."""
     few = min(3 * trainer.workers.world, len(trainer.val))
     validate(trainer.average, trainer.val, trainer.recipe.precision, count=few)
     start = time.perf_counter()

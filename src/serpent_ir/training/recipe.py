@@ -21,49 +21,49 @@ class Stage:
     """A stretch of training at one crop size (paper, "Progressive learning"), as long as `steps` or `epochs` says."""
 
     crop: int  # side in pixels
-    batch: int  # samples of a step, over all processes and accumulated parts
+    batch: int  # samples per step, over all processes and accumulated parts
     steps: int = 0
     epochs: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of a training. Where and on how many devices it runs does not.
+    """What decides the result of a training. Where, and on how many devices, it runs does not decide it.
 
-    Images are named as `serpent_ir.data.list_images` reads them: a folder or a packed set, or part of one by [A:B].
+    Images are named as in `serpent_ir.data.list_images`: a folder or a packed set, or part of one with [A:B].
     """
 
     model: str
     task: str
     train: list[str]  # clean images
     val: str  # clean images
-    out: str  # folder of the run
+    out: str  # the run's folder
     stages: list[Stage]
-    start: str = ""  # weights to go on from: a name that ships, or a safetensors file; fresh ones where empty
-    lr: float = 1e-3  # of Adam, after warm-up; it falls to zero along a cosine
+    start: str = ""  # weights to start from: the name of shipped ones, or a safetensors file; fresh ones if empty
+    lr: float = 1e-3  # Adam's learning rate after warm-up; it falls to zero along a cosine
     warmup: int = 200  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999  # decay of the averaged weights, which are validated and kept
+    ema: float = 0.999  # decay of the averaged weights, which are what is validated and kept
     val_every: int = 1000  # steps
     seed: int = 0
     device: str = "auto"
     loss: Literal["l1", "l2", "charbonnier", "log"] = "l1"
-    mix: list[str] = field(default_factory=list)  # tasks that samples get by turns, in place of `task` alone
-    frequency: float = 0.0  # weight of an L1 loss on the two-dimensional real FFT, beside `loss`
+    mix: list[str] = field(default_factory=list)  # tasks that samples get in turn, instead of `task` alone
+    frequency: float = 0.0  # weight of an additional L1 loss on the two-dimensional real FFT
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    accumulate: int = 1  # parts that a process cuts its share of a batch into
-    recompute: bool = False  # activations again in the backward pass instead of kept, where that saves most memory
-    keep: int = 3  # checkpoints, beside the best one
+    accumulate: int = 1  # parts into which a process cuts its share of a batch
+    recompute: bool = False  # compute activations again in the backward pass where keeping them takes most memory
+    keep: int = 3  # checkpoints to keep besides the best one
     model_options: dict[str, Any] = field(default_factory=dict)  # fields of the network's config
 
     def steps_of(self, stage: Stage, n_images: int) -> int:
-        """Steps of a stage on a training set of so many images; at least one."""
+        """Steps of a stage on a training set of this many images; at least one."""
         return stage.steps or max(1, round(stage.epochs * n_images / stage.batch))
 
     def differs_from(self, saved: dict[str, Any]) -> list[str]:
-        """The keys in which it differs from a recipe as `dataclasses.asdict` gave it.
+        """The keys in which it differs from a saved recipe (in the form of `dataclasses.asdict`).
 
-        A key that was not there yet when that was written had its default.
+        A key that did not exist when the recipe was saved had its default then.
         """
         then, now = _with_defaults(Recipe, saved), dataclasses.asdict(self)
         then["stages"] = [_with_defaults(Stage, stage) for stage in saved["stages"]]
@@ -71,20 +71,20 @@ class Recipe:
 
 
 class RecipeError(UsageError):
-    """A key of a recipe that fits the schema, and not what is here: images, weights, devices.
+    """A key of a recipe fits the schema but not what is here: images, weights, devices.
 
-    The message begins with the key; `serpent_ir.train.open_trainer` puts before it where that is said.
+    The message begins with the key. `serpent_ir.train.open_trainer` prefixes it with the place where the key is set.
     """
 
     @property
     def key(self) -> str:
-        """With dots, as in an override."""
+        """The key with dots, as in an override."""
         return re.findall(r"\w+(?:\.\w+)*", str(self))[0]
 
 
 @contextmanager
 def of_key(key: str) -> Iterator[None]:
-    """Say which key it is whose value a UsageError refuses."""
+    """Add the key whose value a UsageError refuses to its message."""
     try:
         yield
     except UsageError as error:
@@ -92,13 +92,13 @@ def of_key(key: str) -> Iterator[None]:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; an override is `key=value`, with dots into lists (`stages.0.steps=10`).
+    """Read and check a recipe. An override is `key=value`, with dots for places in lists (`stages.0.steps=10`).
 
-    The keys of a recipe replace those of its `base`, another recipe file, named relative to it; overrides replace both.
+    The keys of a recipe replace those of its `base`, another recipe file, named relative to it. Overrides replace both.
 
     Raises:
-        UsageError: no such file, not YAML, an unknown, missing or ill-typed key, or values that do not go together; it
-            names the file, or the command line, the key and what is allowed.
+        UsageError: no such file, not YAML, an unknown, missing or ill-typed key, or values that do not go together. The
+            message names the file (or the command line), the key, and what is allowed.
     """
     for override in overrides:
         if "=" not in override:
@@ -113,12 +113,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def file_of(key: str, path: Path, overrides: Sequence[str] = ()) -> str:
-    """Which file a key of the recipe is from that `load_recipe` read, itself or a base, or that it is an override."""
+    """The source of a key that `load_recipe` read: the recipe file, one of its bases, or an override."""
     return _source(key, path, _read(path, ())[1], overrides)
 
 
 def _source(key: str, path: Path, origins: dict[str, str], overrides: Sequence[str]) -> str:
-    """Where a key is said: on the command line, if an override says it, what it is a part of, or a part of it."""
+    """Where a key is set: on the command line if an override sets it, a part of it, or what it is part of."""
     for override in overrides:
         place = override.partition("=")[0]
         if f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}."):
@@ -127,7 +127,7 @@ def _source(key: str, path: Path, origins: dict[str, str], overrides: Sequence[s
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The keys of a recipe file over those of its base, and which file each is from."""
+    """The keys of a recipe file merged over those of its base, and the file that each comes from."""
     import yaml
 
     try:
@@ -137,7 +137,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         raise UsageError(f"{path}: cannot be read ({error.strerror}){asked}") from None
     except UsageError:
         raise
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # the last: a date of month 13
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date of month 13
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected keys and values, got {_short(raw)}")
@@ -156,7 +156,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
 
 
 def _load(text: str, where: str) -> Any:
-    """What YAML says; a key that is said twice is a UsageError, where PyYAML would take the last."""
+    """Parse YAML. A key that occurs twice is a UsageError; PyYAML would silently take the last one."""
     import yaml  # an extra: only training reads recipes
 
     class Loader(yaml.SafeLoader):
@@ -200,7 +200,7 @@ def _override(raw: dict[str, Any], override: str, path: Path) -> None:
 
 
 def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
-    """Raise UsageError for values out of range, or that do not go together; `source` says where a key is from."""
+    """Raise UsageError for values out of range, or that do not go together. `source` tells where a key is set."""
 
     def refuse(key: str, rule: str) -> typing.NoReturn:
         value: Any = recipe
@@ -216,7 +216,7 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         if not getattr(recipe, key):
             refuse(key, "given")
     for key in ("lr", "clip"):
-        if not 0 < getattr(recipe, key) < math.inf:  # a NaN is neither
+        if not 0 < getattr(recipe, key) < math.inf:  # NaN fails this too
             refuse(key, "positive and finite")
     for key in ("val_every", "accumulate", "keep"):
         if getattr(recipe, key) < 1:
@@ -260,7 +260,7 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
 
 
 def _typed(kind: Any, raw: Any, source: Callable[[str], str], key: str) -> Any:
-    """`raw` as a value of `kind` (dataclass, list, dict, some words, plain type), or a UsageError with its key."""
+    """`raw` as a value of `kind` (dataclass, list, dict, literal words, plain type); or a UsageError with its key."""
     where = _at(source, key)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(raw, dict):
@@ -314,13 +314,13 @@ def _refuse_unknown(kind: type, raw: dict[Any, Any], source: Callable[[str], str
 
 
 def _at(source: Callable[[str], str], key: str, part: object = "") -> str:
-    """What an error of a key begins with: where that is said, or a part of it that is wrong, and the key."""
+    """How an error about a key begins: where the key, or the part of it that is wrong, is set; then the key."""
     place = ".".join(str(name) for name in (key, part) if name != "")
     return f"{source(place)}: {_plain(key)}" if key else source(place)
 
 
 def _with_defaults(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a dataclass's fields, with the defaults of those that are missing."""
+    """Values of a dataclass's fields, with defaults for those that are missing."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     factories = {field.name: field.default_factory for field in dataclasses.fields(kind)}
     made = {name: make() for name, make in factories.items() if make is not dataclasses.MISSING}

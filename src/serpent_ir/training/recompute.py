@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that keep their input alone and compute the rest again on the way back."""
+"""Activation checkpointing: blocks keep only their input and compute the rest again in the backward pass."""
 
 import functools
 
@@ -13,20 +13,20 @@ BLOCKS = {
     "SwinIR": "SwinLayer",
     "Restormer": "TransformerBlock",
 }
-"""Of each kind of network, the modules that hold most of what the way back needs."""
+"""For each kind of network, the modules that hold most of what the backward pass needs."""
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Make the blocks of a network compute themselves again in the backward pass. The results are the same bits.
+    """Make the blocks of a network recompute themselves in the backward pass. The results are the same bits.
 
-    Selective: what lies between blocks (embedding, merging, expanding, head, skips) is kept, since it is small or cheap
-    to keep. Raises UsageError for a network whose blocks are not known.
+    This is selective: what lies between blocks (embedding, merging, expanding, head, skips) is kept, since it is small
+    or cheap to keep. Raises UsageError for a network whose blocks are not known.
     """
     kind = type(network).__name__
     blocks = [module for module in network.modules() if type(module).__name__ == BLOCKS.get(kind)]
     if not blocks:
         raise UsageError(f"recompute: the blocks of {kind} are not known; leave it out")
     for block in blocks:
-        # No block draws random numbers, and reading the generator's state would make a GPU wait.
+        # No block draws random numbers, and reading the generator's state would make the host wait for a GPU.
         again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         block.forward = again

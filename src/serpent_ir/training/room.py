@@ -1,4 +1,4 @@
-"""What is said where memory is short: one line with a remedy."""
+"""Messages for when memory is short: one line with a remedy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from serpent_ir.training.workers import Workers
 
 @contextmanager
 def room_for(told: Callable[[], str]) -> Iterator[None]:
-    """Raise OutOfRoomError with what is `told` where PyTorch runs out of memory."""
+    """If PyTorch runs out of memory, raise OutOfRoomError with the line that `told` returns."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -22,15 +22,15 @@ def room_for(told: Callable[[], str]) -> Iterator[None]:
 
 
 def loading(recipe: Recipe, workers: Workers) -> str:
-    """That images and network do not fit: of all but a step and a validation."""
+    """The line for images and network that do not fit: for everything except a step and a validation."""
     return (
-        f"{recipe.model} and the images of train do not fit in the memory of {workers.told()}; close what else uses it,"
-        " choose another device=, or `serpent data pack` the images: packed ones are read from disk as they are used"
+        f"{recipe.model} and the images of train do not fit in the memory of {workers.told()}; close other programs, "
+        "choose another device=, or `serpent data pack` the images: packed ones are read from disk as they are used"
     )
 
 
 def training(recipe: Recipe, workers: Workers, number: int) -> str:
-    """That a step of stage `number` does not fit."""
+    """The line for a step of stage `number` that does not fit."""
     stage = recipe.stages[number]
     return (
         f"stages.{number}: crop {stage.crop} with batch {stage.batch} does not fit in the memory of {workers.told()}; "
@@ -39,16 +39,16 @@ def training(recipe: Recipe, workers: Workers, number: int) -> str:
 
 
 def validating(image: object, clean: Tensor, workers: Workers) -> str:
-    """That an image (1, 3, H, W) does not fit; `image` is its name."""
+    """The line for an image (1, 3, H, W), called `image`, that does not fit."""
     height, width = clean.shape[-2:]
     return (
-        f"{image}: validation of its {width}x{height} px does not fit in the memory of {workers.told()}; close what "
-        "else uses it, or go on with --resume and smaller images in val="
+        f"{image}: validation of its {width}x{height} px does not fit in the memory of {workers.told()}; close other "
+        "programs, or go on with --resume and smaller images in val="
     )
 
 
 def remedies(recipe: Recipe, workers: Workers) -> str:
-    """Keys of the recipe that make a step smaller and leave its result."""
+    """Keys of the recipe that make a step need less memory and do not change its result."""
     parts = 2 * recipe.accumulate
     cuts = all(stage.batch % (workers.world * parts) == 0 for stage in recipe.stages)
     keys = [f"accumulate={parts}"] * cuts + ["recompute=true"] * (not recipe.recompute)

@@ -1,4 +1,4 @@
-"""What a step of a recipe is, by its number alone: stage, samples, learning rate. Nothing here has a state."""
+"""What a step of a recipe is, as a function of its number: stage, samples, learning rate. Nothing here has a state."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from serpent_ir.training.recipe import Recipe, Stage
 
 @dataclass(frozen=True)
 class Schedule:
-    """A recipe on a training set: `lengths` are the steps of each of its stages."""
+    """A recipe applied to a training set. `lengths` are the steps of each of its stages."""
 
     recipe: Recipe
     lengths: tuple[int, ...]
@@ -18,7 +18,7 @@ class Schedule:
         return sum(self.lengths)
 
     def place(self, step: int) -> tuple[int, Stage, int]:
-        """Number and stage of a step, and how many samples were drawn before it."""
+        """The number of a step's stage, the stage, and how many samples were drawn before the step."""
         samples = 0
         for number, (stage, length) in enumerate(zip(self.recipe.stages, self.lengths, strict=True)):
             if step < length:
@@ -38,19 +38,25 @@ class Schedule:
         return self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def decay(self, step: int) -> float:
-        """Of the averaged weights, which follow quickly at first: they never drag the initial ones along."""
+        """Decay of the averaged weights.
+
+        At first they follow quickly, so that the initial weights have no influence.
+        """
         return min(self.recipe.ema, (1 + step) / (10 + step))
 
     def ends_stage(self, done: int) -> bool:
-        """Whether the step before number `done` was the last of its stage."""
+        """Whether a stage ends after `done` steps."""
         return done == self.steps or self.place(done)[0] != self.place(done - 1)[0]
 
     def validates(self, done: int) -> bool:
-        """Whether weights after `done` steps are kept and validated."""
+        """Whether the weights after `done` steps are kept and validated."""
         return done > 0 and (self.ends_stage(done) or done % self.recipe.val_every == 0)
 
     def seconds_left(self, done: int, seconds: float) -> float:
-        """Estimate for the rest of the run from the seconds of the last step: a step costs as its pixels do."""
+        """Estimated seconds of the rest of the run, from the last step's.
+
+        A step's time is taken to follow its pixels.
+        """
         number, stage, _ = self.place(done - 1)
         ahead = [(stage, sum(self.lengths[: number + 1]) - done)]
         ahead += zip(self.recipe.stages[number + 1 :], self.lengths[number + 1 :], strict=True)

@@ -1,5 +1,7 @@
-"""A step of training: forward, backward, clipping, Adam and the averaged weights; captured in a CUDA graph where that
-is possible."""
+"""A step of training: forward, backward, clipping, Adam and the averaged weights.
+
+Runs from a CUDA graph if possible.
+"""
 
 import gc
 import warnings
@@ -18,7 +20,8 @@ from serpent_ir.training.workers import Workers
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
     """A CUDA stream to build and run a Trainer on; nothing on other devices.
 
-    Graphs cannot be captured on the default stream, and autograd remembers the stream on which it met a parameter.
+    Graphs cannot be captured on the default stream, and autograd remembers the stream on which it first saw a
+    parameter.
     """
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
@@ -27,14 +30,14 @@ Result = TypeVar("Result", Tensor, None)
 
 
 class Tally:
-    """Losses, and steps that were skipped, counted on the device: reading them makes the host wait for it."""
+    """Losses, and skipped steps, counted on the device, because reading them makes the host wait."""
 
     def __init__(self, device: torch.device):
-        # Sum and number of finite losses, skipped steps, those in a row until now, and most in a row.
+        # Sum of finite losses, their number, skipped steps, those in a row until now, and the most in a row.
         self.counts = torch.zeros(5, device=device)
 
     def add(self, loss: Tensor, bad: Tensor) -> None:
-        """Count a step; `bad` is 1 where it is skipped, else 0."""
+        """Count a step. `bad` is 1 if it is skipped, else 0."""
         counts = self.counts
         counts[0] += torch.where(bad > 0, torch.zeros_like(loss), loss)
         counts[1] += 1 - bad
@@ -43,26 +46,26 @@ class Tally:
         counts[4] = torch.maximum(counts[4], counts[3])
 
     def take(self) -> tuple[float, int]:
-        """Mean finite loss (NaN where there was none) and number of skipped steps since the last time."""
+        """Mean finite loss (NaN if there was none) and number of skipped steps since the last call."""
         total, good, skipped, _, _ = self.counts.tolist()
         self.counts[:3] = 0
         return total / good if good else float("nan"), int(skipped)
 
     def in_a_row(self) -> int:
-        """Most steps in a row that were skipped, ever."""
+        """The most steps in a row that were ever skipped."""
         return int(self.counts[4])
 
 
 class Step:
-    """Trains a network on a batch (degraded, clean) and returns nothing: the loss goes to `tally`.
+    """Trains a network on a batch (degraded, clean). It returns nothing: the loss goes to `tally`.
 
-    `average`, weights that follow the network's, goes the share `follow` of the way to them, which the caller sets.
-    A step whose loss or gradient is not finite changes neither weights nor average nor the optimiser's state. On CUDA
-    and CPUs that is decided where the numbers are, by the switch that fused Adam has for loss scaling, and for the
-    average by a factor: the host need not wait.
+    `average`, weights that follow the network's, moves the share `follow`, which the caller sets, of the way to them. A
+    step whose loss or gradient is not finite changes neither weights nor average nor the optimiser's state. On CUDA and
+    CPUs that is decided on the device, for Adam by the switch that its fused form has for loss scaling, and for the
+    average by a factor, so that the host need not wait.
 
-    Several processes that train together take its halves instead: `gradients` of their shares of the batch, whose mean
-    over all of them is what each hands to `go`.
+    Several processes that train together use its two halves instead: each calls `gradients` for its share of the batch,
+    and passes the mean over all processes to `go`.
     """
 
     def __init__(
@@ -81,23 +84,23 @@ class Step:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.clip, self.dtype, self.parts = clip, dtype, parts
         self.tally = Tally(device)
-        # A tensor, as a number would be frozen into a graph.
+        # A tensor, since a number would be frozen into a graph.
         self.follow = torch.zeros((), device=device)
-        # Data alone, or autograd would keep a graph of all steps.
+        # `.data`, since otherwise autograd would keep a graph of all steps.
         self.averages, self.weights = ([p.data for p in each.parameters()] for each in (average, network))
 
     def __call__(self, degraded: Tensor, clean: Tensor) -> None:
         self._go(self.backward(degraded, clean))
 
     def gradients(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        """The gradients of all weights one after the other, and the loss: (numbers,), float32."""
+        """The gradients of all weights, concatenated, then the loss: one float32 vector."""
         loss = self.backward(degraded, clean)
-        # A weight that no output depends on has no gradient.
+        # A weight on which no output depends has no gradient.
         made = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         return torch.cat([*(gradient.flatten() for gradient in made), loss[None]])
 
     def go(self, numbers: Tensor) -> None:
-        """The step along what `gradients` made."""
+        """Finish the step with what `gradients` returned."""
         *parts, loss = numbers.split([*(p.numel() for p in self.parameters), 1])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -117,7 +120,7 @@ class Step:
         torch._foreach_add_(self.averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def backward(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        """Make gradients, and return the loss."""
+        """Compute gradients, and return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
@@ -131,16 +134,17 @@ class Step:
 
 
 class GraphedStep(Generic[Result]):
-    """Calls `step(*tensors)` from a CUDA graph, captured anew whenever the shapes change.
+    """Calls `step(*tensors)` from a CUDA graph, which is captured anew whenever the shapes change.
 
-    The first calls at a shape run as they are: they make the kernels and the optimiser's state that the graph goes on
-    with. All calls must come on one stream that is not the default one. `step` may return a tensor; the caller gets a
-    copy. A step that cannot be captured is called as it is, with a warning; at other shapes it is tried again.
+    The first calls at a shape run uncaptured: they create the kernels and the optimiser's state that the graph uses.
+        All
+    calls must come on one stream that is not the default one. `step` may return a tensor, of which the caller gets a
+    copy. A step that cannot be captured is called uncaptured, with a warning. At other shapes capture is tried again.
 
     Args:
         step: what to call.
-        workers: the processes that train together; before a capture this one catches up with them. `step` must hold
-            none of their collectives.
+        workers: the processes that train together; before a capture this process catches up with them. `step` must
+            contain none of their collectives.
     """
 
     WARMUP = 3
@@ -153,12 +157,12 @@ class GraphedStep(Generic[Result]):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.output: Any = None
-        self.plain = False  # it was found that the step cannot be captured at these shapes
+        self.plain = False  # true if the step turned out not to be capturable at these shapes
 
     def __call__(self, *tensors: Tensor) -> Result:
         shapes = [x.shape for x in tensors]
         if shapes != self.shapes:
-            self._synchronize()  # before the memory of the old graph goes
+            self._synchronize()  # before the memory of the old graph is released
             self.release()
             self.shapes, self.calls, self.plain = shapes, 0, False
         self.calls += 1
@@ -173,7 +177,7 @@ class GraphedStep(Generic[Result]):
         return result
 
     def release(self) -> None:
-        """Let go of the graph."""
+        """Drop the graph."""
         self.graph, self.inputs, self.output = None, [], None
 
     def _synchronize(self) -> None:
@@ -182,7 +186,7 @@ class GraphedStep(Generic[Result]):
         torch.cuda.synchronize()
 
     def _try_capture(self, tensors: tuple[Tensor, ...]) -> None:
-        """Make the graph, or find that there can be none."""
+        """Make the graph, or find out that there can be none."""
         self._synchronize()
         try:
             self._capture(tensors)
@@ -197,6 +201,6 @@ class GraphedStep(Generic[Result]):
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         self.inputs = [x.clone() for x in tensors]
-        gc.collect()  # a forgotten autograd graph would still hold nodes of its own
-        torch.cuda.empty_cache()  # whose memory the graph cannot have
+        gc.collect()  # a forgotten autograd graph would still hold its nodes
+        torch.cuda.empty_cache()  # the graph cannot use cached memory
         self.graph, self.output = capture(lambda: self.step(*self.inputs))

@@ -1,4 +1,4 @@
-"""What comes between two steps: a signal, the end of the time that a run was given, a checkpoint that is due."""
+"""What can come between two steps: a signal, the end of the time that a run was given, a checkpoint that is due."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from serpent_ir.errors import SerpentError
 
 
 class StoppedError(SerpentError):
-    """A run that was asked to end early, and saved; `status` is the exit status."""
+    """A run was asked to end early, and was saved. `status` is the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -19,19 +19,22 @@ class StoppedError(SerpentError):
 
 
 OUT_OF_TIME, SAVE = 1000, 1
-"""What `Stop.asked` says when the time is over, and when a checkpoint is due; numbers of other signals lie between."""
+"""Answers of `Stop.asked` if the time is over and if a checkpoint is due. The numbers of signals lie between them."""
 
 
 IMPATIENT = 2.0
-"""Seconds after which another Ctrl-C means it. Before, it is the same one: a launcher hands it on to its processes."""
+"""Seconds after which a second Ctrl-C counts as another one.
+
+Before that it may be the same one, which launchers pass on.
+"""
 
 
 SAVE_SECONDS = 600.0
-"""Between checkpoints at most, however far validations are apart."""
+"""Most seconds between checkpoints, however far apart validations are."""
 
 
 class Stop:
-    """Notes what the run should do after the step it is at."""
+    """Records what the run should do after the current step."""
 
     def __init__(self, minutes: float | None):
         self.signal, self._since = 0, 0.0
@@ -39,7 +42,7 @@ class Stop:
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
 
     def asked(self) -> int:
-        """The number of a signal, `OUT_OF_TIME`, `SAVE` or 0; of several processes the largest answer counts."""
+        """The number of a signal, `OUT_OF_TIME`, `SAVE` or 0. With several processes the largest answer counts."""
         now = time.monotonic()
         if self.until is not None and now >= self.until:
             return OUT_OF_TIME
@@ -47,9 +50,9 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as a wish; Ctrl-C after some seconds once more acts at once."""
+        """Treat SIGINT and SIGTERM as a request. A second Ctrl-C, some seconds later, acts at once."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may
+            yield  # only the main thread may set handlers
             return
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -74,5 +77,5 @@ def told(reason: int) -> str:
 
 
 def status(reason: int) -> int:
-    """The exit status that shells know: 128 and the signal's number."""
+    """The exit status by the convention of shells: 128 plus the signal's number."""
     return 128 + reason

@@ -36,13 +36,13 @@ from serpent_ir.training.stopping import OUT_OF_TIME, SAVE, Stop, StoppedError
 from serpent_ir.training.validation import ValidationImages, validate
 from serpent_ir.training.workers import Workers
 
-QUEUED = 2  # steps that a GPU may be behind when the host asks for the next batch, which waits for no more
+QUEUED = 2  # steps that a GPU may be behind when the host asks for the next batch
 LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
-CUDA_GRAPHS = True  # a step of many small kernels is otherwise bound by the host that launches them
-MOST_SKIPPED = 5  # steps in a row whose loss is not finite, after which training stops
+CUDA_GRAPHS = True  # without graphs a step of many small kernels is bound by the host that launches them
+MOST_SKIPPED = 5  # training stops after this many steps in a row whose loss is not finite
 
 FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
-"""Keys of a recipe that say where and how it runs; a run may go on with others. The rest decide the result."""
+"""Keys of a recipe that say where and how it runs. A run may continue with other values; the rest decide the result."""
 
 
 class Trainer:
@@ -50,9 +50,9 @@ class Trainer:
 
     Args:
         recipe: what to train.
-        say: takes a line for people; by default stderr, with a bar where that is a terminal.
+        say: prints a line for people; by default on stderr, with a bar if that is a terminal.
         workers: the processes that train; by default those that the environment names.
-        tensorboard: write event files, too.
+        tensorboard: whether to write event files too.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         if tensorboard and self.workers.first:
             report.event_writer()
-        # Where there are checkpoints their weights count: those to start from may be gone.
+        # If there are checkpoints, their weights count, and the weights to start from may be gone.
         begun = self.workers.from_first(bool(self.checkpoints.paths()))
         network = starting_network(recipe, fresh=begun)
         self.val = ValidationImages(val_files, self.degradation, self.workers)
@@ -98,9 +98,9 @@ class Trainer:
             if crop > most:
                 raise RecipeError(f"stages.{i}.crop is {crop}; it must be at most {most} for {image}; or remove it")
         self.schedule = Schedule(recipe, tuple(recipe.steps_of(stage, len(self.data)) for stage in recipe.stages))
-        self.step, self.seconds = 0, 0.0  # seconds of training, validation left out
+        self.step, self.seconds = 0, 0.0  # seconds of training, without validation
         self.score: dict[str, float] = {}  # of the last validation
-        self.saved: tuple[int, Path] | None = None  # step and checkpoint last written or gone on from
+        self.saved: tuple[int, Path] | None = None  # step and path of the checkpoint last written or resumed from
         self.validated = -1  # step of the last validation
         if recipe.recompute:
             recompute_blocks(self.network)
@@ -117,15 +117,15 @@ class Trainer:
         )
         self.graphs: list[GraphedStep] = []
         if self.workers.joined:
-            # One sum of all gradients between two graphs, not DistributedDataParallel, whose many are amid the backward
-            # pass: NCCL in a graph is watched by nobody, and all processes would have to replay it or none.
+            # One sum of all gradients between two graphs. DistributedDataParallel has many sums within the backward
+            # pass, and nothing watches NCCL inside a graph, which all processes would have to replay or none.
             gradients, go = self._captured(self.update.gradients), self._captured(self.update.go)
             self.call = lambda *batch: go(self.workers.mean_(gradients(*batch)))
         else:
             self.call = self._captured(self.update)
 
     def _captured(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """What calls this part of a step, from a CUDA graph where there can be one."""
+        """A function that calls this part of a step, from a CUDA graph if that is possible."""
         if not CUDA_GRAPHS or self.device.type != "cuda":
             return part
         self.graphs.append(GraphedStep(part, self.workers))
@@ -133,19 +133,20 @@ class Trainer:
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         on_gpu = self.device.type == "cuda"
-        # On a GPU a tensor: a number would be frozen into the graph.
+        # On a GPU it is a tensor, since a number would be frozen into the graph.
         lr = torch.tensor(self.recipe.lr, device=self.device) if on_gpu else self.recipe.lr
         fused = self.device.type in ("cuda", "cpu")
         return torch.optim.Adam(self.network.parameters(), lr=lr, fused=fused, capturable=on_gpu)
 
     def run(self, *, resume: bool = False, stop_after_minutes: float | None = None) -> Path:
-        """Train from the current step to the last one, or for so long; return the file of the averaged weights.
+        """Train from the current step to the last one, or for the given time. Returns the path of the averaged weights.
 
         Raises:
             UsageError: the folder holds a run, and `resume` is not set.
             StoppedError: a signal asked for it; the run was saved.
-            OutOfRoomError: a step or a validation that does not fit in memory.
-            SerpentError: a run of another recipe, or one at work, losses that are not finite, a full disk.
+            OutOfRoomError: a step or a validation does not fit in memory.
+            SerpentError: the folder holds a run of another recipe, or another training works there; losses are not
+                finite; the disk is full.
         """
         stop = Stop(stop_after_minutes)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -205,7 +206,7 @@ class Trainer:
                 stop.saved = time.monotonic()
                 since += time.perf_counter() - begun
             if ends:
-                self.workers.from_first(None)  # the others wait until it is written
+                self.workers.from_first(None)  # the others wait until the checkpoint is written
                 line = f"{stopping.told(asked)} at step {self.step} of {self.schedule.steps}; {self.out} is saved"
                 if asked != OUT_OF_TIME:
                     told = f"{line}; go on with --resume" if self.workers.first else ""
@@ -214,7 +215,7 @@ class Trainer:
                 return
 
     def batches(self) -> Prefetcher:
-        """This process's shares of the batches (degraded, clean) from the current step on."""
+        """This process's shares of the batches (degraded, clean), from the current step on."""
         steps = range(self.step, self.schedule.steps)
         requests = (
             (self.workers.share(self.schedule.samples(step)), self.schedule.place(step)[1].crop) for step in steps
@@ -222,7 +223,7 @@ class Trainer:
         return Prefetcher(self.data, requests, seed=self.recipe.seed)
 
     def train_step(self, degraded: Tensor, clean: Tensor) -> None:
-        """The current step, on its batch; the loss goes to `update.tally`."""
+        """Do the current step with its batch. The loss goes to `update.tally`."""
         lr = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -234,7 +235,7 @@ class Trainer:
         self.workers.queued()
 
     def save(self) -> Path | None:
-        """Write a checkpoint, unless this step has one, and the averaged weights; the first process does."""
+        """Write a checkpoint, unless this step has one, and the averaged weights. Only the first process writes."""
         if not self.workers.first:
             return None
         if self.saved is None or self.saved[0] != self.step:
@@ -260,29 +261,29 @@ class Trainer:
         return self.checkpoints.save(self.step, groups, facts)
 
     def _images(self) -> dict[str, Any]:
-        """What tells training sets apart, wherever they lie and whether or not they are packed."""
+        """What identifies the training set, wherever it lies and whether or not it is packed."""
         return {"count": len(self.data), "sizes": hashlib.sha256(self.data.sizes.tobytes()).hexdigest()}
 
     def _write_weights(self, name: str, step: int, tensors: dict[str, Tensor]) -> Path:
         metadata = {"network": self.recipe.model, "task": self.recipe.task, "step": str(step)}
         metadata["steps"] = json.dumps(self.schedule.lengths)
-        if self.recipe.model_options:  # not all of them can be told from shapes
+        if self.recipe.model_options:  # not all of them can be inferred from shapes
             metadata["options"] = json.dumps(self.recipe.model_options)
         weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
         path = self.out / f"{name}.safetensors"
-        # As bytes, since safetensors would make a file that its owner alone can read.
+        # Written as bytes, since safetensors would create a file that only its owner can read.
         replace_file(path, sealed(save(weights, metadata)))
         return path
 
     def _generators(self) -> dict[str, Tensor]:
-        """PyTorch's generators. Samples need none: they are functions of their numbers."""
+        """The states of PyTorch's generators. Samples need none, since they are functions of their numbers."""
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def _open(self, resume: bool) -> Path | None:
-        """Begin in the run's folder, or go on from its newest checkpoint that is whole.
+        """Begin in the run's folder, or continue from its newest whole checkpoint.
 
-        Return that checkpoint where its validation is to be made again.
+        Returns that checkpoint if its validation has to be repeated.
         """
         first = self.workers.first
         if first:
@@ -293,7 +294,7 @@ class Trainer:
             self._go_on(found)
         elif resume:
             self.say(f"{self.out}: holds no checkpoint to go on from; starting anew")
-        # A kill came before its validation was complete.
+        # If so, the run was killed before the validation was complete.
         again = found is not None and self.validated != self.step and self.schedule.validates(self.step)
         since = 0 if found is None else self.step + (not again)
         self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
@@ -304,7 +305,7 @@ class Trainer:
         return found.path if found is not None and again else None
 
     def _check_folder(self, resume: bool) -> None:
-        """Refuse to write over a run."""
+        """Refuse to overwrite a run."""
         checkpoints, weights = self.checkpoints.paths(), self.out / "weights.safetensors"
         if resume and weights.exists() and not checkpoints:
             raise UsageError(f"{self.out}: holds weights, and no checkpoint to go on from; choose another out=")
@@ -346,7 +347,7 @@ class Trainer:
         self.say(line)
 
     def _check_finite(self) -> None:
-        """Stop after several steps in a row that were skipped. A GPU is asked when the loss is read anyway."""
+        """Stop if several steps in a row were skipped. A GPU is only asked when the loss is read anyway."""
         if self.device.type == "cuda" and self.step % LOG_EVERY and not self.schedule.validates(self.step):
             return
         if self.update.tally.in_a_row() < MOST_SKIPPED:
@@ -358,7 +359,7 @@ class Trainer:
         )
 
     def _log(self, seconds: float, share: float) -> None:
-        """Log the steps since the last time, which took so long each, and this share of it waiting for data."""
+        """Log the steps since the last log: `seconds` per step, of which `share` was spent waiting for data."""
         number, stage, _ = self.schedule.place(self.step - 1)
         loss, skipped = self.update.tally.take()
         rate = stage.batch / seconds
@@ -389,16 +390,16 @@ class Trainer:
         told = line.format(self.step, self.schedule.steps, **means)
         self.report.row(self.step, told, {**means, "seconds": round(self.seconds, 1)})
         self.report.pictures(self.step, pictures)
-        # Last, since a validation without a score is made again after a kill.
+        # The score is written last, because a validation without a score is repeated after a kill.
         if self.workers.first and path is not None and math.isfinite(means["psnr"]):
             self.checkpoints.score(path, means)
 
     def _finish(self) -> None:
-        # Once more: a kill may have come between them and the last checkpoint.
+        # Written again, since a kill may have come between the weights and the last checkpoint.
         last = self._write_weights("weights", self.step, self.average.state_dict())
         self.report.plot()
         told = f"the averaged weights are in {last}"
-        (self.out / "best.safetensors").unlink(missing_ok=True)  # of what was the best before the run went on
+        (self.out / "best.safetensors").unlink(missing_ok=True)  # it holds what was the best before the run continued
         best = self.checkpoints.best_weights()
         if best and best[0] != self.step:
             told += f", those of the best validation, at step {best[0]}, in {self._write_weights('best', *best)}"

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and pictures of the averaged weights, the images shared out among the processes."""
+"""PSNR, SSIM and pictures of the averaged weights, with the images divided among the processes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,26 +12,26 @@ from serpent_ir.training.room import room_for, validating
 from serpent_ir.training.workers import Workers
 
 PICTURES = 3
-"""Images that are shown, the first ones."""
+"""Number of images that are shown: the first ones."""
 
 KEPT_BYTES = 256 << 20
-"""Most bytes of decoded pixels that a process keeps from one validation to the next: some 1300 images of 256x256 px,
-and little beside what a training takes of a host, eight processes included."""
+"""Most bytes of decoded pixels that a process keeps from one validation to the next: some 1300 images of 256x256 px.
+Even with eight processes that is little compared with what a training takes of a host."""
 
 
 class ValidationImages:
-    """Clean images that a network is compared with again and again.
+    """Clean images with which a network is compared again and again.
 
-    Each process reads its share at once, since a bad image is better found now than at the first validation. Decoded
-    files stay in 8 bits as far as `KEPT_BYTES` go, the others are read again every time; packed sets are mapped.
+    Each process reads its share at once, since it is better to find a bad image now than at the first validation.
+    Decoded files are kept in 8 bits, up to `KEPT_BYTES`; the others are read again every time. Packed sets are mapped.
 
-    Raises ImageError as `read_clean8`.
+    Raises ImageError as `read_clean8` does.
     """
 
     def __init__(self, files: Sequence[Path | PackedImage], degradation: Degradation, workers: Workers):
         self.files, self.degradation, self.workers = files, degradation, workers
         self._kept: dict[int, Tensor] = {}
-        self._input: dict[int, dict[str, float]] = {}  # the figures of what a network is given, of images by number
+        self._input: dict[int, dict[str, float]] = {}  # by image number: the figures of what a network is given
         left = KEPT_BYTES
         for index in self.share():
             pixels = read_clean8(files[index], degradation)
@@ -44,7 +44,7 @@ class ValidationImages:
         return len(self.files)
 
     def share(self, count: int | None = None) -> range:
-        """Numbers of this process's images, of all or of the first so many."""
+        """The numbers of this process's images, out of all or out of the first `count`."""
         return range(self.workers.rank, len(self.files[:count]), self.workers.world)
 
     def read(self, index: int) -> Tensor:
@@ -55,7 +55,7 @@ class ValidationImages:
     def evaluate(
         self, network: nn.Module, clean: Tensor, index: int, precision: str
     ) -> tuple[dict[str, float], Tensor, Tensor]:
-        """As `evaluate_image`. What the network is given is the same every time, and compared with clean but once."""
+        """As `evaluate_image`. What the network is given is always the same, so it is compared with clean only once."""
         found = evaluate_image(
             network, clean, self.degradation, index=index, precision=precision, known=self._input.get(index)
         )
@@ -66,11 +66,10 @@ class ValidationImages:
 def validate(
     network: nn.Module, images: ValidationImages, precision: str = "auto", *, count: int | None = None
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
-    """Means over all images, or the first `count`, as `serpent evaluate` gives them, and (degraded, restored, clean)
-    of a few.
+    """Means over all images, or the first `count`, as in `serpent evaluate`; and (degraded, restored, clean) of a few.
 
-    The noise of an image is a function of its number, so the means are those of one process. Raises OutOfRoomError for
-    an image that does not fit in memory.
+    The noise of an image is a function of its number, so the means are the same as with one process. Raises
+    OutOfRoomError for an image that does not fit in memory.
     """
     workers = images.workers
     rows, pictures = {}, []

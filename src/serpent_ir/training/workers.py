@@ -1,6 +1,6 @@
 """The processes that train together: this one alone, or those that `torchrun` or `accelerate launch` started.
 
-Those are Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on CPUs. One alone needs neither.
+Several use Hugging Face Accelerate over torch.distributed: NCCL on GPUs, Gloo on CPUs. One alone needs neither.
 """
 
 import atexit
@@ -27,19 +27,20 @@ from serpent_ir.training.recipe import RecipeError, of_key
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=15)
-"""How long a process waits for the others, who may still be reading images, before it takes them for dead."""
+"""How long a process waits for the others before it takes them for dead. They may still be reading images."""
 
 
 class Workers:
-    """This process among those of a run; `rank` 0 writes the files and speaks.
+    """This process among those of a run. The one with `rank` 0 writes the files and prints.
 
-    `joined` says whether a launcher started them, which may be one alone, too: then they agree on what they do.
+    `joined` says whether a launcher started them. That may also be a single process. Joined processes agree on what
+    they do.
     """
 
     def __init__(self, device: str = "auto"):
         _, self.world = rank_and_world()
         self.rank = 0
-        self._queued: deque[torch.cuda.Event] = deque()  # after each step that the GPU may not have done yet
+        self._queued: deque[torch.cuda.Event] = deque()  # one after each step that the GPU may not have finished
         shared = device in ("auto", "cuda", "cpu")
         if self.world > 1 and not shared:
             raise RecipeError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
@@ -56,11 +57,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def told(self) -> str:
-        """Device and number of processes, for a line."""
+        """Device and number of processes, for messages."""
         return str(self.device.type) if self.world == 1 else f"{self.world} x {self.device.type}"
 
     def share(self, samples: range) -> range:
@@ -69,25 +70,25 @@ class Workers:
         return samples[self.rank * size : (self.rank + 1) * size]
 
     def take_from_first(self, network: nn.Module) -> None:
-        """Give the network the weights that it has in the first process."""
+        """Copy the network's weights from the first process."""
         for parameter in network.parameters() if self.joined else ():
             torch.distributed.broadcast(parameter.data, src=0)
 
     def mean_(self, x: Tensor) -> Tensor:
-        """`x`, replaced by its mean over all processes, the same bits in each."""
+        """Replace `x` by its mean over all processes, with the same bits in each, and return it."""
         torch.distributed.all_reduce(x)
         return x.div_(self.world)
 
     def queued(self) -> None:
-        """Note that a step of all processes was queued on the GPU."""
+        """Record that a joint step was queued on the GPU."""
         if self.joined and self.device.type == "cuda":
             self._queued.append(torch.cuda.Event())
             self._queued[-1].record()
 
     def catch_up(self, ahead: int = 0) -> None:
-        """Wait until the GPU has done all but so many of the steps that were queued; call it before other waiting.
+        """Wait until the GPU has done all but `ahead` of the queued steps. Call it before any other waiting.
 
-        Where another process is gone a GPU waits for it for ever, and so would a host that waited in CUDA. Raises
+        If another process is gone, a GPU waits for it forever, and so would a host that waits inside CUDA. Raises
         SerpentError after `PATIENCE`.
         """
         if not self.joined:
@@ -113,7 +114,7 @@ class Workers:
         return int(tensor)
 
     def from_first(self, what: T) -> T:
-        """What the first process has."""
+        """The first process's value."""
         if not self.joined:
             return what
         box = [what]
@@ -121,7 +122,7 @@ class Workers:
         return box[0]
 
     def gather(self, what: T) -> list[T]:
-        """What each process has."""
+        """The values of all processes, in the order of ranks."""
         if not self.joined:
             return [what]
         boxes: list[Any] = [None] * self.world
@@ -130,7 +131,7 @@ class Workers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Say in one line that another process is gone, where that is what an error means."""
+        """If an error means that another process is gone, say so in one line."""
         try:
             yield
         except RuntimeError as error:
@@ -143,7 +144,7 @@ class Workers:
             ) from None
 
     def leave(self) -> None:
-        """Part with the others at the exit of this process, unless another training comes before."""
+        """Part with the others at the exit of this process, unless another training comes first."""
         if self.joined:
             atexit.register(self._joint.accelerator.end_training)
 
@@ -152,24 +153,24 @@ class Workers:
 class _Joint:
     """What connects this process with the others."""
 
-    kind: str  # of device
+    kind: str  # kind of device
     accelerator: Any
-    words: Any  # group for words between the hosts, which must not wait for the GPU as gradients do
+    words: Any  # group for messages between hosts, which must not wait for the GPU as gradients do
 
 
 _joint: _Joint | None = None
-"""Made by the first training of this process and kept for the next ones: Accelerate has one state for a process, and
-what a launcher lets its processes meet by still knows the addresses of a group that was ended."""
+"""Made by the first training of this process and kept for the next ones. Accelerate has one state per process, and the
+store at which a launcher lets its processes meet still knows the addresses of a group that has ended."""
 
 
 def _join(kind: str, world: int) -> _Joint:
-    """Meet the others, so many with this one, unless that was done before. Raises UsageError where it cannot be."""
+    """Meet the others, `world` with this one, unless that was done before. Raises UsageError if that is impossible."""
     global _joint
     if _joint is not None:
         if _joint.kind != kind or not torch.distributed.is_initialized():
             what = f"trained on {_joint.kind}, not {kind}" if _joint.kind != kind else "parted with the others"
             raise UsageError(f"this process, one of several, has {what}; train in a new one")
-        atexit.unregister(_joint.accelerator.end_training)  # a training that fails ends without NCCL's farewell
+        atexit.unregister(_joint.accelerator.end_training)  # a training that fails ends without closing NCCL
         return _joint
     try:
         from accelerate import Accelerator
@@ -180,10 +181,10 @@ def _join(kind: str, world: int) -> _Joint:
     try:
         accelerator = Accelerator(
             cpu=kind == "cpu",
-            mixed_precision="no",  # whatever the launcher says: precision is the recipe's
+            mixed_precision="no",  # whatever the launcher says, since the recipe sets the precision
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except ValueError as error:  # a variable that a launcher sets is missing or wrong
+    except ValueError as error:  # a variable that a launcher should set is missing or wrong
         told = " ".join(str(error).split())
         raise UsageError(
             f"WORLD_SIZE is {world}: no way to meet the others ({told}); use torchrun, or unset WORLD_SIZE"
@@ -195,10 +196,10 @@ def _join(kind: str, world: int) -> _Joint:
 
 
 def end_at_exit(status: int) -> None:
-    """Have this process, whose training failed, end with `status` at its exit, if it is one of several on GPUs.
+    """Let this process, whose training failed, exit with `status`, if it is one of several on GPUs.
 
-    NCCL does not let go there while the GPU waits for another process. Nothing that was registered with atexit before
-    is called: this is for a process that only trains.
+    NCCL does not release the process at exit while the GPU waits for another one. Functions that were registered with
+    atexit earlier are not called, so this is only for a process that does nothing but train.
     """
 
     def end() -> None:
