@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from serpent_ir import acceleration
 from serpent_ir.models import create_model
-from serpent_ir.models.acceleration import as_built
 from serpent_ir.models.acceleration.cuda import FUSED_CHANNELS
 from serpent_ir.models.serpent import Serpent, VSSBlock
 from serpent_ir.train import GraphedStep, own_stream
@@ -129,9 +129,8 @@ def kernels(name: str) -> dict[str, Any]:
     model, x = create_model(name).cuda(), torch.rand(1, 3, 256, 256, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         ours = count_kernels(lambda: model(x))
-        devices, as_built.DEVICES = as_built.DEVICES, set()
-        plain = count_kernels(lambda: model(x))
-        as_built.DEVICES = devices
+        with acceleration.off():
+            plain = count_kernels(lambda: model(x))
     return {"name": name, "ours": ours, "plain": plain}
 
 

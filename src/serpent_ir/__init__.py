@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from serpent_ir import acceleration as acceleration
     from serpent_ir.degradations import create_degradation as create_degradation
     from serpent_ir.errors import ImageError as ImageError
     from serpent_ir.errors import SerpentError as SerpentError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from serpent_ir.models.serpent import Serpent as Serpent
     from serpent_ir.models.serpent import SerpentConfig as SerpentConfig
 
+_MODULES = ("acceleration",)
 _HOMES = {
     "ImageError": "serpent_ir.errors",
     "Restorer": "serpent_ir.inference.restorer",
@@ -34,10 +36,12 @@ _HOMES = {
     "load_model": "serpent_ir.models",
     "restore": "serpent_ir.inference.restorer",
 }
-__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_MODULES, *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'serpent_ir' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,13 +1,14 @@
 """Every layer of a Serpent exchanged by others, called by every way: the numbers are those of the definition.
 
-The definition runs in float64 with a tape, which no kernel serves. On a CPU inference takes strips and training the
-taped way; the kernels of CUDA devices run there in Triton's interpreter.
+The definition runs in float64. The ways of CUDA devices run on a CPU in Triton's interpreter.
 """
 
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from operator import setitem
 
 import pytest
@@ -15,20 +16,21 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from ways import NETWORK as KERNELS_OF_A_NETWORK
+from ways import by_kernels
 
 from serpent_ir import create_model
-from serpent_ir.models import swinir
-from serpent_ir.models.acceleration import as_built
-from serpent_ir.models.acceleration import cpu_inference as strips
-from serpent_ir.models.acceleration import cpu_training as taped
-from serpent_ir.models.acceleration import cuda as fused
+from serpent_ir.models.acceleration import WAYS, cpu_inference, cpu_training, heads, off, only, why
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.serpent import SS2D, Serpent, VSSBlock
+from serpent_ir.models.swinir import WindowAttention
 from serpent_ir.ops import cpu
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 needs_library = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "built")
 C, D = 8, 16  # channels of the block, and inside it
+WAY = ["cpu", pytest.param("cuda", marks=needs_triton)]
+CONTEXT = {"cpu": partial(only, WAYS), "cuda": by_kernels}
 
 
 class Lora(nn.Module):
@@ -167,36 +169,37 @@ def assert_close(values: list[Tensor], exact: list[Tensor], relative: float = 1e
 
 
 @needs_library
-@pytest.mark.parametrize("way", ["cpu", pytest.param("fused", marks=needs_triton)])
+@pytest.mark.parametrize("way", WAY)
 @pytest.mark.parametrize("name", BLOCK)
-def test_a_layer_of_a_block(name, way, monkeypatch):
+def test_a_layer_of_a_block(name, way):
     x = torch.rand(2, 4, 5, C, generator=torch.Generator().manual_seed(1))
     block, exact = make_block(), make_block()
-    if way == "fused":
-        monkeypatch.setattr(as_built, "DEVICES", {"cpu"})
-        assert fused.serves(block, x)  # what is noted of the block is of the one that it was
-    else:
+    with CONTEXT[way]():
+        assert "definition" not in why(block, x)[""]  # what is noted of the block is of the one that it was
         run(block, x)
         run(block, x, tape=False)
     for b in (block, exact):
         torch.manual_seed(2)
         BLOCK[name](b)
-    values = run(exact.double(), x.double())
-    assert_close(run(block, x), values)
-    assert_close(run(block, x, tape=False), values)
+    with off():
+        values = run(exact.double(), x.double())
+    with CONTEXT[way]():
+        assert_close(run(block, x), values)
+        assert_close(run(block, x, tape=False), values)
 
 
 @needs_library
-@pytest.mark.parametrize("way", ["cpu", pytest.param("fused", marks=needs_triton)])
+@pytest.mark.parametrize("way", WAY)
 def test_a_class_with_another_forward(way, monkeypatch):
     x, block = torch.rand(1, 4, 5, C), make_block()
-    monkeypatch.setattr(as_built, "DEVICES", {"cpu"} if way == "fused" else set())
-    as_made = run(block, x, tape=False)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(SS2D, "forward", lambda self, x: 2 * x)
-        for tape in (True, False):
-            torch.testing.assert_close(run(block, x, tape=tape)[0], x + 2 * block.norm(x))
-    assert torch.equal(run(block, x, tape=False)[0], as_made)
+    with CONTEXT[way]():
+        as_made = run(block, x, tape=False)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(SS2D, "forward", lambda self, x: 2 * x)
+            assert "SS2D.forward was exchanged" in why(block, x)[""]
+            for tape in (True, False):
+                torch.testing.assert_close(run(block, x, tape=tape)[0], x + 2 * block.norm(x))
+        assert torch.equal(run(block, x, tape=False)[0], as_made)
 
 
 @needs_library
@@ -205,7 +208,8 @@ def test_what_was_put_back_is_served_again():
 
     def served() -> tuple[bool, bool]:
         with torch.no_grad():
-            return strips.serves(block, x), taped.serves(block, x) or torch.enable_grad()(taped.serves)(block, x)
+            inference = cpu_inference.block.serves(block, x)
+        return inference, cpu_training.block.serves(block, x)
 
     kept = block.ss2d.conv
     block.ss2d.conv = conv(5)
@@ -222,7 +226,9 @@ def test_what_was_put_back_is_served_again():
     block.ss2d.norm.float()
     prune.remove(prune.ln_structured(kept, "weight", 0.5, 2, 0), "weight")
     assert served() == (True, True)
-    assert not strips.serves(block, torch.rand(1, 4, 5, C + 1)) and not strips.serves(block, torch.rand(1, 4, C))
+    with torch.no_grad():
+        assert not cpu_inference.block.serves(block, torch.rand(1, 4, 5, C + 1))
+        assert not cpu_inference.block.serves(block, torch.rand(1, 4, C))
     block.ss2d.out_proj.to("meta")
     assert served() == (False, False)
 
@@ -290,41 +296,41 @@ def make_network() -> Serpent:
 
 
 @needs_library
-@pytest.mark.parametrize("way", ["cpu", pytest.param("fused", marks=needs_triton)])
+@pytest.mark.parametrize("way", WAY)
 @pytest.mark.parametrize("name", NETWORK)
-def test_a_layer_of_the_network(name, way, monkeypatch):
+def test_a_layer_of_the_network(name, way):
     """Shared modules, too, which the kernels take as they are: the same block twice raised StopIteration."""
     image = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(1))
     model, exact = make_network(), make_network()
-    if way == "fused":
-        monkeypatch.setattr(as_built, "DEVICES", {"cpu"})
-        assert fused.serves(model, image)
-    else:
-        run(model, image, tape=False)
+    with torch.no_grad(), CONTEXT[way]():
+        told = why(model, image)
+        assert "definition" not in told["encoder.0.0"]
+        assert way == "cpu" or told[""] == "cuda.network"
     for m in (model, exact):
         torch.manual_seed(2)
         NETWORK[name](m)
     m = exact.double()
-    values = run(m, image.double())
+    with off():
+        values = run(m, image.double())
     if way == "cpu":
         assert_close(run(model, image), values)
         assert_close(run(model, image, tape=False), values)
     else:  # in 16 bits, where patches are kernels' work as well
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast("cpu", torch.float16), by_kernels():
             assert_close(run(model, image, tape=False), values, relative=0.02)
 
 
 @needs_triton
-def test_shared_parts_are_served(monkeypatch):
-    monkeypatch.setattr(as_built, "DEVICES", {"cpu"})
+def test_shared_parts_are_served():
     for share in (same_twice, tied, NETWORK["the same stage twice"]):
         model = make_network()
         share(model)
-        assert fused.serves(model, torch.rand(1, 3, 16, 16))
+        with torch.no_grad():
+            assert KERNELS_OF_A_NETWORK.serves(model, torch.rand(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize("exchange", ["adapted", "hooked", "without bias", "as made"])
-def test_the_padded_heads_of_swinir(exchange, monkeypatch):
+def test_the_padded_heads_of_swinir(exchange):
     """On CUDA the weights of `qkv` are padded, and the layer itself is not called."""
     torch.manual_seed(0)
     model = create_model("swinir_60", dim=12, blocks=(2,), heads=2, window_size=4).eval()
@@ -340,16 +346,18 @@ def test_the_padded_heads_of_swinir(exchange, monkeypatch):
             p += 0.3 * torch.randn_like(p)
         image = torch.rand(1, 3, 9, 8)
         want = model(image)
-        monkeypatch.setitem(swinir.HEAD_MULTIPLE, "cpu", 8)
-        torch.testing.assert_close(model(image), want, rtol=1e-4, atol=1e-5)
+        with only({WindowAttention: (replace(heads.padded, device="cpu"),)}):
+            assert why(model, image)["layers.0.residual_group.blocks.0.attn"] == "heads.padded"
+            torch.testing.assert_close(model(image), want, rtol=1e-4, atol=1e-5)
 
 
 def test_comparing_imports_no_compiler():
     """A twin on the meta device is made without torch._dynamo, which takes a second and more to import."""
     script = (
-        "import sys, torch; from serpent_ir.models import as_built; from serpent_ir.models.serpent import VSSBlock;"
+        "import sys, torch; from serpent_ir.models.acceleration import as_built;"
+        "from serpent_ir.models.serpent import VSSBlock;"
         "state = torch.get_rng_state(); block = VSSBlock(8); before = torch.get_rng_state();"
-        "assert as_built.check(block, torch.rand(1, 2, 2, 8, generator=torch.Generator()));"
+        "assert not as_built.difference(block, torch.rand(1, 2, 2, 8, generator=torch.Generator()));"
         "assert torch.equal(torch.get_rng_state(), before) and not torch.equal(state, before);"
         "assert 'torch._dynamo' not in sys.modules"
     )

@@ -1,6 +1,7 @@
 """The functions of SwinIR and Restormer against plain ones in float64, at ragged sizes and in lower precision."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serpent_ir.models import create_model, swinir
+from serpent_ir.models.acceleration import heads, only
 from serpent_ir.models.restormer import RestormerConfig
-from serpent_ir.models.swinir import SwinIRConfig
+from serpent_ir.models.swinir import SwinIRConfig, WindowAttention
 
 
 def stirred(model: torch.nn.Module) -> torch.nn.Module:
@@ -124,8 +126,9 @@ def test_what_the_kernels_of_a_gpu_need_changes_no_result(limit, multiple, monke
     with torch.no_grad():
         expected = model(image)
         monkeypatch.setattr(swinir, "MOST_WINDOWS", limit)
-        monkeypatch.setitem(swinir.HEAD_MULTIPLE, "cpu", multiple)
-        torch.testing.assert_close(model(image), expected)
+        monkeypatch.setattr(heads, "MULTIPLE", multiple)
+        with only({WindowAttention: (replace(heads.padded, device="cpu"),)}):
+            torch.testing.assert_close(model(image), expected)
 
 
 def plain_restormer(w: dict[str, Tensor], config: RestormerConfig, image: Tensor) -> Tensor:

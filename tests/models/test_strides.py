@@ -10,18 +10,15 @@ from operator import attrgetter
 import pytest
 import torch
 from torch import Tensor, nn
+from ways import BLOCK, DEVICE, NETWORK
 
 from serpent_ir.models import create_model
-from serpent_ir.models.acceleration import as_built
-from serpent_ir.models.acceleration import cpu_inference as strips
-from serpent_ir.models.acceleration import cpu_training as taped
-from serpent_ir.models.acceleration import cuda as fused
+from serpent_ir.models.acceleration import cpu_inference, cpu_training, cuda, off
+from serpent_ir.models.acceleration.way import Way
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops import cpu
 
 needs_library = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "built")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "stepped": lambda x: torch.stack([x, x + 7], -1)[..., 0],
@@ -54,7 +51,8 @@ def exact(block: nn.Module, x: Tensor, grad: Tensor | None = None) -> list[Tenso
         parent = attrgetter(name.rpartition(".")[0])(double) if "." in name else double
         values = p.detach().resolve_neg().double().contiguous()
         setattr(parent, name.rpartition(".")[2], nn.Parameter(values))
-    return run(double, x.detach().double().contiguous(), None if grad is None else grad.double())
+    with off():
+        return run(double, x.detach().double().contiguous(), None if grad is None else grad.double())
 
 
 def run(
@@ -75,8 +73,8 @@ def check(values: list[Tensor], expected: list[Tensor], tolerance: float, what: 
 
 @needs_library
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["strips", "taped"])
-def test_on_the_cpu(way: str, form: str) -> None:
+@pytest.mark.parametrize("way", [cpu_inference.block, cpu_training.block], ids=attrgetter("name"))
+def test_on_the_cpu(way: Way, form: str) -> None:
     """Each parameter by itself, then all, and the input."""
     x, grad = torch.randn(2, 2, 5, 4, 16)
     names = list(dict(make_block(16).named_parameters()))
@@ -85,15 +83,15 @@ def test_on_the_cpu(way: str, form: str) -> None:
         for name in some:
             reform(block, name, form)
         given = FORMS[form](x) if some == names else x
-        g = grad if way == "taped" else None
+        g = grad if way is cpu_training.block else None
         expected = exact(block, given, g)
-        check(run(block, given, g, (taped if way == "taped" else strips).vss_block), expected, 1e-5, str(some))
+        check(run(block, given, g, way), expected, 1e-5, str(some))
         check(run(block, given, g), expected, 1e-5, str(some))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_in_the_fused_way(form: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_the_kernels_of_a_gpu(form: str, training: bool) -> None:
     """Where there is no GPU, in Triton's interpreter."""
     pytest.importorskip("triton")
     half = torch.float16
@@ -105,14 +103,12 @@ def test_in_the_fused_way(form: str, training: bool, monkeypatch: pytest.MonkeyP
         x = FORMS[form](x) if dtype == torch.float32 else x
         g = grad if training else None
         expected = exact(block, x, g)
-        with monkeypatch.context() as patch:
-            patch.setattr(as_built, "DEVICES", {DEVICE})
-            fused.serves(block, x)  # which looks at it once, whatever the answer
-            values = run(block, x, g, fused.vss_block)
+        BLOCK.serves(block, x)  # which looks at it once, whatever the answer
+        values = run(block, x, g, BLOCK)
         check(values, expected, 2e-4 if dtype == torch.float32 else 5e-2, str(dtype))
 
 
-def test_a_network_in_the_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedding, merging, expanding and the head; not from a graph."""
     pytest.importorskip("triton")
     model = create_model("serpent_b", dim=8, blocks=(1, 1)).to(DEVICE, torch.float16)
@@ -121,7 +117,7 @@ def test_a_network_in_the_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.rand(1, 3, 13, 9, device=DEVICE).half()
     expected = exact(model, image)
     with monkeypatch.context() as patch:
-        patch.setattr(as_built, "DEVICES", {DEVICE})
-        patch.setattr(fused, "CAPTURED", 0)
-        fused.serves(model, image)
-        check(run(model, image, way=fused.serpent), expected, 2e-2, "network")
+        patch.setattr(cuda, "CAPTURED", 0)
+        with torch.no_grad():
+            NETWORK.serves(model, image)
+        check(run(model, image, way=NETWORK), expected, 2e-2, "network")

@@ -45,20 +45,25 @@ These are the numbers of `{name}` as it ships with serpent-ir {version}, saved i
 """
 
 
-class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained` and `from_pretrained`, with a card that says what the weights are."""
+def attach(*kinds: type[nn.Module]) -> None:
+    """Give networks a `save_pretrained` whose card says what the weights are."""
+    for kind in kinds:
+        setattr(kind, "generate_model_card", _generate_model_card)  # noqa: B010
+        setattr(kind, "_save_pretrained", _save_pretrained)  # noqa: B010
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> "ModelCard":
-        """The card of `save_pretrained`; `kwargs` are fields of its header (`model_card_kwargs`)."""
-        return _card(self, kwargs)  # pyright: ignore[reportArgumentType]
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
-        if shipped := _shipped_as(self):  # pyright: ignore[reportArgumentType]
-            from serpent_ir.models.registry import FREE_WEIGHTS
+def _generate_model_card(self: nn.Module, *args: Any, **kwargs: Any) -> "ModelCard":
+    """The card of `save_pretrained`; `kwargs` are fields of its header (`model_card_kwargs`)."""
+    return _card(self, kwargs)
 
-            for name in (LICENCE, ATTRIBUTION) if shipped.stem in FREE_WEIGHTS else (LICENCE,):
-                (save_directory / name).write_bytes(shipped.with_name(name).read_bytes())
+
+def _save_pretrained(self: nn.Module, save_directory: Path) -> None:
+    PyTorchModelHubMixin._save_pretrained(self, save_directory)  # pyright: ignore[reportArgumentType]
+    if shipped := _shipped_as(self):
+        from serpent_ir.models.registry import FREE_WEIGHTS
+
+        for name in (LICENCE, ATTRIBUTION) if shipped.stem in FREE_WEIGHTS else (LICENCE,):
+            (save_directory / name).write_bytes(shipped.with_name(name).read_bytes())
 
 
 def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":

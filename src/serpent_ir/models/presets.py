@@ -10,6 +10,8 @@ from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.models.unet import UNet, UNetConfig
 
+NETWORKS = (Serpent, UNet, SwinIR, Restormer)
+
 PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "serpent_b": (Serpent, SerpentConfig(patch_size=4)),
     "serpent_l": (Serpent, SerpentConfig(patch_size=2)),

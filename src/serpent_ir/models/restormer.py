@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.hub import HubModel
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.padding import pad_to_multiple
 
@@ -143,7 +143,7 @@ def upsample(c: int) -> nn.Sequential:
     return resampled(c, 2 * c, "b (c p q) h w -> b (h p) (w q) c")
 
 
-class Restormer(nn.Module, HubModel):
+class Restormer(nn.Module, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.

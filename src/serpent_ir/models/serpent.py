@@ -19,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.acceleration import as_built
-from serpent_ir.models.acceleration import cpu_inference as strips
-from serpent_ir.models.acceleration import cpu_training as taped
-from serpent_ir.models.acceleration import cuda as fused
-from serpent_ir.models.hub import HubModel
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.ops import ss2d
@@ -92,12 +88,6 @@ class VSSBlock(nn.Module):
         self.ss2d = SS2D(c)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.serves(self, x):
-            return fused.vss_block(self, x)
-        if strips.serves(self, x):
-            return strips.vss_block(self, x)
-        if taped.serves(self, x):
-            return taped.vss_block(self, x)
         return x + self.ss2d(self.norm(x))
 
 
@@ -116,7 +106,7 @@ def patch_expanding(c: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2 * c, 4 * c, bias=False), Rearrange("b h w (p q c) -> b (h p) (w q) c", p=2, q=2))
 
 
-class Serpent(nn.Module, HubModel):
+class Serpent(nn.Module, PyTorchModelHubMixin):
     """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
 
     What it makes is added to the image, which the paper does not say, if patches are small enough (not in Serpent-B).
@@ -141,8 +131,6 @@ class Serpent(nn.Module, HubModel):
         self.residual = dim >= 3 * P * P
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and fused.serves(self, x):
-            return fused.serpent(self, x)
         height, width = x.shape[-2:]
         image = pad_to_multiple(x, self.size_multiple)
         x = rearrange(self.patch_embed(image), "b c h w -> b h w c").contiguous()
@@ -158,14 +146,3 @@ class Serpent(nn.Module, HubModel):
         out = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
         out = image[:, :3] + out if self.residual else out.to(image.dtype)
         return out[..., :height, :width]
-
-
-def _config_of(model: Serpent, x: Tensor) -> SerpentConfig | None:
-    fits = type(model.config) is SerpentConfig and x.shape[1] == model.config.in_channels
-    return model.config if fits else None
-
-
-as_built.know(LayerNorm, "normalized_shape", "eps")
-as_built.know(SS2D)
-as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
-as_built.know(Serpent, "config", "size_multiple", "residual", argument=_config_of)

@@ -9,17 +9,17 @@ written out window by window.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.acceleration import as_built
-from serpent_ir.models.hub import HubModel
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.padding import pad_to_multiple
 
@@ -31,8 +31,6 @@ RECONSTRUCTION_DIM = 64
 """Channels of the maps that `pixelshuffle` and `nearest+conv` upsample."""
 MASKED = -100.0
 """What the release adds to the logit of a pair that must not see each other."""
-HEAD_MULTIPLE = {"cuda": 8}
-"""The fused kernels with a bias want heads of such a number of channels: zeros are added, which change no result."""
 WINDOWS_TRAINED_ON = 8
 """Windows a side of the images that state dicts hold masks for: the release's are of 64 pixels where not said."""
 MOST_WINDOWS = 65535
@@ -106,41 +104,34 @@ class WindowAttention(nn.Module):
         self.register_buffer("strangers", rearrange(strangers, "(row column) n m -> row column n m", row=2), False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, self.qkv)
+
+    def attend(self, x: Tensor, qkv: Callable[[Tensor], Tensor]) -> Tensor:
+        """`forward` by another projection (B, H, W, c) -> (B, H, W, 3 heads d), whose heads may end with zeros."""
         heads_dim = x.shape[-1] // self.heads
         bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m heads -> heads n m")
         bias = bias.contiguous()  # the fused kernels of a GPU take no other
         if not self.shift:
-            return self.proj(self._attend(self._qkv(x), bias, heads_dim))
-        qkv = self._qkv(x.roll((-self.shift, -self.shift), (1, 2)))
+            return self.proj(self._attend_windows(qkv(x), bias, heads_dim))
+        projected = qkv(x.roll((-self.shift, -self.shift), (1, 2)))
         rows = []
-        for last_row, row in enumerate(qkv.split([x.shape[1] - self.window, self.window], 1)):
+        for last_row, row in enumerate(projected.split([x.shape[1] - self.window, self.window], 1)):
             if not row.shape[1]:
                 continue
             pieces = [
-                self._attend(piece, bias + MASKED * self.strangers[last_row, last_column], heads_dim)
+                self._attend_windows(piece, bias + MASKED * self.strangers[last_row, last_column], heads_dim)
                 for last_column, piece in enumerate(row.split([x.shape[2] - self.window, self.window], 2))
                 if piece.shape[2]
             ]
             rows.append(torch.cat(pieces, 2))
         return self.proj(torch.cat(rows, 1)).roll((self.shift, self.shift), (1, 2))
 
-    def _qkv(self, x: Tensor) -> Tensor:
-        """(B, H, W, c) -> (B, H, W, 3 heads d), d being c / heads and what `HEAD_MULTIPLE` adds."""
-        heads_dim = x.shape[-1] // self.heads
-        if not (more := -heads_dim % HEAD_MULTIPLE.get(x.device.type, 1)):
-            return self.qkv(x)
-        if not as_built.is_plain_linear(self.qkv):  # exchanged, wrapped or hooked: it is called, and its result padded
-            return F.pad(self.qkv(x).unflatten(-1, (-1, heads_dim)), (0, more)).flatten(-2)
-        weight = F.pad(rearrange(self.qkv.weight, "(heads d) c -> heads d c", d=heads_dim), (0, 0, 0, more))
-        bias = F.pad(rearrange(self.qkv.bias, "(heads d) -> heads d", d=heads_dim), (0, more))
-        return F.linear(x, weight.flatten(0, 1), bias.flatten())
-
-    def _attend(self, qkv: Tensor, bias: Tensor, heads_dim: int) -> Tensor:
+    def _attend_windows(self, qkv: Tensor, bias: Tensor, heads_dim: int) -> Tensor:
         """Windows of qkv (B, h, w, 3 heads d), bias (heads, n, n) for each -> (B, h, w, c)."""
         batch, height, width, _ = qkv.shape
         most = max(1, MOST_WINDOWS // max(1, batch * (width // self.window))) * self.window
         if height > most:
-            return torch.cat([self._attend(part, bias, heads_dim) for part in qkv.split(most, 1)], 1)
+            return torch.cat([self._attend_windows(part, bias, heads_dim) for part in qkv.split(most, 1)], 1)
         grid: dict[str, Any] = {"i": self.window, "j": self.window, "heads": self.heads}
         q, k, v = rearrange(qkv, "b (y i) (x j) (t heads d) -> t (b y x) heads (i j) d", t=3, **grid)
         mask = bias.to(q.dtype).expand(len(q), -1, -1, -1)
@@ -191,7 +182,7 @@ def on_channels_last(convolution: nn.Module, x: Tensor) -> Tensor:
     return rearrange(convolution(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
 
-class SwinIR(nn.Module, HubModel):
+class SwinIR(nn.Module, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, and makes them `scale` times larger.
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.hub import HubModel
 from serpent_ir.models.padding import pad_to_multiple
 
 
@@ -56,7 +56,7 @@ class UpBlock(nn.Module):
         return self.layers(x)
 
 
-class UNet(nn.Module, HubModel):
+class UNet(nn.Module, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
 
     Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.

@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.restormer import Restormer
-from serpent_ir.models.serpent import Serpent
-from serpent_ir.models.swinir import SwinIR
-from serpent_ir.models.unet import UNet
+from serpent_ir.models.presets import NETWORKS
 
-NETWORKS = (Serpent, UNet, SwinIR, Restormer)
 # Names of classes, so that none is imported: where a network is in use its wrapper's module is loaded anyway.
 _TAKEN_OFF = ("DataParallel", "DistributedDataParallel", "AveragedModel")
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")

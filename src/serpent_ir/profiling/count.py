@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from serpent_ir.models.acceleration import off
 from serpent_ir.models.wrappers import network_of, unwrapped
-from serpent_ir.ops.cpu import NORM_GATE
 
 # Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
 # less without a learned scale and shift.
 LAYER_NORM_MACS = 5
-
 INSTANCE_NORM_MACS = 4
 
 
@@ -31,8 +30,8 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     Linear, convolution, matmul (attention's two included) and the scan are counted by PyTorch's flop counter; LayerNorm
     adds 5 per element, or what the network says in `layer_norm_macs`, and instance norm (without parameters) 4.
-    Runs where the model's parameters are: on the meta device it costs no memory and no time. On a CUDA device SwinIR
-    counts the zeros that it adds to its heads too.
+    Runs the definition (`serpent_ir.acceleration.off`) where the model's parameters are: on the meta device it costs no
+    memory and no time.
     """
 
     model = unwrapped(model, compiled=True)
@@ -52,13 +51,13 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
 
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
-    mapping: dict[Any, Any] = dict.fromkeys((torch.ops.aten.native_layer_norm, NORM_GATE), layer_norm_flops)
+    mapping: dict[Any, Any] = {torch.ops.aten.native_layer_norm: layer_norm_flops}
     mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch left it out
     # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
     norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
     hooks = [module.register_forward_hook(add_instance_norm) for module in norms]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        with torch.no_grad(), off(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             model(image)
     finally:
         for hook in hooks:

@@ -1,0 +1,165 @@
+"""Faster ways to the numbers of the networks, put before their `forward` from outside: the networks know none of them.
+
+`WAYS` is the table; `attach` puts it to work. `serpent_ir.acceleration` hands on `off` and `why`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serpent_ir.errors import UsageError
+from serpent_ir.models.acceleration import as_built, cpu_inference, cpu_training, cuda, heads
+from serpent_ir.models.acceleration.way import Way
+from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.serpent import SS2D, Serpent, SerpentConfig, VSSBlock
+from serpent_ir.models.swinir import WindowAttention
+from serpent_ir.models.wrappers import unwrapped
+
+Ways = Mapping[type[nn.Module], tuple[Way, ...]]
+
+WAYS: Ways = {
+    Serpent: (cuda.network,),
+    VSSBlock: (cuda.block, cpu_inference.block, cpu_training.block),
+    WindowAttention: (heads.padded,),
+}
+"""Of each class, in order: the first that serves a module and its input stands in for the `forward`."""
+
+MODES = {False: "gradients are asked for", True: "no gradients are asked for"}
+"""Why a way that never leaves a tape, or always, does not serve."""
+
+_in_force: ContextVar[Ways] = ContextVar("serpent_ir.acceleration", default=WAYS)  # of a thread, or an asyncio task
+
+
+@contextmanager
+def only(ways: Ways):
+    """A context in which these ways may serve, and no others."""
+    token = _in_force.set(ways)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def off() -> AbstractContextManager[None]:
+    """A context in which networks run as their files define them, by PyTorch's operators and the scan alone.
+
+    There is no kernel of ours around the scan then, no CUDA graph of a pass, no choice between libraries of products,
+    no padded head. For debugging (is a kernel to blame?), for counting, and as what accelerated numbers are compared
+    with: they agree up to rounding. A backward pass goes the way that its forward pass went.
+
+        with serpent_ir.acceleration.off():
+            restored = model(image)
+
+    Holds for what this thread (or asyncio task) calls; others are as they were. Contexts can be nested. What
+    `torch.compile` made is a program of its own, which holds the definition either way.
+    """
+    return only({})
+
+
+def why(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Which way serves a network and each of its blocks for this input, here and now, or why none does.
+
+    Runs one pass of the definition without gradients, to see what each block is given. Under `torch.no_grad()` it tells
+    of inference, else of training; autocast counts as it would in a call.
+
+    Args:
+        model: a network of `serpent_ir.models`, or a module that holds some, as DistributedDataParallel does.
+        x: its input, as the network takes it: (B, C, H, W) in [0, 1], on its device.
+
+    Returns:
+        By the names of `model.named_modules()` ("" is the model itself): the name of a way, such as
+        "cpu_inference.block", or "definition: " and the reasons. Where a way serves a whole network, its blocks are not
+        called one by one; theirs is what would serve them.
+
+    Raises:
+        UsageError: no module, or one that holds a share of the weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"acceleration.why takes a network (a torch.nn.Module), not a {type(model).__name__}")
+    inside = unwrapped(model, compiled=True)
+    compiled, ways, taped = inside is not unwrapped(model), _in_force.get(), torch.is_grad_enabled()
+    found: dict[nn.Module, str] = {}
+
+    def look(kind: type[nn.Module]) -> Callable[[Any, Tensor], str]:
+        def refuses(module: nn.Module, x: Tensor) -> str:
+            with torch.set_grad_enabled(taped):
+                found.setdefault(module, _told(kind, ways, module, x, compiled=compiled))
+            return "looks only"
+
+        return refuses
+
+    with torch.no_grad(), only({kind: (Way("", x.device.type, None, look(kind), _never),) for kind in WAYS}):
+        inside(x)
+    kinds, told = tuple(WAYS), {}
+    for name, module in inside.named_modules():
+        if module in found:
+            told[name] = found[module]
+        elif isinstance(module, kinds):
+            told[name] = f"definition: {type(module).__name__}'s own forward was not called"
+        elif not name:
+            told[name] = f"definition: no way is made for {type(module).__name__}"
+    return told
+
+
+def _told(kind: type[nn.Module], ways: Ways, module: nn.Module, x: Tensor, *, compiled: bool) -> str:
+    if not ways:
+        return "definition: acceleration.off()"
+    device, of_kind = x.device.type, ways.get(kind, ())
+    here = [way for way in of_kind if way.device == device]
+    if not here:
+        devices = ", ".join(dict.fromkeys(way.device for way in of_kind)) or "no device"
+        return f"definition: for a {kind.__name__} there are ways on {devices}, not on {device}"
+    as_built.forget(module)
+    reasons = []
+    for way in here:
+        if compiled and not way.traced:
+            reasons.append("torch.compile traces it")
+        elif not way.in_mode():
+            reasons.append(MODES[bool(way.tape)])
+        elif reason := way.refuses(module, x):
+            reasons.append(reason)
+        else:
+            return way.name
+    # Of ways for the other mode nothing is said where there is one for this.
+    told = [reason for reason in reasons if reason not in MODES.values()] or reasons
+    return f"definition: {'; '.join(dict.fromkeys(told))}"
+
+
+def _never(module: nn.Module, x: Tensor) -> Tensor:
+    raise AssertionError
+
+
+def attach() -> None:
+    """Put the ways before the `forward`s of their classes, once."""
+    for kind, ways in WAYS.items():
+        if not hasattr(kind.forward, "__wrapped__"):
+            setattr(kind, "forward", _accelerated(kind, ways, kind.forward))  # noqa: B010
+    as_built.know(LayerNorm, "normalized_shape", "eps")
+    as_built.know(SS2D)
+    as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
+    as_built.know(Serpent, "config", "size_multiple", "residual", argument=_config_of)
+
+
+def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Callable[..., Tensor]) -> Any:
+    traced = tuple(way for way in ways if way.traced)
+
+    @functools.wraps(definition)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        # First, as compilers take the answer for a constant: what is traced sees no more than this and the definition.
+        candidates = traced if torch.compiler.is_compiling() else _in_force.get().get(kind, ())
+        for way in candidates:
+            if way.serves(self, x):
+                return way.run(self, x)
+        return definition(self, x)
+
+    return forward
+
+
+def _config_of(model: Serpent, x: Tensor) -> SerpentConfig | None:
+    fits = type(model.config) is SerpentConfig and x.shape[1] == model.config.in_channels
+    return model.config if fits else None

@@ -1,4 +1,4 @@
-"""Whether the fused kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
+"""Whether kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
 
 Hooks, exchanged or wrapped layers, parametrised weights, other settings of a layer, tracing and counting all get the
 plain definition. A module is compared with what the constructor of its class makes. The check of a network is repeated
@@ -6,7 +6,6 @@ at every call, so its lists are kept and compared; they hold no reference to the
 """
 
 import functools
-import importlib.util
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, repeat
@@ -20,38 +19,25 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-DEVICES = {"cuda"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def runs_on(x: Tensor) -> bool:
-    """Whether a Triton kernel may take this tensor here and now: not while tracing, counting or transforming."""
-    return runs_eagerly(x, DEVICES) and _has_triton(x.device)
+def looked_on(x: Tensor) -> str:
+    """Why no kernel of ours may take this tensor here and now, as far as all of them ask alike; "" where one may.
 
-
-def runs_eagerly(x: Tensor, devices: set[str]) -> bool:
-    """Whether a kernel of ours for these kinds of devices may take this tensor, as far as all of them ask alike."""
-    return runs_or_counts(x, devices) and _get_current_dispatch_mode() is None
-
-
-def runs_or_counts(x: Tensor, devices: set[str]) -> bool:
-    """The same where a dispatch mode, such as one that counts, may look on."""
-    return (
-        not torch.compiler.is_compiling()  # first: what is traced should see no more than this
-        and x.device.type in devices
-        and type(x) in (Tensor, nn.Parameter)
-        and x.numel() > 0
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    """Triton, and a device that it multiplies bfloat16 on."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    Tracing, counting and transforming look at PyTorch's operators, of which kernels show nothing.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export traces it"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__}, not a plain tensor"
+    if x.numel() == 0:
+        return "its input is empty"
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return "torch.jit.trace traces it"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work"
+    return "" if _get_current_dispatch_mode() is None else "a dispatch mode, such as one that counts, looks on"
 
 
 def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
@@ -63,6 +49,19 @@ def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
         dtype = x.dtype if of_weights == {x.dtype} else None
     fits = dtype in DTYPES and x.dtype in (dtype, torch.float32) and of_weights.issubset(DTYPES)
     return dtype if fits else None
+
+
+def products_of(module: nn.Module, x: Tensor) -> str:
+    """In words, the products of a checked module with x, where no kernel makes such."""
+    cast = "with" if torch.is_autocast_enabled(x.device.type) else "without"
+    weights = " and ".join(sorted(map(name_of, dtypes(module))))
+    if {x.dtype} == dtypes(module):
+        return f"it is {weights}, {cast} autocast"
+    return f"its input is {name_of(x.dtype)} and its parameters are {weights}, {cast} autocast"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Kind(NamedTuple):
@@ -120,18 +119,23 @@ class _Form(NamedTuple):
         children = {name: cls.of(child) for name, child in module._modules.items() if child is not None}
         return cls(type(module), _kinds[type(module)].settings(module), shapes, children)
 
-    def fits(self, module: nn.Module | None) -> bool:
-        """Whether a module has this form. One that stands in several places is looked at in each."""
-        return (
-            module is not None
-            and type(module) is self.kind
-            and _kinds[self.kind].settings(module) == self.settings
-            and {name: None if p is None else p.shape for name, p in module._parameters.items()} == self.shapes
-            and list(module._modules) == list(self.children)  # the order counts where modules are called in turn
-            and all(
-                form.fits(child) for form, child in zip(self.children.values(), module._modules.values(), strict=True)
-            )
-        )
+    def difference(self, module: nn.Module | None, maker: str, path: str = "") -> str:
+        """How a module at a path is not of the form that `maker` makes; "" where it is. What stands in several places
+        is looked at in each."""
+        name = path or "it"
+        if module is None:
+            return f"{name} is missing"
+        if type(module) is not self.kind:
+            return f"{name} is a {type(module).__name__}, not the {self.kind.__name__} that {maker} makes"
+        if _kinds[self.kind].settings(module) != self.settings:
+            return f"{name} has other settings than {maker} makes"
+        if {key: None if p is None else p.shape for key, p in module._parameters.items()} != self.shapes:
+            return f"{name} has other parameters than {maker} makes"
+        if list(module._modules) != list(self.children):  # the order counts where modules are called in turn
+            return f"{name} has other layers than {maker} makes, or in another order"
+        prefix = f"{path}." if path else ""
+        below = ((form, module._modules[key], prefix + key) for key, form in self.children.items())
+        return next(filter(None, (form.difference(child, maker, at) for form, child, at in below)), "")
 
 
 @functools.lru_cache(64)
@@ -169,19 +173,27 @@ class _Parts:
         self.places = self._places()
         self.dtypes = {p.dtype for p in self.parameters}
         self.devices = {p.device for p in self.parameters}
-        self.plain = self._plain(root)
+        self.difference = self._difference(root)
 
-    def _plain(self, root: nn.Module) -> bool:
-        form = _form(type(root), self.argument)
-        return (
-            form is not None
-            and form.fits(root)
-            and not self.hooked
-            and not any(callable(getattr(type(m), name, None)) for m in self.below for name in m.__dict__)
-            and self.readable
-            and all(map(_is_dense, self.parameters))
-            and len(self.devices) == 1
-        )
+    def _difference(self, root: nn.Module) -> str:
+        kind, form = type(root).__name__, _form(type(root), self.argument)
+        if form is None:
+            return f"its configuration, or its input, is not that of a {kind}"
+        if difference := form.difference(root, kind):
+            return difference
+        for name, m in root.named_modules():
+            if m is root:
+                continue
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                return f"{name} has hooks"
+            if own := next((key for key in m.__dict__ if callable(getattr(type(m), key, None))), ""):
+                return f"{name} has a {own} of its own"
+        for name, p in root.named_parameters():
+            if not _is_readable(p):
+                return f"{name} is no plain parameter ({type(p).__name__}, {p.layout})"
+            if not _is_dense(p):
+                return f"{name} is not contiguous"
+        return "" if len(self.devices) == 1 else "its parameters are on several devices"
 
     def _contents(self) -> Iterator[nn.Module | Tensor | None]:
         return chain.from_iterable(map(dict.values, self.tables))
@@ -234,22 +246,36 @@ _GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
 )
 
 
-def check(root: nn.Module, x: Tensor) -> bool:
-    """Whether a module is what its class makes for such an input, on its device, and nothing was exchanged.
+def difference(root: nn.Module, x: Tensor) -> str:
+    """How a module is not what its class makes for such an input, on its device; "" where nothing was exchanged.
 
     That is no layer, shape, setting or `forward`, of a module or a class; no wrapper and no hook; and no forward-mode
     derivatives are being taken, which kernels would drop. Modules and parameters may stand in several places.
     """
     kind = _kinds.get(type(root))
-    if kind is None or kind.argument is None or any(_GLOBAL_HOOKS) or forward_ad._current_level >= 0 or x.ndim != 4:
-        return False
+    if kind is None or kind.argument is None:
+        return f"it is a {type(root).__name__}, a class that no way is made for"
+    if any(_GLOBAL_HOOKS):
+        return "hooks for all modules are registered"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are taken"
+    if x.ndim != 4:
+        return f"its input has {x.ndim} dimensions, not 4"
     if any(getattr(of, name) is not function for of, name, function in _functions):
-        return False
+        names = (f"{of.__name__}.{name}" for of, name, function in _functions if getattr(of, name) is not function)
+        return f"{next(names)} was exchanged"
     argument = kind.argument(root, x)
     parts = _parts.get(root)
     if parts is None or not parts.unchanged(root, argument):
         parts = _parts[root] = _Parts(root, argument)
-    return parts.plain and x.device in parts.devices
+    if parts.difference or x.device in parts.devices:
+        return parts.difference
+    return f"its input is on {x.device}, its parameters on {', '.join(map(str, parts.devices))}"
+
+
+def forget(root: nn.Module) -> None:
+    """Look at a module anew at its next check, as for words that name what it is now."""
+    _parts.pop(root, None)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from serpent_ir.models.acceleration import as_built
 from serpent_ir.models.acceleration.products import product, product_onto
+from serpent_ir.models.acceleration.way import Way
 from serpent_ir.ops import ss2d
 from serpent_ir.ops.cpu import conv_silu, large_pages, norm_gate
 from serpent_ir.ops.dense import on_one_device
@@ -20,20 +21,19 @@ from serpent_ir.ops.dense import on_one_device
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
-DEVICES = {"cpu"}
 STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a second level cache
 
 
-def serves(block: "VSSBlock", x: Tensor) -> bool:
-    """Whether `vss_block` takes a block and its input. Counting sees its operators, and may look on."""
-    if torch.is_grad_enabled() or not as_built.runs_or_counts(x, DEVICES) or not as_built.check(block, x):
-        return False
+def _refuses(block: "VSSBlock", x: Tensor) -> str:
+    if reason := as_built.looked_on(x) or as_built.difference(block, x):
+        return reason
     dtypes = as_built.dtypes(block)
-    return len(dtypes) == 1 and (x.dtype in dtypes or torch.is_autocast_enabled("cpu"))
+    fits = len(dtypes) == 1 and (x.dtype in dtypes or torch.is_autocast_enabled("cpu"))
+    return "" if fits else as_built.products_of(block, x)
 
 
-def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
-    """block(x) for x (B, H, W, c), which `serves` has passed."""
+def _run(block: "VSSBlock", x: Tensor) -> Tensor:
+    """block(x) for x (B, H, W, c)."""
     inner = block.ss2d
     on_one_device(x, *block.parameters())  # PyTorch's products do not ask
     x = x.contiguous()
@@ -57,6 +57,9 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
             )
             product_onto(x[here], gated, inner.out_proj.weight, out[here])
     return out
+
+
+block = Way("cpu_inference.block", "cpu", False, _refuses, _run)
 
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:

@@ -11,31 +11,30 @@ from torch import Tensor
 
 from serpent_ir.models.acceleration import as_built
 from serpent_ir.models.acceleration.products import product, product_backward, product_onto
+from serpent_ir.models.acceleration.way import Way
 from serpent_ir.ops import cpu
 from serpent_ir.ops.dense import on_one_device
 
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
-DEVICES = {"cpu"}
+
+def _refuses(block: "VSSBlock", x: Tensor) -> str:
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if x.dtype != torch.float32:
+        return f"its input is {as_built.name_of(x.dtype)}"
+    if reason := as_built.looked_on(x) or cpu.unavailable():
+        return reason
+    if x.shape[-1] % 8:
+        return f"{x.shape[-1]} channels are no multiple of 8"
+    if reason := as_built.difference(block, x):
+        return reason
+    return "" if as_built.dtypes(block) == {torch.float32} else as_built.products_of(block, x)
 
 
-def serves(block: "VSSBlock", x: Tensor) -> bool:
-    """Whether `vss_block` takes a block and its input."""
-    return (
-        torch.is_grad_enabled()
-        and as_built.runs_eagerly(x, DEVICES)
-        and not torch.is_autocast_enabled("cpu")
-        and x.shape[-1] % 8 == 0
-        and not cpu.unavailable()
-        and x.dtype == torch.float32
-        and as_built.check(block, x)
-        and as_built.dtypes(block) == {torch.float32}
-    )
-
-
-def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
-    """block(x) for x (B, H, W, c), which `serves` has passed; differentiable once."""
+def _run(block: "VSSBlock", x: Tensor) -> Tensor:
+    """block(x) for x (B, H, W, c); differentiable once."""
     s = block.ss2d
     on_one_device(x, *block.parameters())  # PyTorch's products do not ask
     return _Block.apply(
@@ -43,6 +42,9 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
         block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, s.conv.bias, s.x_proj.weight,
         s.dt_weight, s.dt_bias, s.A_log, s.D, s.norm.weight, s.norm.bias, s.out_proj.weight,
     )  # fmt: skip
+
+
+block = Way("cpu_training.block", "cpu", True, _refuses, _run)
 
 
 class _Block(torch.autograd.Function):

@@ -14,6 +14,8 @@ float64). A map is read and written as seldom as can be:
 Training keeps a block's input, the outputs of its two projections, u and y; the rest is computed again.
 """
 
+import functools
+import importlib.util
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from serpent_ir.models.acceleration import as_built, graphs
+from serpent_ir.models.acceleration.way import Way
 from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.ops import default_backend, ss2d
 
@@ -61,13 +64,24 @@ class Kept(NamedTuple):
     y: Tensor
 
 
-def serves(module: "Serpent | VSSBlock", x: Tensor) -> bool:
-    """Whether `vss_block` takes a block and its input, or `serpent` a network and its images."""
-    return as_built.runs_on(x) and as_built.check(module, x) and as_built.product_dtype(module, x) is not None
+def _refuses(module: "Serpent | VSSBlock", x: Tensor) -> str:
+    """Why the kernels may not take a module and its input; "" where they may."""
+    if reason := as_built.looked_on(x) or _without_triton(x.device) or as_built.difference(module, x):
+        return reason
+    return "" if as_built.product_dtype(module, x) is not None else as_built.products_of(module, x)
 
 
-def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
-    """block(x) for x (B, H, W, c), which `serves` has passed; differentiable."""
+@functools.cache
+def _without_triton(device: torch.device) -> str:
+    """Why no Triton kernel of ours runs there: it takes Triton, and a device that it multiplies bfloat16 on."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    runs = device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+    return "" if runs else "the GPU is of a compute capability below 8.0"
+
+
+def _run_block(block: "VSSBlock", x: Tensor) -> Tensor:
+    """block(x) for x (B, H, W, c); differentiable."""
     dtype = as_built.product_dtype(block, x)
     assert dtype is not None
     x = x.contiguous()
@@ -77,8 +91,8 @@ def vss_block(block: "VSSBlock", x: Tensor) -> Tensor:
         return _Block.apply(x, dtype, block.norm.eps, block.ss2d.norm.eps, *_parameters(block))
 
 
-def serpent(model: "Serpent", image: Tensor) -> Tensor:
-    """model(image) without gradients, which `serves` has passed; small images from a CUDA graph (see `graphs`)."""
+def _run_network(model: "Serpent", image: Tensor) -> Tensor:
+    """model(image) without gradients; small images from a CUDA graph (see `graphs`)."""
     dtype = as_built.product_dtype(model, image)
     assert dtype is not None
     positions = image.numel() // image.shape[1] // model.config.patch_size**2
@@ -90,6 +104,10 @@ def serpent(model: "Serpent", image: Tensor) -> Tensor:
     if image.device.type != "cuda" or positions > CAPTURED or torch.cuda.is_current_stream_capturing():
         return run(image)
     return graphs.of(model)(run, image, key=(dtype,), weights=as_built.places(model))
+
+
+network = Way("cuda.network", "cuda", False, _refuses, _run_network)
+block = Way("cuda.block", "cuda", None, _refuses, _run_block)
 
 
 def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,10 @@ Intel's.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _MANY = 1 if _AVX512 else 4096
@@ -18,17 +16,8 @@ _MANY_BACKWARD = 256 if _AVX512 else 4096  # where it also pays to turn the weig
 
 
 def _onednn(name: str) -> Callable[..., Tensor] | None:
-    """A product of oneDNN that PyTorch holds without a public name, made known to FLOP counters; or None."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    operator = getattr(torch.ops.mkldnn, name, None)
-    if operator is not None:
-        register_flop_formula(operator)(_flops)
-    return operator
-
-
-def _flops(x_shape: torch.Size, *args: Any, out_shape: Any = None) -> int:
-    return 2 * torch.Size(x_shape).numel() * torch.Size(out_shape)[-1]
+    """A product of oneDNN that PyTorch holds without a public name; or None."""
+    return getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
 
 
 _PRODUCT = _onednn("_linear_pointwise")

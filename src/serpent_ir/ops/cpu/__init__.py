@@ -13,12 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops.dense import dense, on_one_device
 
@@ -246,7 +244,8 @@ def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) ->
     if unavailable() or not fits or y.shape[-1] % 16 or not y.numel():
         weight, bias = weight.to(y.dtype), bias.to(y.dtype)
         return F.layer_norm(y, weight.shape, weight, bias, eps).mul_(F.silu(z))
-    NORM_GATE(y, weight, bias, eps, z)
+    library, (y, weight, bias) = _library(), _ready(y, weight, bias)
+    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), z.data_ptr()))
     return z
 
 
@@ -280,26 +279,6 @@ def _gate_arguments(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tens
     return [y.numel() // y.shape[-1], y.shape[-1], *pointers, eps, z.data_ptr()]
 
 
-# It is an operator so that norms are counted and fake tensors can pass.
-_SCHEMA = "(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) z) -> ()"
-torch.library.define("serpent_ir::norm_gate", _SCHEMA)
-NORM_GATE = torch.ops.serpent_ir.norm_gate
-
-
-@torch.library.impl("serpent_ir::norm_gate", "CPU")
-def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> None:
-    library = _library()
-    y, weight, bias, gate = _ready(y, weight, bias, z)
-    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, gate), gate.data_ptr()))
-    if gate is not z:
-        z.copy_(gate)
-
-
-@torch.library.register_fake("serpent_ir::norm_gate")
-def _(y, weight, bias, eps, z):
-    return None
-
-
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """SiLU of a depthwise 3x3 convolution of a channels-last map, without a tape.
 
@@ -311,35 +290,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
     if bias is None or unavailable() or not fits or x.shape[-1] % 16 or not x.numel():
         x = F.conv2d(x.movedim(-1, 1), weight, bias, padding=(padding, 1), groups=len(weight))
         return F.silu(x).movedim(1, -1).contiguous()
-    return CONV_SILU(x, weight, bias, padding)
-
-
-torch.library.define("serpent_ir::conv_silu", "(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor")
-CONV_SILU = torch.ops.serpent_ir.conv_silu
-
-
-@torch.library.impl("serpent_ir::conv_silu", "CPU")
-def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     library, (x, taps) = _library(), _ready(x, _taps(weight, bias))
-    out = x.new_empty(_conv_shape(x, padding))
+    out = x.new_empty(x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
     sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
     if out.numel():
         _check(library.conv(*_how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
     return out
-
-
-@torch.library.register_fake("serpent_ir::conv_silu")
-def _(x, weight, bias, padding):
-    return x.new_empty(_conv_shape(x, padding))
-
-
-def _conv_shape(x: Tensor, padding: int) -> tuple[int, ...]:
-    return (x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
-
-
-@register_flop_formula(torch.ops.serpent_ir.conv_silu)
-def _(x_shape, weight_shape, *args, out_shape: Any = None, **kwargs) -> int:
-    return 2 * torch.Size(out_shape).numel() * torch.Size(weight_shape[1:]).numel()
 
 
 def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""The fused path of CUDA devices against the plain one in float64; where there is no GPU, in Triton's interpreter.
+"""The ways of CUDA devices against the definition in float64; where there is no GPU, in Triton's interpreter.
 
-A tolerance is twice the error that the plain path makes in the same dtype, plus a few roundings of the largest value.
+A tolerance is twice the error that the definition makes in the same dtype, plus a few roundings of the largest value.
 """
 
 import copy
@@ -21,15 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
+from ways import BLOCK, DEVICE, NETWORK, by_kernels
+
 from serpent_ir.models import create_model
-from serpent_ir.models.acceleration import as_built, graphs
-from serpent_ir.models.acceleration import cuda as fused
+from serpent_ir.models.acceleration import cuda, graphs, off
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops.triton import block as triton_block
 
 GPU = torch.cuda.is_available()  # where not, tests/conftest.py asks for the interpreter
-DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bfloat16 as integers, and truncates where a GPU rounds.
 HALF = torch.bfloat16 if GPU else torch.float16
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: graphs and real sizes are checked where there is one")
@@ -37,12 +37,12 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: graphs and real 
 
 @pytest.fixture(autouse=True)
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fused path serves the device at hand; new buffers hold NaN, so an element that no kernel writes shows."""
-    monkeypatch.setattr(as_built, "DEVICES", {DEVICE})
+    """The kernels serve the device at hand; new buffers hold NaN, so an element that no kernel writes shows."""
     new_empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
-    yield
+    with by_kernels():
+        yield
     if GPU:
         torch.cuda.empty_cache()
 
@@ -57,13 +57,9 @@ def stir(module: nn.Module) -> nn.Module:
 
 
 def plainly(module: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The definition's result under autocast, by the way that strips and fusion both leave alone."""
-    devices, as_built.DEVICES = as_built.DEVICES, set()
-    try:
-        with torch.enable_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-            return module(x)
-    finally:
-        as_built.DEVICES = devices
+    """The definition's result under autocast."""
+    with off(), torch.enable_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        return module(x)
 
 
 def check(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], names: list[str]) -> None:
@@ -82,7 +78,7 @@ def run_block(block: VSSBlock, x: Tensor, grad: Tensor, dtype: torch.dtype | Non
         y = plainly(block, x, dtype)
     else:
         with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-            assert fused.serves(block, x)
+            assert BLOCK.serves(block, x)
             y = block(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], grad.to(y.dtype))]
 
@@ -112,11 +108,11 @@ def test_a_block_and_its_gradients(
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize(("widest", "small"), [(0, 0), (0, 99), (64, 0)], ids=["library", "small", "fused"])
+@pytest.mark.parametrize(("widest", "small"), [(0, 0), (0, 99), (64, 0)], ids=["library", "small", "narrow"])
 @pytest.mark.parametrize(("c", "shape"), [(8, (2, 5, 7)), (40, (1, 3, 18))])
 def test_inference_of_a_block(c: int, shape: tuple[int, int, int], widest: int, small: int, monkeypatch) -> None:
     """Who takes the products: the library, kernels for small maps, kernels for narrow levels."""
-    monkeypatch.setattr(fused, "FUSED_CHANNELS", widest)
+    monkeypatch.setattr(cuda, "FUSED_CHANNELS", widest)
     monkeypatch.setattr(triton_block, "SMALL_ROWS", small)
     block = stir(VSSBlock(c))
     x = torch.randn(*shape, c, device=DEVICE).to(HALF)
@@ -156,7 +152,7 @@ def test_networks(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     truth = plainly(copy.deepcopy(model).double(), image.double(), None)
     plain = plainly(model, image, cast)
     with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=cast is not None):
-        assert fused.serves(model, image)
+        assert NETWORK.serves(model, image)
         check([model(image)], [plain], [truth], ["restored"])
 
 
@@ -164,8 +160,9 @@ def test_what_is_not_as_built_runs_as_it_is() -> None:
     model, image = create_model("serpent_b").to(DEVICE), torch.rand(1, 3, 32, 32, device=DEVICE)
     block, x = model.encoder[0][0], torch.rand(1, 4, 4, 32, device=DEVICE)
 
+    @torch.no_grad()
     def served() -> tuple[bool, bool]:
-        return fused.serves(model, image), fused.serves(block, x)
+        return NETWORK.serves(model, image), BLOCK.serves(block, x)
 
     assert served() == (True, True)
     handle = block.ss2d.norm.register_forward_hook(lambda *args: None)
@@ -190,26 +187,21 @@ def test_what_is_not_as_built_runs_as_it_is() -> None:
     assert served() == (False, False)
 
 
-def test_counting_tracing_and_float64_see_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_tracing_and_float64_see_the_definition() -> None:
     model, image = create_model("serpent_b").to(DEVICE), torch.rand(1, 3, 32, 32, device=DEVICE)
-    assert fused.serves(model, image)
-    with FlopCounterMode(display=False):
-        assert not fused.serves(model, image)
-    assert not fused.serves(copy.deepcopy(model).double(), image.double())
-    assert not fused.serves(model, image.to(HALF))  # the definition says what is wrong
-    calls: list[str] = []
-    monkeypatch.setattr(fused, "serpent", lambda *args: calls.append("fused"))
-    small = create_model("serpent_b", blocks=(1, 1)).to(DEVICE)
+    assert not NETWORK.serves(model, image)  # which leaves no tape
     with torch.no_grad():
-        torch.compile(small, fullgraph=True, backend="eager")(image)
-    torch.export.export(small, (image,))
-    assert not calls
+        assert NETWORK.serves(model, image)
+        with FlopCounterMode(display=False):
+            assert not NETWORK.serves(model, image)
+        assert not NETWORK.serves(copy.deepcopy(model).double(), image.double())
+        assert not NETWORK.serves(model, image.to(HALF))  # the definition says what is wrong
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
     """And takes no more shared memory than a multiprocessor of capability 8.6 or 8.9 has."""
-    script = Path(__file__).with_name("compile_fused.py")
+    script = Path(__file__).with_name("compile_kernels.py")
     command = [sys.executable, "-W", "ignore", str(script), str(capability)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -314,7 +306,7 @@ def test_replays_follow_input_weights_and_shape(monkeypatch: pytest.MonkeyPatch)
         for image in images * 3:
             with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
                 with monkeypatch.context() as patch:
-                    patch.setattr(fused, "CAPTURED", 0)
+                    patch.setattr(cuda, "CAPTURED", 0)
                     expected = model(image)
                 error = (model(image) - expected).abs().max() / expected.abs().max()
             assert error < 0.02  # products may be taken by another of the library's kernels

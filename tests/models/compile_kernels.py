@@ -1,6 +1,8 @@
-"""Compile every kernel of the fused path, and that of noise, for a GPU that need not be there; test_fused.py runs it.
+"""Compile every kernel of the ways on CUDA, and that of noise, for a GPU that need not be there.
 
-    python compile_fused.py 90
+test_acceleration_cuda.py runs it:
+
+    python compile_kernels.py 90
 
 The networks run on the CPU as they would on the GPU, with launches that end after compiling; what they compute is
 meaningless. Prints a line a kernel: its name and the bytes of shared memory that it takes.
@@ -14,11 +16,10 @@ import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from ways import NETWORK, by_kernels
 
 from serpent_ir.degradations import ImageGenerators, randomness
 from serpent_ir.models import create_model
-from serpent_ir.models.acceleration import as_built
-from serpent_ir.models.acceleration import cuda as fused
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops.triton import block as triton_block
 
@@ -48,16 +49,15 @@ def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())  # pyright: ignore
     JITFunction.run = compile_only
-    as_built.DEVICES = {"cpu"}
     randomness.KERNELS = {"cpu"}
     places = torch.zeros(2, 2, dtype=torch.long)
     ImageGenerators(places[0], places, places).randn(3, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), by_kernels():
         for small, name, side in ((0, "serpent_h", 8), (4096, "serpent_b", 32)):
             triton_block.SMALL_ROWS = small
             model, image = create_model(name, blocks=(1, 1, 1, 1)), torch.rand(1, 3, side, side)
-            assert fused.serves(model, image)
             with torch.no_grad():
+                assert NETWORK.serves(model, image)
                 model(image)
             for c in (32, 64, 128, 256):
                 x = torch.rand(1, 4, 4, c, requires_grad=True)

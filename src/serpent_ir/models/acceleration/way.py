@@ -1,0 +1,39 @@
+"""What stands in for a class's `forward`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to the numbers of a class's `forward`, up to rounding: `way(module, x)` where `way.serves(module, x)`.
+
+    Args:
+        name: what `why` calls it.
+        device: the type of device that it is for; a test on a CPU makes a second one for "cpu" (`dataclasses.replace`).
+        tape: whether gradients may be asked for: never (False), always (True), or either (None).
+        refuses: why it may not take a module and its input, in words; "" where it may.
+        run: what the module would return.
+        traced: whether it is made of PyTorch's operators alone, so that compilers may look into it.
+    """
+
+    name: str
+    device: str
+    tape: bool | None
+    refuses: Callable[[Any, Tensor], str]
+    run: Callable[[Any, Tensor], Tensor]
+    traced: bool = False
+
+    def serves(self, module: Any, x: Tensor) -> bool:
+        return x.device.type == self.device and self.in_mode() and not self.refuses(module, x)
+
+    def in_mode(self) -> bool:
+        """Whether it is for what is asked for here, inference or training."""
+        return self.tape is None or self.tape == torch.is_grad_enabled()
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        return self.run(module, x)
