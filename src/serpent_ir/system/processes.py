@@ -7,7 +7,7 @@ from serpent_ir.errors import UsageError
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` and others say in RANK and WORLD_SIZE; 0 of 1."""
+    """This process's rank and the number of processes, from RANK and WORLD_SIZE as `torchrun` sets them; else 0, 1."""
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
@@ -18,9 +18,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each process of a `torchrun` has to say, in the order of ranks. Waits for the slowest of them.
+    """The values of all processes of a `torchrun`, in the order of ranks. Waits for the slowest process.
 
-    So no process ends before the others: `torchrun` stops all where one fails, and a bad image must stop none.
+    So no process ends before the others: `torchrun` stops all if one fails, and a bad image must not stop the others.
     """
     if rank_and_world()[1] == 1 or "MASTER_ADDR" not in os.environ:
         return [own]
@@ -38,7 +38,7 @@ def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def processes_of_host() -> int:
-    """How many of this host train, each with images of its own."""
+    """How many processes on this host train, each with its own copy of the images."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not told.isdecimal() or int(told) < 1:
         raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
@@ -46,7 +46,7 @@ def processes_of_host() -> int:
 
 
 def own_device(device: str) -> str:
-    """`auto` as the GPU of a process that `torchrun` started."""
+    """Replace `auto` by the GPU of this process, if `torchrun` started it."""
     import torch
 
     local = os.environ.get("LOCAL_RANK", "")
