@@ -10,13 +10,15 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether an installation is still the right one; Python sources are not copied by it.
 INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/cpu/csrc/*)
 
-.PHONY: help demo test test-all test-newest faults wheels clean
+.PHONY: help demo test test-all test-newest docs gallery faults wheels clean
 
 help:
 	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
-	@echo "make test    format, lint, types, layers and tests"
+	@echo "make test    format, lint, types, layers, the documentation and tests"
 	@echo "make test-all   the same with slow doubles of tests: every level, platform and capability"
 	@echo "make test-newest   the tests with the newest PyTorch, or with another: TORCH=\"torch==2.9.*\""
+	@echo "make docs    the documentation site, in site/; a broken link or reference fails"
+	@echo "make gallery the pictures of its gallery anew, with the weights that are here"
 	@echo "make faults  a campaign of 1,000 injected faults, at most 20 minutes; a table of held and broken"
 	@echo "make wheels  the wheels of all platforms, in dist/, built on this machine"
 	@echo "make clean   remove $(VENV), demo/ and caches"
@@ -33,6 +35,7 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 # A thread for each process: several processes with as many threads as cores wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
 
@@ -44,6 +47,13 @@ test-newest:
 	$(MAKE) VENV=.venv-newest TORCH="--upgrade $(TORCH)" .venv-newest/.dev-installed
 	.venv-newest/bin/python -c 'import torch; print("PyTorch", torch.__version__)'
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
+
+# The variable keeps the theme from printing a notice about another program.
+docs: $(VENV)/.dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+gallery: $(VENV)/.dev-installed
+	$(BIN)/python tools/gallery.py
 
 # Outside CI, where tests/test_faults.py runs a slice.
 faults: $(VENV)/.dev-installed
@@ -73,5 +83,5 @@ $(VENV)/.dev-installed: $(INSTALLED) | $(VENV)/.torch-installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-newest demo build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,7 @@ def test_a_profile_on_the_cpu():
     done = process("profile", "-n", "serpent_b", "--size", "40", "--train", "--json", "--seconds", 0.05)
     assert done.returncode == 0, done.stderr
     assert "[2/2] serpent_b 40 training: " in done.stderr
+    assert "Warning" not in done.stderr
     (row,) = json.loads(done.stdout)
     assert row.keys() >= KEYS
     assert "error" not in row

@@ -1,4 +1,4 @@
-"""From image file to restored image file. A large TIFF goes by rows, so that neither image has to fit in memory."""
+"""From image file to restored image file; a large TIFF by rows, so that neither image has to fit in memory."""
 
 import warnings
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from serpent_ir.inference.restorer import Samples
 from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25
-"""From this many pixels on an image is not read ahead of its turn, and a TIFF is read and written by rows."""
+"""Pixels from which an image is not read ahead of its turn, and a TIFF is read and written by rows."""
 
 
 class Source:
-    """An image file that is about to be restored. `load` reads it, unless it is large.
+    """An image file that is about to be restored; `load` reads it unless it is large.
 
-    The constructor raises nothing: `picture` reports what is wrong with the file.
+    Raises nothing: what is wrong with the file is for `picture` to say.
     """
 
     def __init__(self, path: Path):
@@ -42,21 +42,21 @@ class Source:
                 self._tiff = file.read(4) in TIFFS
                 file.seek(0)
                 header = open_header(file)
-                # The size of a TIFF that Pillow does not know is unknown here, so such a TIFF is taken for a large one.
+                # Of a TIFF that Pillow does not know nothing is known yet: by rows it goes whatever its size.
                 self.large = self._tiff if header is None else header.width * header.height >= LARGE
-        except Exception:  # `picture` will meet the problem again and report it
+        except Exception:  # `picture` meets it again and gives it its name
             self.large = False
 
     def _count(self) -> int:
-        """The number of pages or frames; 1 if it cannot be determined."""
+        """How many pages or frames there are; 1 where that cannot be told."""
         try:
             with self.path.open("rb") as file:
                 return len(TiffPages(file)) if self._tiff else getattr(open_header(file), "n_frames", 1)
-        except Exception:  # `picture` reports it
+        except Exception:  # `picture` gives it its name
             return 1
 
     def load(self, pages: str = "first") -> "Source":
-        """Read the file now, unless it is large, or all its pages are wanted: those are read one by one."""
+        """Read the file now, if it is not large; or all pages of it are wanted, which are read one by one."""
         if not self.large and (pages == "first" or self._count() == 1):
             self._picture = read_image(self.path)
         return self
@@ -76,11 +76,10 @@ class Source:
         *,
         pages: str = "first",
     ) -> "Restored":
-        """Restore the image. Whatever `Restored` has not written yet is written by its `write`.
+        """Restore the image; what `Restored` still has to write is written by its `write`.
 
-        `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all".
-        With "all" each page of a TIFF becomes a page of a TIFF of the same kind, and is written as soon as it is
-        restored.
+        `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all":
+        each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
         """
         if pages == "all" and (count := self._count()) > 1:
             if not self._tiff:
@@ -102,18 +101,18 @@ class Source:
             check_sides(width, height, target.suffix.lower())
         except ImageError as error:
             raise ImageError(f"{self.path}: {error}") from None
-        self._picture = None  # the pixels are not needed after the restoration
+        self._picture = None  # the pixels are not needed longer than the restoration takes
         restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
         return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
 
     def check_unchanged(self) -> None:
-        """Raise SourceChangedError if the file is no longer the one that this object began with."""
+        """Raise SourceChangedError where the file is no longer the one that this began with."""
         if self._state is not None:
             self._state.check(self.path)
 
 
 def _read_mask(path: Path | None) -> np.ndarray | None:
-    """The mask (H, W) in the depth of the file: the mean of its channels."""
+    """(H, W), in the depth of the file: the mean of its channels."""
     if path is None:
         return None
     pixels = read_image_pixels(path)
@@ -121,7 +120,7 @@ def _read_mask(path: Path | None) -> np.ndarray | None:
 
 
 class Restored:
-    """A restored image on its way to its file. `width` and `height` are those of the input."""
+    """A restored image on its way to its file: `width` and `height` are those that came in."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class Restored:
         self._check_source = check_source
 
     def write(self) -> None:
-        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile."""
+        """Write what has not been written yet. Raises SourceChangedError where it is of a source that is no more."""
         if self._picture is not None:
             self._check_source()
             write_image(self.target, self._picture)
@@ -145,7 +144,7 @@ class Restored:
 def _restore_pages(
     source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], mask: np.ndarray | None
 ) -> Restored:
-    """Restore each page of a TIFF in order. One page is in memory at a time."""
+    """Each page of a TIFF, in their order, of which one is in memory at a time."""
     path = source.path
     told: set[str] = set()
 
@@ -197,11 +196,11 @@ def _restore_by_rows(
     path, notes = source.path, []
     with path.open("rb") as header, path.open("rb") as file:
         try:
-            if file.read(4) == b"MM\0+":  # Pillow misreads the metadata of big-endian BigTIFF
+            if file.read(4) == b"MM\0+":  # whose metadata Pillow misreads
                 raise _NotByRowsError
             file.seek(0)
             rows = TiffRows(file)
-        except Exception as error:  # whatever is wrong, reading the file whole will report it
+        except Exception as error:  # whatever is wrong, reading it whole will name it
             raise _NotByRowsError from error
         if rows.height * rows.width > MAX_PIXELS:
             raise _NotByRowsError

@@ -1,4 +1,4 @@
-"""Restores images with a network, whole or in tiles, on any device. The result is of the same kind as the input."""
+"""Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -30,9 +30,9 @@ Samples = tuple[np.ndarray, np.ndarray | None]
 """Colour (h, w, 3) or grey (h, w), and alpha (h, w) or None."""
 
 _MODES = ("RGB", "RGBA", "L", "LA", "I;16")
-_CPU = torch.device("cpu")  # where images are cut and put together
+_CPU = torch.device("cpu")  # where images are taken apart and put together
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Noise takes a degraded image slightly out of [0, 1]. Values beyond these bounds have another scale (mostly 0 to 255).
+# Noise takes a degraded image a little out of [0, 1]; values beyond these are on another scale (0 to 255, most often).
 _LOWEST, _HIGHEST = -1.0, 2.0
 
 
@@ -49,36 +49,36 @@ def restore(
 ) -> ImageT:
     """Restore an image with a network.
 
-    The image goes through the network whole if it is predicted to fit in memory, which also gives the best result.
-    Otherwise it goes in overlapping tiles, and a UserWarning says why. Weights whose task makes images smaller (`sr8`)
-    see the image upsampled, and return it 8 times as high and wide. A network with a `scale` returns it that many times
-    as high and wide. Grey images are restored as RGB and averaged. Alpha is kept: it is copied, and upsampled (bicubic)
-    if the image is. The colours of pixels that it hides are kept too, and do not spread. A PIL image with one
-    transparent colour (RGB or L) comes back with alpha instead.
+    The image goes through the network whole where it is predicted to fit in memory, which is also the best result, and
+    else in overlapping tiles; a UserWarning then says why. Weights whose task makes images smaller (`sr8`) see the
+    image upsampled, and return it 8 times as high and wide; a network with a `scale` returns it so many times as high
+    and wide. Grey images are restored as RGB and averaged. Alpha is
+    kept: copied, and upsampled (bicubic) where the image is; the colours of pixels that it hides are kept too, and do
+    not spread. A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
 
     Args:
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;
-            or a tensor (3, H, W) or (B, 3, H, W), uint8 or float. Floats are in [0, 1] (noise may exceed it slightly).
-        model: a network from (B, 3, H, W) to the same; its `config.task` names the degradation that it undoes. It is
-            put in evaluation mode and back. DataParallel and similar wrappers are removed. If another module holds one
-            of our networks, as a LightningModule does, that network gives task and sizes. Or the name of weights, which
-            are then loaded for this one image.
-        tile: "auto"; "none" or None (always whole); or the side of a tile in pixels of the output.
-        tile_overlap: pixels of the output that neighbouring tiles share at least.
-        device: "auto" is the device of the model. To another device (`cpu`, `cuda`, `cuda:1`, `mps`) the model is
-            moved, and it stays there.
+            or a tensor (3, H, W) or (B, 3, H, W), uint8 or float. Floats are in [0, 1] (noise may leave it a little).
+        model: maps (B, 3, H, W) to the same; its `config.task` names the degradation that it undoes. It is put in
+            evaluation mode and back. DataParallel and the like are taken off; of another module that holds one of our
+            networks, as a LightningModule does, that one says task and sizes. Or the name of weights, which are then
+            read for this one image.
+        tile: "auto", "none" or None (whole, whatever it takes), or the side of a tile in pixels of the output.
+        tile_overlap: pixels of the output that neighbouring tiles share, at least.
+        device: "auto" is where the model is; by another name (`cpu`, `cuda`, `cuda:1`, `mps`) the model is moved there,
+            and stays.
         precision: "auto" (bfloat16 autocast on CUDA, float32 elsewhere), "float32" or "bfloat16".
-        mask: only for weights of `inpaint`, which need it: a PIL image, an array or a tensor (H, W). Pixels above half
-            of its full scale are missing. The other pixels come back unchanged.
-        progress: called with (tiles done, all tiles).
+        mask: for weights of `inpaint`, and for no others: which pixels are missing, as a PIL image, an array or a
+            tensor (H, W); those are over half of its full scale. The other pixels come back as they were.
+        progress: called with (tiles done, tiles in all).
 
     Returns:
-        The same kind, dtype and mode (and device, for a tensor), with values in [0, 1] or the full integer range.
+        The same kind, dtype, mode (and device, of a tensor), values in [0, 1] or the full range of the integers.
 
     Raises:
-        UsageError: another kind, shape, dtype, mode or scale, or an impossible option; the message says what was
-            expected. Also for a wrapper that holds only a share of the weights (FSDP), or networks of several tasks.
-        SerpentError: the image does not fit in the device's memory, or the network returned an unexpected size.
+        UsageError: another kind, shape, dtype, mode or scale, or an option that cannot be; it says what was expected.
+            A wrapper that holds only a share of the weights (FSDP), or networks of several tasks.
+        SerpentError: the image does not fit in the memory of the device, or the network made another size than it says.
     """
     restorer = Restorer(model, tile=tile, tile_overlap=tile_overlap, device=device, precision=precision)
     return restorer(image, mask=mask, progress=progress)
@@ -90,15 +90,17 @@ def restore_picture(picture: Picture, model: nn.Module) -> Picture:
 
 
 class Restorer:
-    """A network that stays loaded on its device, for many images. It is called like a function, from any thread.
+    """A network that stays loaded, on its device, for many images; called like a function, from any thread.
 
-    Images of several threads are converted in parallel and go through the network one after the other, since memory is
-    predicted for one.
+    Images of several threads are converted side by side and go through the network one after the other, since the
+    prediction of memory is for one.
 
     Args:
-        model: a network, as for `restore`; or the name of weights (default: `serpent_l.photo`), loaded onto `device`.
-        tile, tile_overlap, precision: as for `restore`.
-        device: as for `restore`; with a name of weights, "auto" is the best device of this machine.
+        model: a network, as for `restore`; or the name of weights, loaded onto `device`: by default `serpent_l.photo`.
+        tile: as for `restore`.
+        tile_overlap: the same.
+        precision: the same.
+        device: as for `restore`; with a name of weights "auto" is the best device of this machine.
     """
 
     def __init__(
@@ -130,12 +132,12 @@ class Restorer:
 
     @property
     def scale(self) -> int:
-        """How many times larger than its input a restored image is."""
+        """How much larger than its input a restored image is."""
         return scale_of(self.model)
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the weights are for `inpaint`, which needs a mask for each image."""
+        """Whether the weights are of `inpaint`, which need a mask with each image."""
         degradation = undone_by(self.model)
         return degradation is not None and degradation.channels > 3
 
@@ -155,9 +157,9 @@ class Restorer:
     def picture(
         self, picture: Picture, *, mask: Mask | None = None, label: str = "", progress: Progress | None = None
     ) -> Picture:
-        """Restore what `read_image` returns: same depth and metadata, alpha kept, grey stays grey.
+        """Restore what `read_image` gives: same depth and metadata, alpha kept, grey stays grey.
 
-        `label` begins the warning that says why an image is restored in tiles. `mask` is as for `restore`.
+        `label` begins the warning that says why an image is restored in tiles; `mask` is as for `restore`.
         """
         with says_what_is_too_large(picture.pixels.shape[:2], _CPU):
             colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
@@ -174,10 +176,10 @@ class Restorer:
         label: str = "",
         progress: Progress | None = None,
     ) -> Generator[Samples]:
-        """Restore an image that need not be in memory. Yields strips of the result from top to bottom.
+        """Restore an image that need not be in memory: from top to bottom, in strips of the restored one.
 
-        `read` returns some rows and columns, uint8 or uint16, always in the same format. Rows are requested from top to
-        bottom, some of them twice. The strips have the same format.
+        `read` gives some rows and columns, uint8 or uint16, always of the same kind; rows are asked for from top to
+        bottom, some of them twice. The strips are of that kind.
         """
 
         missing = self._missing(mask, height, width)
@@ -195,13 +197,13 @@ class Restorer:
                 rows = (top, top + strip.shape[2])
                 top = rows[1]
                 pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
-                del strip  # freed while the next one is made
+                del strip  # while the next one is made
                 yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
 
     def _alpha(
         self, read: Callable[[Span, Span], Samples], size: Span, rows: Span, pixels: np.ndarray
     ) -> np.ndarray | None:
-        """The alpha of some rows of the restored image. Where alpha is 0, `pixels` get back their hidden colours."""
+        """The alpha of some rows of the restored image; where it is 0 `pixels` get back the colours that it hid."""
         if self.scale == 1:
             colours, alpha = read(rows, (0, size[1]))
             assert alpha is not None
@@ -213,12 +215,12 @@ class Restorer:
             assert some is not None
             return to_tensor(_grey_to_rgb(some))
 
-        upsampling = Degradation("", scale=self.scale)  # also if the network enlarges by itself
+        upsampling = Degradation("", scale=self.scale)  # where the network does it itself, too
         block = network_block(tensor, size, rows, (0, size[1] * self.scale), upsampling)
         return np.ascontiguousarray(to_pixels(block, pixels.dtype)[..., 0])
 
     def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
-        """The mask as (1, 1, H, W) of zeros and ones; None if the network takes none."""
+        """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
         if not self.takes_mask:
             if mask is not None:
                 raise UsageError("restore: a mask is for weights of inpaint; these take none")
@@ -237,7 +239,7 @@ class Restorer:
         work = replace(work, tile=self.tile, overlap=self.tile_overlap, precision=self.precision)
         with closing(restored_strips(self.model, work)) as strips:
             while True:
-                with self._lock:  # not while the caller has a strip: another call by its thread would deadlock
+                with self._lock:  # not while the caller has a strip: another call of hers would wait for ever
                     strip = next(strips, None)
                 if strip is None:
                     return
@@ -246,7 +248,7 @@ class Restorer:
     def _pil(self, image: Image.Image, mask: Mask | None, progress: Progress | None) -> Image.Image:
         if image.mode not in _MODES:
             raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
-        if image.mode in ("RGB", "L") and image.has_transparency_data:  # one transparent colour: restoring changes it
+        if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
             image = image.convert("RGBA" if image.mode == "RGB" else "LA")
         pixels, alpha = np.asarray(image), None
         if image.mode in ("RGBA", "LA"):
@@ -267,7 +269,7 @@ class Restorer:
         progress: Progress | None,
         label: str = "",
     ) -> Samples:
-        """Pixels (h, w, 3) or (h, w) and alpha (h, w) -> those of the restored image, with the same dtype."""
+        """Pixels (h, w, 3) or (h, w) and alpha (h, w) -> those of the restored image, of the same dtype."""
         grey = pixels.ndim == 2
         if not grey and (pixels.ndim != 3 or pixels.shape[2] != 3):
             raise UsageError(f"restore: expected an array (H, W, 3) or (H, W); got {pixels.shape}")
@@ -319,7 +321,7 @@ class Restorer:
             return block if missing is None else erase(block, missing[(..., *here)].expand(len(block), -1, -1, -1))
 
         work = Work(read, *batch.shape[-2:], batch=len(batch), progress=progress)
-        if len(batch) > 1 and not fits(self.model, work):  # one image at a time is better than tiles
+        if len(batch) > 1 and not fits(self.model, work):  # one by one is better than in tiles
             return torch.stack([self._tensor(one, mask, progress) for one in image])
         restored = torch.cat([strip.to(image.device) for strip in self._strips(work)], 2)
         if image.dtype == torch.uint8:
@@ -329,14 +331,14 @@ class Restorer:
 
 
 def _channels_of(model: nn.Module) -> int:
-    """Input channels without those that the task adds."""
+    """Input channels beyond those that the task brings."""
     degradation = undone_by(model)
     brought = 0 if degradation is None else degradation.channels - 3
     return getattr(getattr(network_of(model), "config", None), "in_channels", 3) - brought
 
 
 def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool) -> np.ndarray:
-    """(1, 3, H, W) -> (H, W, 3), or (H, W) of their mean, as integers. Done in parts, since it needs floats."""
+    """(1, 3, H, W) -> (H, W, 3), or (H, W) of their mean, as integers; a part at a time, since it takes floats."""
     result = np.empty((*strip.shape[2:], 3)[: 2 if grey else 3], dtype)
     step = max(1, (1 << 22) // strip.shape[3])
     for top in range(0, strip.shape[2], step):
@@ -355,5 +357,5 @@ def _grey_to_rgb(grey: Pixels | np.ndarray) -> np.ndarray:
 
 def _check_scale(x: Tensor) -> None:
     low, high = (value.item() for value in x.aminmax())
-    if not (low >= _LOWEST and high <= _HIGHEST):  # NaN fails both
+    if not (low >= _LOWEST and high <= _HIGHEST):  # a NaN passes neither
         raise UsageError(f"restore: float images are in [0, 1]; this one spans {low:g} to {high:g}")

@@ -1,4 +1,4 @@
-"""Runs a network over an image, whole or in tiles: the one place that decides which."""
+"""A network over an image: on which device, in which precision, whole or in tiles."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ from serpent_ir.system.forks import in_child
 from serpent_ir.system.memory import SHARE, available
 
 LARGEST_TILE = 4096
-"""Side in pixels of the largest tile that is chosen. It is far beyond what the networks saw in training."""
+"""Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Work:
     """What `restored_strips` is to do.
 
     Attributes:
-        read: returns rows and columns (in pixels of the input image) as (B, C, h, w) float in [0, 1].
-        height, width: size of that image.
+        read: gives the rows and columns (in pixels of the image that comes in) as (B, C, h, w) float in [0, 1].
+        height, width: of that image.
         batch: B.
         tile: "auto", "none" or None, or the side of a tile in pixels of the output.
-        overlap: pixels of the output that neighbouring tiles share at least.
+        overlap: pixels of the output that neighbouring tiles share, at least.
         precision: as `pick_precision` takes it.
-        label: the image's name for the warning that says why tiles were chosen; may be empty.
-        progress: called with (tiles done, all tiles).
+        label: the image's name for the line that says why tiles were chosen; may be empty.
+        progress: called with (tiles done, tiles in all).
     """
 
     read: Callable[[Span, Span], Tensor]
@@ -62,7 +62,7 @@ class Work:
 
 
 def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
-    """Raise UsageError for a tile or an overlap that is impossible with this network."""
+    """Raise UsageError for a tile or an overlap that `Work` cannot have with this network."""
     if isinstance(tile, int) and not isinstance(tile, bool):
         cut(1, tile, overlap, _multiple(model))
     elif tile not in ("auto", "none", None):
@@ -74,12 +74,12 @@ def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
 def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
     """The restored image from top to bottom, in strips (B, 3, rows, W) float32 in [0, 1].
 
-    A whole image is one strip, on the model's device. Strips made of tiles are on the CPU. The image is taken whole if
-    its predicted memory fits in `SHARE` of what is available; otherwise in the largest tiles that fit. If a prediction
-    was too low, it continues in smaller tiles. A UserWarning tells of tiles and says why.
+    A whole image is one strip, on the model's device; strips made of tiles are on the CPU. The image is taken whole
+    where its predicted memory fits in `SHARE` of what is available, else in the largest tiles that do, and where a
+    prediction was too low, in smaller ones; a UserWarning says so and why.
 
-    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, otherwise for the smallest
-    tile), or values that are not finite. `check_tiles` must have been called before.
+    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
+    or values that are not finite. What `check_tiles` refuses must not come here.
     """
     model = unwrapped(model)
     degradation, scale, multiple = undone_by(model), scale_of(model), _multiple(model)
@@ -95,7 +95,7 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
             with says_what_is_too_large((height, width), torch.device("cpu") if side else device_of(model)):
                 for strip in _strips(model, work, degradation, rows, columns):
                     begun = True
-                    # If it comes from inference mode, a new tensor, so that callers may change it in place.
+                    # A new tensor where it comes from inference mode, so that callers may change it in place.
                     yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
             return
         except OutOfMemoryError as error:
@@ -119,9 +119,9 @@ def fits(model: nn.Module, work: Work) -> bool:
 def network_block(
     read: Callable[[Span, Span], Tensor], size: Span, rows: Span, columns: Span, degradation: Degradation | None
 ) -> Tensor:
-    """What a network sees of some rows and columns of its map: `read`, upsampled if the degradation shrinks.
+    """What a network sees of some rows and columns of its map: `read`, upsampled where the degradation shrinks.
 
-    `size` is the size of the image that `read` reads. Upsampled blocks equal those of the upsampled whole image.
+    `size` is that of the image that `read` reads. Upsampled blocks are those of the upsampled whole.
     """
     if degradation is None or degradation.scale == 1:
         block = read(rows, columns)
@@ -140,7 +140,7 @@ def _strips(
     model: nn.Module, work: Work, degradation: Degradation | None, rows: Axis, columns: Axis
 ) -> Iterator[Tensor]:
     device = device_of(model)
-    own = _own_scale(model)  # the output is what is cut
+    own = _own_scale(model)  # what is cut is the output
     count, done = len(rows.spans) * len(columns.spans), 0
 
     def tile(across: Span, along: Span) -> Tensor:
@@ -148,7 +148,7 @@ def _strips(
         size = (work.height, work.width)
         shape = across[1] - across[0], along[1] - along[0]
         with says_what_is_too_large(shape, device), torch.inference_mode():
-            # Moved to the device while it is small; the device upsamples it.
+            # Moved while it is small: the device upsamples it.
             given = network_block(
                 lambda r, c: work.read(r, c).to(device, torch.float32),
                 size,
@@ -159,7 +159,7 @@ def _strips(
             restored = run_network(model, given, precision=work.precision)
             if degradation is not None:
                 restored = degradation.combine(restored, given)
-            if not restored.isfinite().all():  # clamped, it would pass for an image
+            if not restored.isfinite().all():  # clamped it would pass for an image
                 raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
         done += 1
         if work.progress:
@@ -173,7 +173,7 @@ def _strips(
 
 
 def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) -> int | None:
-    """The side of the tiles; None for the whole image."""
+    """The side of the tiles, None for the whole image."""
     if work.tile is None or work.tile == "none":
         return None
     if isinstance(work.tile, int):
@@ -208,14 +208,14 @@ def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tup
 
 
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:
-    """Pixels of the network's padded input, for an output of this size."""
+    """Of the network's padded input, for an output of this size."""
     own, multiple = _own_scale(model), getattr(network_of(model), "size_multiple", 1)
     batch *= 3 if _takes_grey(model) else 1
     return batch * _up(height // own, multiple) * _up(width // own, multiple)
 
 
 def _multiple(model: nn.Module) -> int:
-    """The number of which tiles begin at multiples, in pixels of the output."""
+    """What tiles begin at multiples of, in pixels of the output."""
     degradation = undone_by(model)
     own = getattr(network_of(model), "size_multiple", 1) * _own_scale(model)
     return math.lcm(own, 1 if degradation is None else degradation.scale)
@@ -235,7 +235,7 @@ def _up(value: int, multiple: int) -> int:
 
 @in_child
 def _leave_evaluation_mode() -> None:
-    """Leave, in a child, the contexts that the parent's threads were inside of, since those threads are gone there."""
+    """What threads of the parent were inside of, they do not leave in a child."""
     for _, training in _modes.values():
         for module in training:
             module.training = True
@@ -244,7 +244,7 @@ def _leave_evaluation_mode() -> None:
 
 @in_child
 def _one_thread() -> None:
-    """A child has none of the threads of GNU's OpenMP (PyTorch's on Linux), and would wait for them forever."""
+    """Of GNU's OpenMP, PyTorch's on Linux, a child has no threads, and yet would wait for them for ever."""
     with suppress(OSError):
         if "libgomp" in Path("/proc/self/maps").read_text():
             torch.set_num_threads(1)

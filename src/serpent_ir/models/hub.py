@@ -1,7 +1,7 @@
-"""Networks in folders of Hugging Face's hub, and the card beside them.
+"""Networks in folders of Hugging Face's hub, and the card that lies beside them.
 
-The default `save_pretrained` would write a card of empty fields. This card states the task and how the weights are used
-and, if they have the numbers of weights that ship, their licence and figures.
+`save_pretrained` would write a card of empty fields. Here it says the task, how the weights are used and, where they
+are the numbers of weights that ship, their licence and figures.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from serpent_ir.errors import SerpentError
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-LICENCE, ATTRIBUTION = "LICENSE", "ATTRIBUTION.csv"  # names of the files beside the weights that ship
+LICENCE, ATTRIBUTION = "LICENSE", "ATTRIBUTION.csv"  # as files beside the weights that ship are called
 
 _USE = """## How to use
 
@@ -34,9 +34,9 @@ _OWN = """# {name}
 
 A `{kind}` for {task}, saved by serpent-ir {version}.
 
-- **Licence**: whoever trained these weights says it; they are not among those that ship with serpent-ir. If their
-  training began from such weights, the licence of those applies too.
-- **Figures**: none were measured when the weights were saved. `serpent evaluate --data IMAGES --task TASK --weights
+- **Licence**: whoever trained these weights says it; they are none of those that ship with serpent-ir. If their
+  training began from such weights, their licence goes with them.
+- **Figures**: none were measured when they were saved. `serpent evaluate --data IMAGES --task TASK --weights
   model.safetensors` measures PSNR and SSIM.
 """
 _SHIPPED = """
@@ -93,7 +93,7 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
 
 
 def _shipped_as(model: nn.Module) -> Path | None:
-    """The file of the shipped weights that have the same numbers as this network; None if there are none."""
+    """The file of the weights that ship whose numbers a network has."""
     from serpent_ir.models.recognise import preset_of
     from serpent_ir.models.registry import WEIGHTS_DIR
     from serpent_ir.models.weights import load_weights
@@ -104,7 +104,7 @@ def _shipped_as(model: nn.Module) -> Path | None:
         return None
     try:
         shipped, state = load_weights(path)[0], model.state_dict()
-    except SerpentError:  # a damaged installation must not prevent saving
+    except SerpentError:  # a damaged installation is no reason not to save
         return None
     same = shipped.keys() == state.keys() and all(
         torch.equal(x.to(state[key].dtype), state[key].cpu()) for key, x in shipped.items()

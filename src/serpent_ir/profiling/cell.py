@@ -1,6 +1,6 @@
 """How long a network takes and how much memory, at one size, measured in a process of its own.
 
-`python -m serpent_ir.profiling.cell [PARENT]` reads `Cell`s as lines of JSON and answers each with a line of JSON: one
+`main` reads `Cell`s as lines of JSON and answers each with a line of JSON, in a process whose argument is PARENT: one
 that crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it
 goes when the process of the number PARENT, which started it, is gone.
 """
@@ -261,7 +261,8 @@ class Worker:
 
     def _start(self) -> None:
         self.stop()
-        command = [sys.executable, "-m", "serpent_ir.profiling.cell", str(os.getpid())]
+        # Not by -m: the package loads this module first, of which Python would warn.
+        command = [sys.executable, "-c", "import serpent_ir.profiling.cell as cell; cell.main()", str(os.getpid())]
         # A session of its own: Ctrl-C reaches us, and we stop it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -294,7 +295,8 @@ class Worker:
         self.stop()
 
 
-def _main() -> None:
+def main() -> None:
+    """Answer `Cell`s as lines of JSON, from standard input to standard output."""
     # Results go where standard output was; what libraries print goes to the error stream.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -320,7 +322,3 @@ def _listen(lines: "queue.SimpleQueue[str]") -> None:
     if sys.argv[1:]:
         os._exit(1)
     lines.put("")
-
-
-if __name__ == "__main__":
-    _main()

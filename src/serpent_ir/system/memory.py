@@ -1,23 +1,26 @@
-"""How much memory this process can still take, on the host and on a GPU, limits included."""
+"""How much memory there is, and how much a network needs for an image: what decides between whole images and tiles.
+
+The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py`: `benchmarks/results/memory.*.json`.
+"""
 
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # code that asks whether there is memory to load PyTorch should not load it
+if TYPE_CHECKING:  # what asks whether there is memory to load PyTorch should not load it
     import torch
 
 SHARE = 0.8
-"""Share of the available memory that an image may take by prediction. The rest is for what predictions do not cover."""
+"""Of the available memory, what an image may take by prediction; the rest is for what a prediction does not see."""
 
 WORK = 64 << 20
-"""Bytes that Python's threads and a small network take at least."""
+"""Bytes that Python's threads and a small network take, at the least."""
 
 
 def available(device: "torch.device") -> int:
     """Bytes that this process can still allocate on a device."""
-    if device.type != "cuda":  # Apple's GPU shares the host's memory
+    if device.type != "cuda":  # Apple's GPU shares the memory of the host
         return host_available()
     import torch
 
@@ -28,7 +31,7 @@ def available(device: "torch.device") -> int:
 def host_available() -> int:
     """Bytes of main memory that this process can still take without swapping.
 
-    Limits count: those of control groups (containers, systemd, Slurm), and those of the process (`ulimit -v`).
+    Limits count: those of control groups (containers, systemd, Slurm), and of the process (`ulimit -v`).
     """
     if sys.platform == "win32":
         return _available_on_windows()
@@ -36,15 +39,15 @@ def host_available() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS does not tell: half of all memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS does not say: half of all there is
     return min(free, free_in_groups(Path("/proc/self")), free_of_process())
 
 
 def free_in_groups(process: Path) -> int:
-    """The memory that the control groups of a process leave it; `sys.maxsize` if none has a limit.
+    """What the control groups of a process leave it, the least of its own and all above, in either version of Linux's
+    control groups; `sys.maxsize` where none has a limit.
 
-    It is the least of its own group and all groups above, in either version of Linux's control groups. `process` is the
-    process's folder in /proc; its `cgroup` says in which groups it is, and its `mountinfo` where their files are.
+    `process` is its folder of /proc, whose `cgroup` says in which groups it is and `mountinfo` where their files are.
     """
     try:
         groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
@@ -59,7 +62,7 @@ def free_in_groups(process: Path) -> int:
         root, mount = (Path(field.replace("\\040", " ")) for field in where.split(" ")[3:5])
         controller = "" if kind == "cgroup2" else "memory"
         own = next((Path(path) for _, names, path in groups if controller in names.split(",")), root)
-        # A container may see its own group as the root of what is mounted, but under the name that the host uses.
+        # A container may see its own group as the root of what is mounted, and yet hear its name on the host.
         below = own.relative_to(root) if own.is_relative_to(root) else Path()
         for folder in (mount / below, *(mount / below).parents):
             if folder.is_relative_to(mount):
@@ -67,7 +70,7 @@ def free_in_groups(process: Path) -> int:
     return free
 
 
-# For each version: limits, usage, and the entry of memory.stat for cached files, which the system releases on demand.
+# Of each version: limits, usage, and of memory.stat the cache of files, which the system gives back when asked.
 _FILES = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -87,7 +90,7 @@ def _free_in_group(folder: Path, limits: tuple[str, ...], used: str, cache: str)
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None if there is no such file, or if it says "max"."""
+    """None where there is no such file, or it says "max"."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -95,7 +98,7 @@ def _number(file: Path) -> int | None:
 
 
 def free_of_process() -> int:
-    """What `ulimit -v` and `-d` leave; `sys.maxsize` if they are unlimited or unknown."""
+    """What `ulimit -v` and `-d` leave; `sys.maxsize` where they are unlimited, or nobody says."""
     if sys.platform != "linux":
         return sys.maxsize
     import resource
@@ -110,7 +113,7 @@ def free_of_process() -> int:
 
 
 def check_process(least: int) -> None:
-    """Raise MemoryError if the limits of this process leave it less than `least` bytes."""
+    """Raise MemoryError where the limits of this process leave it less than so many bytes."""
     if (free := free_of_process()) < least:
         raise MemoryError(f"{free >> 20} MB of it are left to this process")
 
