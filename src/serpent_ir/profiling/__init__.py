@@ -1,4 +1,4 @@
-"""Networks counted and measured, with the tables and figures of that."""
+"""Counts and measures networks, and shows the results as tables and figures."""
 
 from serpent_ir.profiling.count import Counts as Counts
 from serpent_ir.profiling.count import count as count

@@ -1,8 +1,8 @@
-"""How long a network takes and how much memory, at one size, measured in a process of its own.
+"""How long a network takes and how much memory it needs at one size, measured in a separate process.
 
-`main` reads `Cell`s as lines of JSON and answers each with a line of JSON, in a process whose argument is PARENT: one
-that crashes, hangs or leaves memory behind costs itself alone. `Worker` is such a process, seen from outside; it
-goes when the process of the number PARENT, which started it, is gone.
+`main` reads `Cell`s as lines of JSON and answers each with a line of JSON, in a process whose argument is PARENT. A
+cell that crashes, hangs or leaves memory behind only costs itself. `Worker` is such a process, seen from outside. The
+process ends when the process with the number PARENT, which started it, is gone.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from serpent_ir.errors import OUT_OF_MEMORY, is_out_of_memory
 from serpent_ir.models import create_model
 from serpent_ir.system.devices import pick_device, pick_precision
 
-LEAST, MOST = 3, 100  # timed calls
+LEAST, MOST = 3, 100  # number of timed calls
 STATUS = Path("/proc/self/status")
 
 
@@ -44,29 +44,30 @@ class Cell:
     batch: int
     device: str
     precision: str
-    seconds: float  # for about so long calls are timed
+    seconds: float  # time to spend on timed calls, about
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """The figures of a cell, or `error` and why there are none.
+    """The figures of a cell; or `error`, the reason why there are none.
 
-    ms, range_ms: median of the timed calls, and their 10th and 90th percentile. graph_ms, graph_range_ms: of the same
-    replayed from a CUDA graph; None where there is none, and graph_note says why if one was tried. gb: peak memory with
-    weights and images, in 1e9 bytes: on CUDA what PyTorch allocates, on a CPU what the process holds beyond what it
-    held before; None beside gb_note where the system does not tell. spoilt: this process should measure nothing more.
+    ms, range_ms: median of the timed calls, and their 10th and 90th percentiles. graph_ms, graph_range_ms: the same for
+    replays from a CUDA graph; None if there is none, and graph_note gives the reason if one was tried. gb: peak memory
+    with weights and images, in 1e9 bytes. On CUDA it is what PyTorch allocates, on a CPU what the process holds beyond
+    what it held before; None, with gb_note, if the system does not tell. spoilt: this process should measure nothing
+    more.
     """
     device = pick_device(cell.device)
     try:
         if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # fails where the GPU is another's alone
-        # Graphs cannot be captured on the default stream, and autograd remembers where it met a parameter.
+            torch.cuda.set_device(device.index or 0)  # fails if another process has exclusive use of the GPU
+        # Graphs cannot be captured on the default stream, and autograd remembers the stream of each parameter.
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
             result = _measure(cell, device)
-    except Exception as error:  # Triton's OutOfResources is no RuntimeError
+    except Exception as error:  # Triton's OutOfResources is not a RuntimeError
         result: dict[str, Any] = {"error": OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)}
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            result["spoilt"] = True  # CUDA itself, or a library: who knows what still works in this process
-    # Out here, where no traceback holds the tensors of what failed.
+            result["spoilt"] = True  # an error of CUDA or a library: what still works in this process is unknown
+    # Done here, where no traceback keeps the tensors of a failed call alive.
     _release(device)
     return result
 
@@ -74,16 +75,16 @@ def measure(cell: Cell) -> dict[str, Any]:
 def _measure(cell: Cell, device: torch.device) -> dict[str, Any]:
     _release(device)
     if device.type == "cpu":
-        # Libraries load and threads start before the baseline is taken: they are not the network's.
+        # Libraries load and threads start before the baseline is taken, since their memory is not the network's.
         _call(dataclasses.replace(cell, size=32, batch=1), device)()
         _release(device)
     before = _start_peak(device)
     call = _call(cell, device)
-    first = _timed_once(call, device)  # compiles what there is to compile
+    first = _timed_once(call, device)  # this compiles what must be compiled
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = [_timed_once(call, device)]  # captures a graph, where a plain call is replayed from one
-    slow = min(first, *times) > 1e3 * cell.seconds  # both: one may have waited for what else the machine does
+    times = [_timed_once(call, device)]  # this captures a graph, if plain calls are replayed from one
+    slow = min(first, *times) > 1e3 * cell.seconds  # the faster one counts, since the other may have had to wait
     if not slow:
         _timed(call, cell.seconds / 8, device, least=1)
         times = _timed(call, cell.seconds / 2, device)
@@ -98,7 +99,7 @@ def _measure(cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def _call(cell: Cell, device: torch.device) -> Callable[[], object]:
-    """A network and its input on the device, and what is to be timed with them."""
+    """Put a network and its input on the device. Returns the call that is to be timed."""
     model = create_model(cell.model).to(device)
     dtype = pick_precision(cell.precision, device)
     channels = getattr(getattr(model, "config", None), "in_channels", 3)
@@ -121,7 +122,7 @@ def _training_step(model: nn.Module, forward: Callable[[], Tensor], device: torc
     def step() -> None:
         nonlocal clean
         restored = forward().float()
-        if clean is None:  # as large as what comes out
+        if clean is None:  # the target must be as large as the output
             clean = torch.rand_like(restored)
         loss = F.l1_loss(restored, clean)
         adam.zero_grad(set_to_none=True)
@@ -132,32 +133,32 @@ def _training_step(model: nn.Module, forward: Callable[[], Tensor], device: torc
 
 
 def _graph(call: Callable[[], object], cell: Cell, ms: float, device: torch.device) -> dict[str, Any]:
-    """The figures of replays; where nothing can be captured, why: the plain calls are measured by then, and count."""
+    """The figures of replays. If nothing can be captured, the reason: plain calls are already measured, and count."""
     nothing = {"graph_ms": None, "graph_range_ms": None}
     if ms > 250 * cell.seconds:
         return nothing | {"graph_note": f"no CUDA graph, by plain call alone: a call takes {ms / 1e3:.1f} s"}
     graph = torch.cuda.CUDAGraph()
     first: Exception | None = None
     try:
-        gc.collect()  # a forgotten autograd graph would still hold nodes of its own
+        gc.collect()  # a forgotten autograd graph would still hold its nodes
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             try:
                 call()
             except Exception as error:
-                first = error  # the end of a capture that failed raises another, which says no reason
+                first = error  # ending a failed capture raises another error, which gives no reason
                 raise
         _timed(graph.replay, cell.seconds / 8, device, least=1)
         times = _timed(graph.replay, cell.seconds / 2, device)
-    except Exception as error:  # Triton's are no RuntimeError, all of PyTorch's are
+    except Exception as error:  # Triton's errors are not RuntimeErrors; all of PyTorch's are
         first = first or error
         reason = OUT_OF_MEMORY if is_out_of_memory(first) else _first_line(first)
-        # A capture that failed leaves PyTorch's generator waiting for its end: this process is not to go on.
+        # A failed capture leaves PyTorch's random number generator waiting for its end, so this process must not go on.
         return nothing | {"graph_note": f"no CUDA graph, by plain call alone: {reason}", "spoilt": True}
     return {"graph_ms": statistics.median(times), "graph_range_ms": _range(times)}
 
 
 def _timed(call: Callable[[], object], seconds: float, device: torch.device, least: int = LEAST) -> list[float]:
-    """Milliseconds of each of several calls, for about so many seconds."""
+    """Milliseconds of each of several calls, for about `seconds` in total."""
     times, until = [], time.perf_counter() + seconds
     while len(times) < least or (time.perf_counter() < until and len(times) < MOST):
         times.append(_timed_once(call, device))
@@ -165,7 +166,7 @@ def _timed(call: Callable[[], object], seconds: float, device: torch.device, lea
 
 
 def _timed_once(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call with the time that the host takes to launch it."""
+    """Milliseconds of a call, including the time that the host takes to launch it."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -188,20 +189,20 @@ def _range(times: list[float]) -> list[float]:
 
 
 def _release(device: torch.device) -> None:
-    """Give back all that no living tensor needs."""
+    """Release all memory that no living tensor needs."""
     gc.collect()
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # a device that failed for good says so at the next measurement
+        with contextlib.suppress(RuntimeError):  # a device that failed for good will say so at the next measurement
             torch.cuda.synchronize(device)
-            torch._C._cuda_clearCublasWorkspaces()  # else the first network to multiply would pay for all
+            torch._C._cuda_clearCublasWorkspaces()  # otherwise they would count for the first network that multiplies
             torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
+        with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def _start_peak(device: torch.device) -> int:
-    """Begin to watch for the peak; bytes in use by now."""
+    """Begin to watch for the peak. Returns the bytes in use now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -216,7 +217,7 @@ def _peak(device: torch.device) -> int | None:
 
 
 def _status(field: str) -> int | None:
-    """Bytes that Linux tells of this process; None elsewhere."""
+    """Bytes that Linux reports for this process; None on other systems."""
     try:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
     except (OSError, StopIteration):
@@ -228,20 +229,20 @@ def _first_line(error: BaseException) -> str:
 
 
 class Worker:
-    """A process that measures cells; the next one begins anew where it had to be stopped, or failed."""
+    """A process that measures cells. After it had to be stopped, or failed, the next cell gets a new process."""
 
     def __init__(self, *, fresh: bool):
-        """`fresh`: a new process for every cell, which the memory of a CPU needs."""
+        """`fresh`: use a new process for every cell, as measuring a CPU's memory requires."""
         self.fresh = fresh
         self.process: subprocess.Popen[str] | None = None
         self.answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def __call__(self, cell: Cell, limit: float) -> dict[str, Any]:
-        """As `measure`; where there is no answer within `limit` seconds, or the process dies, `error` says so."""
+        """As `measure`. If there is no answer within `limit` seconds, or the process dies, `error` says so."""
         if self.fresh or self.process is None or self.process.poll() is not None:
             self._start()
         assert self.process is not None and self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it is dead, then, and the line below says so
+        with contextlib.suppress(OSError):  # then the process is dead, and the line below says so
             self.process.stdin.write(json.dumps(dataclasses.asdict(cell)) + "\n")
             self.process.stdin.flush()
         try:
@@ -256,14 +257,14 @@ class Worker:
             return result
         code = self.process.wait()
         self.stop()
-        killed = code == -9  # what Linux does to the process that took the last of the memory
+        killed = code == -9  # what Linux does to the process that took the last memory
         return {"error": f"{OUT_OF_MEMORY} (the system ended the process)" if killed else f"it died (status {code})"}
 
     def _start(self) -> None:
         self.stop()
-        # Not by -m: the package loads this module first, of which Python would warn.
+        # -m is not used: the package imports this module first, and Python would warn about that.
         command = [sys.executable, "-c", "import serpent_ir.profiling.cell as cell; cell.main()", str(os.getpid())]
-        # A session of its own: Ctrl-C reaches us, and we stop it.
+        # It gets its own session, so that Ctrl-C reaches only this process, which stops it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -297,11 +298,11 @@ class Worker:
 
 def main() -> None:
     """Answer `Cell`s as lines of JSON, from standard input to standard output."""
-    # Results go where standard output was; what libraries print goes to the error stream.
+    # Results go to the original standard output; what libraries print goes to stderr.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # if memory ends, this process goes, not what the user has open
+        with contextlib.suppress(OSError):  # if memory runs out, this process is killed, not what the user has open
             Path("/proc/self/oom_score_adj").write_text("1000")
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
@@ -311,9 +312,9 @@ def main() -> None:
 
 
 def _listen(lines: "queue.SimpleQueue[str]") -> None:
-    """Hand on the lines of standard input; end this process where the `Worker` that started it was killed.
+    """Pass on the lines of standard input. End this process if the `Worker` that started it was killed.
 
-    Else a cell that nobody waits for would disturb those that the next call measures.
+    Otherwise a cell that nobody waits for would disturb the measurements of the next call.
     """
     for line in sys.stdin:
         lines.put(line)

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from serpent_ir.models.acceleration import off
 from serpent_ir.models.wrappers import network_of, unwrapped
 
-# Multiply-accumulates per element of a normalised map (fvcore's figures, with which the paper's tables were made): one
-# less without a learned scale and shift.
+# Multiply-accumulates per element of a normalised map: the figures of fvcore, with which the paper's tables were made.
+# Without a learned scale and shift it is one less.
 LAYER_NORM_MACS = 5
 INSTANCE_NORM_MACS = 4
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Raw counts of one forward pass. `macs` is the sum of the paper's tables; `flops` is twice that."""
+    """Raw counts of one forward pass. `macs` is the sum in the paper's tables; `flops` is twice that."""
 
     params: int
     macs: int
@@ -28,10 +28,10 @@ class Counts:
 def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels: int = 3) -> Counts:
     """Parameters, multiply-accumulates and floating-point operations of one forward pass.
 
-    Linear, convolution, matmul (attention's two included) and the scan are counted by PyTorch's flop counter; LayerNorm
-    adds 5 per element, or what the network says in `layer_norm_macs`, and instance norm (without parameters) 4.
-    Runs the definition (`serpent_ir.acceleration.off`) where the model's parameters are: on the meta device it costs no
-    memory and no time.
+    PyTorch's flop counter counts linear layers, convolutions, matrix products (attention's two included) and the scan.
+    LayerNorm adds 5 per element, or what the network says in `layer_norm_macs`; instance norm (without parameters) adds
+    4. The definition (`serpent_ir.acceleration.off`) is run on the device of the model's parameters. On the meta device
+    that costs neither memory nor time.
     """
 
     model = unwrapped(model, compiled=True)
@@ -52,7 +52,7 @@ def count(model: nn.Module, height: int, width: int, *, batch: int = 1, channels
     device = next(model.parameters()).device
     image = torch.empty(batch, channels, height, width, device=device)
     mapping: dict[Any, Any] = {torch.ops.aten.native_layer_norm: layer_norm_flops}
-    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # PyTorch left it out
+    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops  # missing in PyTorch
     # A hook, because instance norm has no operator of its own: it runs as one of several kinds of batch norm.
     norms = [module for module in model.modules() if isinstance(module, nn.InstanceNorm2d)]
     hooks = [module.register_forward_hook(add_instance_norm) for module in norms]

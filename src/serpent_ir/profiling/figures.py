@@ -1,6 +1,6 @@
 """Figures of a profile, each as PNG and SVG: curves over resolution, bars by network, quality over time.
 
-A network has the same colour (that of its family, chosen to be told apart by colour-blind eyes too), marker and line
+A network has the same colour (that of its family, distinguishable for colour-blind readers), marker and line style
 everywhere, and its name beside it, so that no figure needs a legend.
 """
 
@@ -32,10 +32,10 @@ STYLE: Any = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "serpent",  # the same figure is the same file
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "serpent",  # the same figure gives the same file
 }
-# Title, unit, figure, and the measurement that it comes from.
+# Title, unit, function that gives the figure, and the measurement that it comes from.
 PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float | None], str]] = [
     ("Compute", "GMACs of one image", lambda row: row["macs"] / 1e9, ""),
     ("Training time", "seconds for 60,000 images", lambda row: row.get("train_s_per_60k"), "training"),
@@ -52,7 +52,7 @@ def look_of(model: str) -> tuple[str, str, Any]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, inches; nothing of matplotlib's global state is touched."""
+    """An empty matplotlib figure, sizes in inches. Nothing of matplotlib's global state is touched."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -61,8 +61,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(draw: Callable[[], Any], folder: Path, name: str) -> list[Path]:
-    """What `draw` draws, as NAME.png and NAME.svg in the folder."""
-    new_figure(1, 1)  # says what is missing, if matplotlib is
+    """Save what `draw` draws as NAME.png and NAME.svg in the folder. Returns the two files."""
+    new_figure(1, 1)  # raises a clear error if matplotlib is missing
     import matplotlib
 
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
@@ -95,7 +95,7 @@ def over_resolution(rows: Rows, told: str) -> Any:
 
 
 def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float | None]) -> bool:
-    """Draw a curve for each network; whether there are crosses, for the memory that training does not find."""
+    """Draw a curve for each network. Returns whether there are crosses, which mark where training memory runs out."""
     from matplotlib.ticker import NullFormatter
 
     absent, crosses = [], False
@@ -135,7 +135,7 @@ def _curves(axes: Any, rows: Rows, figure_of: Callable[[dict[str, Any]], float |
 
 
 def _log_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Plain numbers on a logarithmic axis: the closer together the values, the more of them."""
+    """Use plain numbers on a logarithmic axis, and more of them the closer the values are together."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     spread = max(values) / min(values) if values else 1
@@ -145,8 +145,8 @@ def _log_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None:
-    """Names on the right of where lines end, at the height of the ends or as near as they fit."""
-    axes.figure.draw_without_rendering()  # the limits are known from here on
+    """Write names to the right of the lines' ends, at the height of the ends or as close as they fit."""
+    axes.figure.draw_without_rendering()  # the limits are only known after this
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted(ends)
     places = [to_axes.transform((size, value)) for value, _, _ in ends]
@@ -160,7 +160,7 @@ def _name_ends(axes: Any, size: int, ends: list[tuple[float, str, str]]) -> None
 
 
 def _apart(heights: list[float], gap: float = 0.055) -> list[float]:
-    """Ascending heights moved as little as makes every two at least `gap` apart."""
+    """Ascending heights, moved as little as possible so that any two are at least `gap` apart."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])
@@ -171,7 +171,7 @@ def _apart(heights: list[float], gap: float = 0.055) -> list[float]:
 
 
 def _start(group: list[float], gap: float) -> float:
-    """Where the lowest of a group stands that is centred on its heights."""
+    """The height of the lowest member of a group that is centred on its heights."""
     return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
@@ -212,7 +212,7 @@ def bars(rows: Rows, size: int, told: str) -> Any:
 
 
 def quality_over_time(points: Sequence[tuple[str, float, float]], size: int, told: str) -> Any:
-    """PSNR over milliseconds; points are (network, ms, dB)."""
+    """PSNR over milliseconds. Points are (network, ms, dB)."""
     figure = new_figure(7, 4.4)
     axes = figure.subplots()
     families: dict[str, list[tuple[float, float]]] = {}

@@ -1,5 +1,7 @@
-"""What the paper prints (Sepehri, Fabian and Soltanolkotabi: Serpent), and where. No number is here that does not
-stand there: its bars and curves carry none, and of Table 1's lower half the text at hand has no Serpent lines.
+"""What the paper prints (Sepehri, Fabian and Soltanolkotabi: Serpent), and where it prints it.
+
+No number is here that is not printed there: the paper's bars and curves carry no numbers, and the available text of
+Table 1's lower half has no Serpent lines.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. `gmacs` is headed GFLOPS there and counts multiply-accumulates."""
+    """A line of a table. `gmacs` is headed GFLOPS in the paper, but counts multiply-accumulates."""
 
     table: str
     task: str
@@ -64,7 +66,7 @@ class Claim:
     other: str
     size: int
     percent: bool = False
-    said: str = ""  # what the text leaves open, and how it is read here
+    said: str = ""  # what the text leaves open, and how it is understood here
 
 
 CLAIMS = [
@@ -116,8 +118,8 @@ CLAIMS = [
 ]  # fmt: skip
 
 GPU_HOURS = {256: 95, 512: 179}
-"""Of an H100, to train Serpent-H for 60 epochs of FFHQ in three progressive stages (appendix A). The clause on 512
-names no network: it goes on from that on 256."""
+"""GPU hours of an H100 for training Serpent-H for 60 epochs of FFHQ in three progressive stages (appendix A). The
+clause on 512 names no network; it continues the clause on 256."""
 EPOCHS = 60
 DOES_NOT_TRAIN = ("swinir_l", 512)
 """Batch 1, 80 GB (section 4.3)."""

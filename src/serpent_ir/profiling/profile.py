@@ -1,4 +1,4 @@
-"""What a network costs: counted by the paper's convention (1 MAC = 2 FLOPs, norms count too), and measured."""
+"""Counts by the paper's convention (1 MAC = 2 FLOPs, norms count too) and measures what a network costs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,17 +15,17 @@ from serpent_ir.profiling.rows import error_of, short
 from serpent_ir.system.devices import device_name, pick_device, pick_precision
 from serpent_ir.system.memory import available
 
-LARGEST = 1 << 24  # pixels a side; beyond, sizes in bytes overflow
+LARGEST = 1 << 24  # pixels per side; beyond that, sizes in bytes overflow
 
 
 PAPER_IMAGES = 60_000
-"""Training images of FFHQ as the paper has them: an epoch."""
+"""Training images of FFHQ in the paper, which make an epoch."""
 SLOWEST = 5
-"""A call that is expected to take so many times the seconds of a cell is not tried."""
+"""A call that is expected to take this many times the seconds of a cell is not tried."""
 STARTING = 120
-"""Seconds that a process may take for its first call: imports, and kernels that are compiled."""
+"""Seconds that a process may take for its first call, for imports and for compiling kernels."""
 COMPILING = 480
-"""Seconds more for the first cell of a network on CUDA: nothing of it may have been compiled before."""
+"""Additional seconds for the first cell of a network on CUDA, since none of its kernels may have been compiled yet."""
 
 _KINDS = {"infer": "inference", "train": "training"}
 
@@ -43,29 +43,29 @@ def profile(
     known: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Count and measure networks on square images, each measurement in a process of its own.
+    """Count and measure networks on square images, with each measurement in a separate process.
 
     Args:
         names: networks, as `create_model` takes them.
         sizes: sides in pixels.
-        batch: images in a pass.
-        train: measure a training step (forward, L1 loss, backward, Adam), too.
+        batch: images per pass.
+        train: whether to measure a training step too (forward, L1 loss, backward, Adam).
         device: as `pick_device` takes it.
         precision: as `pick_precision` takes it.
-        seconds: for about so long the calls of a cell are timed; `SLOWEST` times as much is the longest call tried.
-        progress: called with (cells done, cells in all, a line about the last one).
-        known: rows of before, of the same `train` and `seconds`; those of the same network, size, batch, device,
+        seconds: time to spend on the calls of a cell, about. Calls of up to `SLOWEST` times as long are tried.
+        progress: called with (cells done, all cells, a line about the last one).
+        known: earlier rows with the same `train` and `seconds`. Those with the same network, size, batch, device,
             precision, threads, counts and PyTorch are not measured again.
-        keep: called with all rows so far after each one that was measured.
+        keep: called with all rows so far after each measured row.
 
     Returns:
-        One object for each size and network: model, size, batch, device (its name), precision, torch, threads (None on
-        a GPU), seconds (as given), params, macs and flops (of one image), infer_ms (median of plain calls),
-        infer_range_ms (10th and 90th percentile), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph;
-        None elsewhere), images_per_s (of plain calls), infer_gb (peak, 1e9 bytes, weights included); with `train` the
-        same of a step as train_*, and train_s_per_60k (seconds for 60,000 images; from the graph where there is one, as
-        `serpent train` runs). What could not be measured is None, beside `error`: "inference: out of memory", say, also
-        where a smaller size says so already; `notes` holds what else is to be known.
+        One dict per size and network: model, size, batch, device (its name), precision, torch, threads (None on a GPU),
+        seconds (as given), params, macs and flops (of one image), infer_ms (median of plain calls), infer_range_ms
+        (10th and 90th percentiles), infer_graph_ms and infer_graph_range_ms (replayed from a CUDA graph; None
+        elsewhere), images_per_s (of plain calls), infer_gb (peak, 1e9 bytes, weights included). With `train` the same
+        for a step as train_*, and train_s_per_60k (seconds for 60,000 images; from the graph if there is one, as
+        `serpent train` runs). What could not be measured is None, and `error` says why, for example "inference: out of
+        memory", also if that follows from a smaller size. `notes` holds further remarks.
 
     Raises:
         UsageError: an unknown network, device or precision, or a size or batch below 1.
@@ -76,13 +76,13 @@ def profile(
         raise UsageError(f"sizes must be from 1 to {LARGEST}, and the batch at least 1")
     names, sizes = list(dict.fromkeys(names)), sorted(set(sizes))
     for name in names:
-        _on_meta(name)  # an unknown one is better refused now
+        _on_meta(name)  # so that an unknown name is refused now
         if task := name.partition(".")[2]:
             create_degradation(task)
     kinds = ["infer", "train"] if train else ["infer"]
     rows = []
     done, total = 0, len(names) * len(sizes) * len(kinds)
-    # Of each network and kind, the size measured last: what the next one takes is expected from it.
+    # For each network and kind the last measured size, from which the cost of the next one is predicted.
     last: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     with Worker(fresh=target.type == "cpu") as worker:
         for size in sizes:
@@ -99,7 +99,7 @@ def profile(
                     compiling = COMPILING if target.type == "cuda" and (name, kind) not in last else 0
                     limit = STARTING + compiling + 4 * SLOWEST * seconds
                     result = {"error": error} if error else worker(cell, limit)
-                    # What died or was stopped says nothing of larger sizes.
+                    # A process that died or was stopped says nothing about larger sizes.
                     if not error and result.get("error", OUT_OF_MEMORY).startswith(OUT_OF_MEMORY):
                         last[name, kind] = size, result
                     _add(row, kind, batch, result)
@@ -140,7 +140,7 @@ def _counted(name: str, size: int, batch: int, device: torch.device, dtype: torc
 
 
 def _same(known: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row of before is what would be measured now: all that is known beforehand agrees.
+    """Whether an earlier row is what would be measured now: everything that is known beforehand agrees.
 
     A cell that died or was stopped is tried again.
     """
@@ -151,7 +151,7 @@ def _same(known: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def _result(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What `measure` said of a cell, as far as larger sizes are expected from it; {} where it was not measured."""
+    """What `measure` said of a cell, as far as it predicts larger sizes; {} if it was not measured."""
     if row[f"{kind}_ms"] is not None:
         return {"ms": row[f"{kind}_ms"], "gb": row[f"{kind}_gb"]}
     spent = (OUT_OF_MEMORY, f"{OUT_OF_MEMORY} (the system ended the process)")
@@ -159,7 +159,7 @@ def _result(row: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.device) -> str:
-    """Why a cell is not worth a try, from what the same took at a smaller size; "" where it is."""
+    """Why a cell is not worth trying, judged by what it took at a smaller size; "" if it is."""
     if not result:
         return ""
     if "error" in result:
@@ -168,7 +168,7 @@ def _too_much(cell: Cell, size: int, result: dict[str, Any], device: torch.devic
     call = growth * result["ms"] / 1e3
     if call > SLOWEST * cell.seconds:
         return f"skipped: a call would take about {short(call)} s, as {size} says"
-    if device.type == "cuda":  # says itself what does not fit; a computer begins to swap before it does
+    if device.type == "cuda":  # a GPU reports what does not fit, while a computer begins to swap before that
         return ""
     need, free = growth * (result["gb"] or 0), available(device) / 1e9
     return f"{OUT_OF_MEMORY}: about {need:.1f} GB expected, as {size} says; {free:.1f} are free" if need > free else ""

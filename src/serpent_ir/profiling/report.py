@@ -1,4 +1,4 @@
-"""The paper's efficiency figures redrawn from a profile, and a page that sets it beside the paper's numbers."""
+"""The paper's efficiency figures redrawn from a profile, and a page that compares it with the paper's numbers."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ from serpent_ir.profiling.tables import _line, about, markdown
 
 SETTING = ("device", "precision", "batch")
 VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces512/val"}}
-"""The set of ours that stands beside a table of the paper."""
+"""Our set of images that corresponds to a table of the paper."""
 
 
 def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
-    """Draw all figures that the rows of a profile, and the runs of a comparison of networks, allow; and `report.md`.
+    """Draw all figures that a profile's rows, and the runs of a comparison of networks, allow; and write `report.md`.
 
-    Rows of one device, precision and batch are drawn: those of the first, and of a network and size the last; a
-    UserWarning says what is left out. Of the runs of a task those of one budget: that of most networks, the longest of
-    these.
+    Rows of one device, precision and batch are drawn: those of the first row. If a network and size occur several
+        times,
+    the last row counts. A UserWarning says what is left out. For each task the runs of one budget are used: the budget
+    with most networks, and the longest of these.
 
     Raises:
-        UsageError: no rows, or matplotlib is missing.
+        UsageError: there are no rows, or matplotlib is missing.
     """
     if not rows:
         raise UsageError("there is nothing to draw: a profile without rows")
@@ -50,7 +51,7 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
 
 
 def draw(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
-    """The figures alone, as PNG and SVG; their files."""
+    """Draw only the figures, as PNG and SVG. Returns their files."""
     told = about(rows)
     sizes = sorted({row["size"] for row in rows})
     files = figures.save(partial(figures.over_resolution, rows, told), folder, "resolution")
@@ -138,7 +139,7 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
 
 
 def _out_of_memory(rows: Rows) -> str:
-    """The networks that run out of memory in training, each with the smallest size."""
+    """The networks that run out of memory in training, each with the smallest size at which it does."""
     first: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["size"]):
         if profiling_rows.why_missing(row, "training") == OUT_OF_MEMORY:

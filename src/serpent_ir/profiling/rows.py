@@ -1,4 +1,4 @@
-"""Rows of measurements: read, checked, ordered."""
+"""Rows of measurements: reads, checks and orders them."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def _of_one_budget(runs: Rows) -> Rows:
 
 
 def is_row(row: Any) -> bool:
-    """Whether something is a row of a profile; what was not measured may be None, or left out."""
+    """Whether something is a row of a profile. What was not measured may be None or missing."""
 
     def number(value: Any) -> bool:
         return _is_number(value) and value >= 0
@@ -65,7 +65,7 @@ def is_row(row: Any) -> bool:
         and all(isinstance(row.get(key), str) for key in TEXTS)
         and all(number(row.get(key)) and row[key] for key in COUNTS)
         and all(row.get(key) is None or number(row[key]) for key in (*MEASURED, *TIMED))
-        and all(row.get(key) != 0 for key in ("infer_ms", "train_ms", *TIMED))  # memory may be less than can be seen
+        and all(row.get(key) != 0 for key in ("infer_ms", "train_ms", *TIMED))  # memory may be too small to see
         and all(
             row.get(key) is None or (isinstance(row[key], list) and len(row[key]) == 2 and all(map(number, row[key])))
             for key in RANGES
@@ -77,7 +77,7 @@ def is_row(row: Any) -> bool:
 
 
 def _is_run(run: Any) -> bool:
-    """Whether a run of benchmarks/tables.py has what is read of it; one that failed has no evaluation."""
+    """Whether a run of benchmarks/tables.py has what is read from it. A failed run has no evaluation."""
     if (
         not isinstance(run, dict)
         or not _is_number(run.get("minutes"))
@@ -94,7 +94,7 @@ def _is_run(run: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -1e300 < value < 1e300  # which excludes NaN
+    return isinstance(value, int | float) and -1e300 < value < 1e300  # this excludes NaN
 
 
 def label_of(model: str) -> str:
@@ -107,7 +107,7 @@ def in_order(models: set[str]) -> list[str]:
 
 
 def error_of(row: dict[str, Any], kind: str) -> str:
-    """Why there is no figure of `inference` or `training` in a row; "" where there is one, or none was tried."""
+    """Why a row has no figure of `inference` or `training`; "" if it has one, or if none was tried."""
     inference, _, training = f"; {row.get('error', '')}".partition("; training: ")
     return training if kind == "training" else inference.removeprefix("; inference: ").removeprefix("; ")
 
@@ -121,7 +121,7 @@ def why_missing(row: dict[str, Any], kind: str) -> str:
 
 
 def by_plain_call(row: dict[str, Any], rows: Rows, kind: str) -> bool:
-    """Whether the time of a row is that of plain calls, beside others that were replayed from a CUDA graph."""
+    """Whether a row's time is that of plain calls while other rows' are replays from a CUDA graph."""
     key = {"training": "train", "inference": "infer"}[kind]
     return bool(row[f"{key}_ms"] and not row.get(f"{key}_graph_ms") and any(r.get(f"{key}_graph_ms") for r in rows))
 
@@ -132,7 +132,7 @@ def was_tried(rows: Rows, kind: str) -> bool:
 
 
 def short(value: float) -> str:
-    """Three figures, and no exponent."""
+    """The number with three significant figures and no exponent."""
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value else "0"

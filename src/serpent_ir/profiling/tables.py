@@ -8,7 +8,7 @@ from serpent_ir.profiling.rows import Rows
 
 
 def about(rows: Rows) -> str:
-    """What all rows have in common, in a line."""
+    """What all rows have in common, in one line."""
     row = rows[0]
     if row["device"] == "cpu":
         device = f"CPU, {row['threads']} threads" if row.get("threads") else "CPU"
@@ -26,7 +26,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(rows: Rows) -> list[Table]:
-    """Every figure, as tables of one thing each: title, columns and cells; without the columns that hold nothing."""
+    """All figures as tables of one subject each: title, columns and cells. Empty columns are left out."""
     counted = [[f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f}", f"{row['flops'] / 1e9:.3f}"] for row in rows]
     found = [_kept("Counted, of one image", rows, ["parameters (M)", "GMACs", "GFLOPs"], counted)]
     for kind, key, title in (("inference", "infer", "Inference"), ("training", "train", "A training step")):
@@ -65,7 +65,7 @@ def markdown(rows: Rows) -> list[str]:
 
 
 def _time(row: dict[str, Any], key: str) -> str:
-    """Median and half the width between the 10th and 90th percentile; a call that was timed once has none."""
+    """The median, and half the distance between the 10th and 90th percentiles, which a single call does not have."""
     ms, spread = row.get(f"{key}_ms"), row.get(f"{key}_range_ms")
     if ms is None:
         return ""
