@@ -107,7 +107,7 @@ print(extra["{METADATA_FILE}"])
         np.testing.assert_allclose(got.numpy(), expected_of(model, image), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [20, 3])  # 3: the deepest maps have one pixel
+@pytest.mark.parametrize("size", [pytest.param(20, marks=pytest.mark.slow), 3])  # 3: the deepest maps have one pixel
 def test_one_size(size, tmp_path):
     file = tmp_path / "network.onnx"
     metadata, checks = export_network(small_network(), file, size=size)

@@ -13,6 +13,8 @@ from serpent_ir.ops import chunked, reference
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 NAMES = ("y", "du", "dproj", "d_dt_weight", "d_dt_bias", "dA_log", "dD")
+slow = () if GPU else pytest.mark.slow
+"""Of doubles that take long where an interpreter or a C++ compiler stands in for the GPU."""
 LEVELS = [(64, 6, 2, 64), (128, 11, 4, 32), (256, 22, 8, 16), (512, 43, 16, 8)]  # d_inner, N, R, side of a map
 
 

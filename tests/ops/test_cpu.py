@@ -102,8 +102,18 @@ def test_output_and_every_gradient(sizes, level):
 
 
 @needs_library
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("sizes", [(1, 24, 24, d, *PAPER[i]) for i, d in enumerate((64, 128, 256, 512))], ids=str)
+# The widest maps take long: every level sees them in `make test-all`, the one of this machine always.
+@pytest.mark.parametrize(
+    ("sizes", "level"),
+    [
+        pytest.param(
+            (1, 24, 24, d, *PAPER[i]), level, marks=pytest.mark.slow if d > 128 and level != LEVELS[-1] else ()
+        )
+        for i, d in enumerate((64, 128, 256, 512))
+        for level in LEVELS
+    ],
+    ids=str,
+)
 def test_error_at_the_network_s_sizes(sizes, level):
     cpu.use_level(level)
     inputs, grad_y = make_case(*sizes)

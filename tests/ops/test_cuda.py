@@ -8,7 +8,7 @@ import shutil
 import cuda_on_cpu
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, LEVELS, NAMES, check_against_float64, draw_like, make, poison, shared_gpu
+from scan_checks import DEVICE, GPU, LEVELS, NAMES, check_against_float64, draw_like, make, poison, shared_gpu, slow
 
 from serpent_ir.ops import cuda, reference, ss2d
 from serpent_ir.ops.cuda import nvrtc
@@ -48,7 +48,9 @@ def test_ragged_maps(shape: tuple[int, int, int, int], many_chunks: None) -> Non
 
 
 @runs_here
-@pytest.mark.parametrize(("N", "R"), [(6, 2), (11, 4), (22, 8), (43, 16), (100, 3)])
+@pytest.mark.parametrize(
+    ("N", "R"), [*(pytest.param(*some, marks=slow) for some in ((6, 2), (11, 4), (22, 8))), (43, 16), (100, 3)]
+)
 def test_states_and_ranks(N: int, R: int, many_chunks: None) -> None:
     check_against_float64(cuda, make((1, 5, 9, 33), N, R, torch.float32))
 
@@ -182,7 +184,7 @@ def _compiler_is_here() -> bool:
 
 
 @pytest.mark.skipif(not _compiler_is_here(), reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)], ids=str)
 @pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
 def test_every_kernel_compiles(d: int, N: int, R: int, side: int, capability: tuple[int, int]) -> None:
     """What `forward` and `backward` ask for, in every dtype, through NVRTC; no GPU is needed for that."""

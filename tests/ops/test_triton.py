@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, poison, shared_gpu
+from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, poison, shared_gpu, slow
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -28,7 +28,13 @@ def check(inputs: list[Tensor], *, truth=reference) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 7, 2), (1, 5, 3, 5), (1, 1, 1, 1), (1, 1, 9, 3), (1, 9, 1, 2), (1, 4, 4, 4)],
+    [
+        (2, 3, 7, 2),
+        (1, 1, 1, 1),
+        (1, 1, 9, 3),
+        (1, 9, 1, 2),
+        *(pytest.param(shape, marks=slow) for shape in ((1, 5, 3, 5), (1, 4, 4, 4))),
+    ],
     ids=str,
 )
 def test_ragged_maps(shape: tuple[int, int, int, int], small_tiles: None) -> None:
@@ -40,7 +46,9 @@ def test_half_precision(dtype: torch.dtype, small_tiles: None) -> None:
     check(make((1, 2, 5, 3), 2, 2, dtype))
 
 
-@pytest.mark.parametrize(("N", "R"), [(6, 2), (11, 4), (22, 8), (43, 16)])
+@pytest.mark.parametrize(
+    ("N", "R"), [(11, 4), *(pytest.param(*some, marks=slow) for some in ((6, 2), (22, 8), (43, 16)))]
+)
 def test_states_and_ranks_of_the_paper(N: int, R: int, small_tiles: None) -> None:
     check(make((1, 2, 3, 1), N, R, torch.float32))
 
