@@ -111,3 +111,46 @@ def test_the_card_of_other_weights_claims_nothing(tmp_path):
     create_model("unet_32", channels=4, pools=1).save_pretrained(tmp_path / "unet")  # pyright: ignore[reportCallIssue]
     card = ModelCard.load(tmp_path / "unet" / "README.md")
     assert card.data.license is None and "# UNet" in card.text and "whoever trained these weights says it" in card.text
+
+
+def test_a_card_of_earlier_weights_goes_and_a_person_s_stays(tmp_path):
+    shipped = create_model("serpent_b.deblur", pretrained=True)
+    other = create_model("serpent_b.deblur", dim=8)
+    assert isinstance(shipped, Serpent) and isinstance(other, Serpent)
+    card, licence = tmp_path / "README.md", tmp_path / "LICENSE"
+    shipped.save_pretrained(tmp_path)
+    assert "28.60" in card.read_text() and licence.exists()
+    other.save_pretrained(tmp_path)  # neither licence nor figures of the ones before
+    text = card.read_text()
+    assert "28.60" not in text and "license:" not in text and not licence.exists()
+    shipped.save_pretrained(tmp_path)
+    assert "28.60" in card.read_text()
+    card.write_text(card.read_text().replace("28.60", "28.6"))  # a person's from here on
+    edited = card.read_text()
+    with pytest.warns(UserWarning) as told:
+        other.save_pretrained(tmp_path)
+    assert [str(one.message).split(": was there and is left as it is; ")[0] for one in told] == [
+        str(card),
+        str(licence),
+    ]
+    assert card.read_text() == edited
+    licence.write_text("MIT")
+    with pytest.warns(UserWarning) as told:
+        shipped.save_pretrained(tmp_path)
+    assert "that of these weights is" in str(told[1].message) and len(told) == 2
+    assert licence.read_text() == "MIT"
+
+
+def test_what_save_pretrained_wrote_is_sealed(tmp_path):
+    create_model("serpent_b.deblur", dim=8).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1001] ^= 0x10
+    file.write_bytes(content)
+    for load in (Serpent.from_pretrained, lambda folder: load_model(folder / "model.safetensors")):
+        with pytest.raises(SerpentError, match="is damaged"):
+            load(tmp_path)
+    create_model("serpent_b.deblur", dim=16).save_pretrained(tmp_path / "wide")  # pyright: ignore[reportCallIssue]
+    (tmp_path / "wide" / "model.safetensors").replace(file)
+    with pytest.raises(SerpentError, match="not"):  # nothing is left to chance
+        Serpent.from_pretrained(tmp_path)
