@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from commands import ENVIRONMENT, pixels_of, process, save_photo, save_recipe, serpent, size_of, tree, untrained_weights
 from serpent_ir import __version__, cli, create_model
@@ -359,3 +360,17 @@ def test_a_long_wait_is_told_of_by_tiles(weights, tmp_path, monkeypatch):
     assert parts == [f"[{done}/2] {tmp_path}/in/{name}.png: 1 of 2 tiles" for done, name in enumerate("ab")]
     done = [line[:5] for line in result.stderr.splitlines() if "->" in line]
     assert done == ["[1/2]", "[2/2]"]
+
+
+def test_pages_are_told_of_as_pages(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("serpent_ir.cli.files._SILENCE", 0.0)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 48, 90), np.uint8), photometric="minisblack")
+    command = ["restore", tmp_path / "a.tif", "-o", tmp_path / "b.tif", "--weights", weights["deblur"], "--tile", 64]
+    result = serpent(*command, "--pages", "all", "--json")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["images"]
+    assert (row["pages"], row["tiles"], row["width"], row["height"]) == (3, 2, 90, 48)
+    parts = [line.split(": ")[-1] for line in result.stderr.splitlines() if "page " in line]
+    assert parts == ["page 1 of 3", *["page 2 of 3"] * 2, *["page 3 of 3"] * 2]
+    assert ", 3 pages, 2 tiles a page)" in result.stderr
+    assert json.loads(serpent(*command, "--json").stdout)["images"][0]["pages"] == 1

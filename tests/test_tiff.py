@@ -164,10 +164,14 @@ def test_the_first_page_alone_says_that_it_is_alone(name, scale, tmp_path):
             assert text.count("<Channel") == text.count("<TiffData") == 1
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
-def test_all_pages_are_a_file_of_the_same_kind(name, scale, tmp_path):
+def test_all_pages_are_a_file_of_the_same_kind(name, scale, large, tmp_path, monkeypatch):
     file, planes = stacks(tmp_path)[name]
+    if large:  # by rows, where they can be read so
+        monkeypatch.setattr("serpent_ir.files.source.LARGE", 1)
+        monkeypatch.setattr("serpent_ir.files.source.decode", None)
     target, told = restored(file, scale, "all")
     assert told == []
     with tifffile.TiffFile(file) as before, tifffile.TiffFile(target) as after:
@@ -291,6 +295,50 @@ def test_what_cannot_be_kept_of_it_is_told(tmp_path):
     target, told = restored(tmp_path / "d.tif")
     assert "has a description of ScanImage that speaks of other planes; left out" in told[-1]
     assert tag(target, 270) is None
+
+
+REGIONS = {"ROI": b"Iout" + bytes(60), "Overlays": [b"Iout" + bytes(60)] * 2}
+
+
+@pytest.mark.parametrize("pages", ["first", "all"])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_regions_of_interest_are_kept_or_told(scale, pages, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", STACK, imagej=True, metadata={"axes": "ZYX", **REGIONS})
+    target, told = restored(tmp_path / "a.tif", scale, pages)
+    with tifffile.TiffFile(target) as tiff:
+        assert tiff.imagej_metadata is not None
+        kept = {name for name in REGIONS if name in tiff.imagej_metadata}
+    of_all = f"{tmp_path / 'a.tif'}: has overlays of ImageJ for all its planes; left out"
+    of_size = "ImageJ's regions of interest, which are for its old size"
+    assert kept == (set() if scale == 2 else {"ROI"} if pages == "first" else set(REGIONS))
+    assert (of_all in told) == (pages == "first")
+    assert any(of_size in one for one in told) == (scale == 2)
+
+    tifffile.imwrite(tmp_path / "o.tif", STACK, photometric="minisblack", ome=True, metadata={"axes": "ZYX"})
+    text = tag(tmp_path / "o.tif", 270).replace("</Image>", '<ROIRef ID="ROI:0"/></Image>')
+    region = '<ROI ID="ROI:0"><Union><Point ID="Shape:0" X="1" Y="2"/></Union></ROI></OME>'
+    tifffile.tiffcomment(tmp_path / "o.tif", text.replace("</OME>", region).encode())
+    target, told = restored(tmp_path / "o.tif", scale, pages)
+    assert ("<ROI " in tag(target, 270)) == (scale == 1 and pages == "all")
+    of_all = f"{tmp_path / 'o.tif'}: has regions of interest of OME, which speak of all its planes; left out"
+    assert (of_all in told) == (pages == "first")
+    of_size = "OME's regions of interest, which are for its old size"
+    assert any(of_size in one for one in told) == (scale == 2 and pages == "all")
+
+
+def test_what_another_size_loses_is_told_by_rows_too(tmp_path, monkeypatch):
+    rpc = (50844, "d", 92, (0.5,) * 92, True)
+    regions: dict[str, Any] = {"imagej": True, "metadata": {"ROI": REGIONS["ROI"]}, "extratags": [rpc]}
+    tifffile.imwrite(tmp_path / "a.tif", STACK[0], **regions)
+    outcomes = []
+    for least in (1 << 25, 1):
+        monkeypatch.setattr("serpent_ir.files.source.LARGE", least)
+        assert Source(tmp_path / "a.tif").large == (least == 1)
+        target, told = restored(tmp_path / "a.tif", 2)
+        outcomes.append((told, target.read_bytes()))
+    lost = "its rational polynomials (RPC), which are for its old size, ImageJ's regions of interest, which are for its"
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == [f"{target}: .tif cannot hold {lost} old size"]
 
 
 def test_a_person_s_words_and_a_resolution_without_unit_survive(tmp_path):

@@ -84,12 +84,17 @@ class Watch:
         self.rows.append(row | facts)
         self.progress(max(self._reached, len(self.rows)), len(self.jobs), line)
 
-    def tell(self, job: "Job", part: int, parts: int) -> None:
-        """So many parts of an image are done: the bar moves; without one a long wait gets a line now and then."""
+    def tell(self, job: "Job", part: int, parts: int, pages: int = 1) -> None:
+        """So many parts of an image are done: the bar moves; without one a long wait gets a line now and then.
+
+        Of several pages each has as many parts.
+        """
         self._reached = max(self._reached, self._places[job.index] + 0.99 * part / parts)  # it is not written yet
         line = None
         if part < parts and time.monotonic() - self._told > _SILENCE:
-            self._told, line = time.monotonic(), f"{job.source}: {part} of {parts} tiles"
+            of_page = f"page {part * pages // parts + 1} of {pages}"
+            self._told = time.monotonic()
+            line = f"{job.source}: {of_page if pages > 1 else f'{part} of {parts} tiles'}"
         self.progress(self._reached, len(self.jobs), line)
 
     def raise_if_failed(self) -> None:

@@ -65,8 +65,8 @@ def restore(
         compare: also write what `serpent_ir.files.compare` draws, beside each output.
         reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
-            megapixels_per_second, and `images`: source, target, seconds, error, width, height, tiles of each,
-            and with a reference input_psnr, psnr, input_ssim, ssim.
+            megapixels_per_second, and `images`: source, target, seconds, error, width, height, pages (that
+            were restored) and tiles (of the page with most) of each, and with a reference input_psnr, psnr, input_ssim, ssim.
 
     Raises:
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
@@ -80,7 +80,7 @@ def restore(
         inputs, output, model_name(name, weights) if name or not weights else None, weights=weights, device=device,
         precision=precision, tile=int(tile) if tile.isdecimal() else tile, tile_overlap=tile_overlap, pages=pages,
         skip_existing=skip_existing, manifest=manifest, mask=mask, compare=compare, reference=reference,
-        progress=lambda job, part, parts: watch.tell(job, part, parts), report=lambda result: _report(watch, result),
+        progress=lambda job, part, parts: watch.tell(job, part, parts, restoration.pages[job.index]), report=lambda result: _report(watch, result),
     )  # fmt: skip
     start = time.perf_counter()
     own: dict[str, Any] = {"rows": [], "problems": [], "skipped": 0}
@@ -107,8 +107,10 @@ def _report(watch: "Watch", result: "RestoredFile") -> None:
         say(f"{job.target} -> {result.sheet} (drawn)")
     if result.status == "skipped":
         return
-    facts = {"width": result.width, "height": result.height, "tiles": result.tiles} if result.width else {}
-    details = f", {result.tiles} tiles" if result.tiles > 1 else ""
+    names = ("width", "height", "pages", "tiles") if result.width else ()
+    facts = {name: getattr(result, name) for name in names}
+    details = f", {result.pages} pages" if result.pages > 1 else ""
+    details += f", {result.tiles} tiles{' a page' * bool(details)}" if result.tiles > 1 else ""
     if "psnr" in result.figures:
         details += f", PSNR {result.figures['input_psnr']:.2f} -> {result.figures['psnr']:.2f} dB"
     watch.report(job, result.error, result.seconds, details, **facts, **result.figures)

@@ -35,7 +35,8 @@ class RestoredFile:
             could not be drawn.
         seconds: how long reading, restoring and writing took.
         width, height: of the image, in pixels; 0 where it was not restored.
-        tiles: how many tiles it was cut into; 1 for a whole image.
+        pages: how many pages of it were restored.
+        tiles: how many tiles it was cut into; 1 for a whole image. Of several pages those of the one with most.
         figures: with a reference input_psnr, psnr (dB), input_ssim and ssim.
         sheet: the comparison that was drawn for a skipped image, or None.
     """
@@ -46,6 +47,7 @@ class RestoredFile:
     seconds: float = 0.0
     width: int = 0
     height: int = 0
+    pages: int = 1
     tiles: int = 1
     figures: Mapping[str, float] = field(default_factory=dict)
     sheet: Path | None = None
@@ -149,6 +151,7 @@ class Restoration(Iterator[RestoredFile]):
     Attributes:
         skipped: of the share of this process the images that were done before, in order.
         todo: the others.
+        pages: of each image that was begun, by the index of its job, how many pages are restored.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class Restoration(Iterator[RestoredFile]):
         self._mask_of, self._draw, self._pages = mask_of, draw, pages
         self._progress, self._report = progress, report
         self._facts: dict[int, dict[str, Any]] = {}
+        self.pages: dict[int, int] = {}
         self._results = self._restore()
 
     def __next__(self) -> RestoredFile:
@@ -214,16 +218,18 @@ class Restoration(Iterator[RestoredFile]):
         return source.load() if self._pages == "first" else source.load(self._pages)
 
     def _work(self, job: Job, source: Source) -> Restored:
-        parts = 1
+        tiles = 1
 
         def count(done: int, total: int) -> None:
-            nonlocal parts
-            parts = total
+            nonlocal tiles
+            self.pages[job.index] = source.pages
+            tiles = max(tiles, total // source.pages)
             if self._progress:
                 self._progress(job, done, total)
 
         restored = source.restore(self._restorer, job.target, count, self._mask_of(job), pages=self._pages)
-        self._facts[job.index] = {"width": restored.width, "height": restored.height, "tiles": parts}
+        self._facts[job.index] = {"width": restored.width, "height": restored.height}
+        self._facts[job.index] |= {"pages": source.pages, "tiles": tiles}
         return restored
 
     def _write(self, job: Job, restored: Restored) -> None:

@@ -1,16 +1,19 @@
 """From image file to restored image file; a large TIFF by rows, so that neither image has to fit in memory."""
 
+import io
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from serpent_ir.errors import ImageError, is_out_of_memory
 from serpent_ir.image import Picture, read_image, read_image_pixels, replacing, write_image
 from serpent_ir.image.decoders import MAX_PIXELS, TIFFS, decode, open_header, tiff_record
-from serpent_ir.image.encoders import check_sides, fitting, left_at_size, samples_of
+from serpent_ir.image.encoders import EXIF_OF_BIG, check_sides, fitting, left_at_size, samples_of
+from serpent_ir.image.files import tell_of_left_out
 from serpent_ir.image.metadata import metadata_of
 from serpent_ir.image.picture import Span
 from serpent_ir.image.tiff import TiffOutput, TiffRows, write_tiff
@@ -26,6 +29,10 @@ LARGE = 1 << 25
 class Source:
     """An image file that is about to be restored; `load` reads it unless it is large.
 
+    Attributes:
+        large: it has `LARGE` pixels or more.
+        pages: how many are restored: 1, but in `restore` of all of them.
+
     Raises nothing: what is wrong with the file is for `picture` to say.
     """
 
@@ -34,6 +41,7 @@ class Source:
         self._state = FileState.of(path)
         self._picture: Picture | None = None
         self.large = False
+        self.pages = 1
         self._tiff = False
         try:
             if not path.is_file():
@@ -80,6 +88,7 @@ class Source:
 
         `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all":
         each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
+        `progress` is called with (tiles done, tiles in all); of several pages with those of as many pages as this one.
         """
         if pages == "all" and (count := self._count()) > 1:
             if not self._tiff:
@@ -89,12 +98,11 @@ class Source:
                 )
             if target.suffix.lower() not in (".tif", ".tiff"):
                 raise ImageError(f"{self.path}: holds {count} pages, which {target.suffix} does not; choose .tif by -o")
+            self.pages = count
             return _restore_pages(self, target, restorer, progress, _read_mask(mask))
-        if mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff"):
-            try:
-                return _restore_by_rows(self, target, restorer, progress)
-            except _NotByRowsError:
-                pass
+        by_rows = mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff")
+        if by_rows and (done := _restore_by_rows(self, target, restorer, progress)):
+            return done
         picture = self.picture()
         height, width = (restorer.scale * side for side in picture.pixels.shape[:2])
         try:
@@ -144,7 +152,7 @@ class Restored:
 def _restore_pages(
     source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], mask: np.ndarray | None
 ) -> Restored:
-    """Each page of a TIFF, in their order, of which one is in memory at a time."""
+    """Each page of a TIFF, in their order, of which one is in memory at a time, and of a large one some rows."""
     path = source.path
     told: set[str] = set()
 
@@ -162,71 +170,108 @@ def _restore_pages(
         with TiffOutput(new, pages.nbytes() * restorer.scale**2) as output:
             for number in range(count):
                 label = f"{path}: page {number + 1}"
-                try:
-                    picture, notes, lost = decode(pages.page(number), count, whole=True)
-                except ImageError as error:
-                    raise ImageError(f"{label}: {error}") from error
-                except MemoryError as error:
-                    raise ImageError(f"{label} does not fit in memory; cut it into parts first") from error
-                except Exception as error:  # decoders have no common type for damaged data
-                    raise ImageError(f"{label}: is damaged or cut short; get the file again") from error
-                for note in (*notes, *lost):
-                    tell(path, note)
-                size = size if number else picture.pixels.shape[:2]
 
                 def part(done: int, parts: int, number: int = number) -> None:
                     progress(number * parts + done, count * parts)
 
-                restored = restorer.picture(picture, mask=mask, label=label, progress=part)
+                notes: list[str] = []
+                with _what_is_wrong(label):
+                    data = pages.page(number)
+                    rows = _rows_of(io.BytesIO(data), LARGE) if mask is None else None
+                    if rows:
+                        picture = _about(rows, io.BytesIO(data), restorer.scale, notes, count, whole=True)
+                    else:
+                        picture, *more = decode(data, count, whole=True)
+                        notes += [note for some in more for note in some]
+                for note in notes:
+                    tell(path, note)
+                if rows:
+                    height, width, restored = rows.height, rows.width, picture
+                    shape, strips = _strips_of(rows, restorer, label, part)
+                else:
+                    height, width = picture.pixels.shape[:2]
+                    restored = restorer.picture(picture, mask=mask, label=label, progress=part)
+                    shape, strips = samples_of(restored)
+                size = size if number else (width, height)
                 for what in left_at_size(restored):
                     tell(target, f"without {what}")
-                shape, strips = samples_of(restored)
-                output.write(fitting(restored, ".tif"), strips, shape, restored.pixels.dtype, count - number)
+                if restored.exif and output.big:
+                    tell(target, f"without {EXIF_OF_BIG}")
+                with closing(strips):
+                    output.write(fitting(restored, ".tif"), strips, shape, restored.pixels.dtype, count - number)
         source.check_unchanged()
-    return Restored(target, size[1], size[0], None)
+    return Restored(target, *size, None)
 
 
-class _NotByRowsError(Exception):
-    """A TIFF that has to be read whole."""
+@contextmanager
+def _what_is_wrong(label: str) -> Iterator[None]:
+    """Whatever is raised while a page is read becomes an ImageError that names it."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{label}: {error}") from error
+    except Exception as error:  # decoders have no common type for damaged data
+        if is_out_of_memory(error):
+            raise ImageError(f"{label} does not fit in memory; cut it into parts first") from error
+        raise ImageError(f"{label}: is damaged or cut short; get the file again") from error
 
 
 def _restore_by_rows(
     source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None]
-) -> Restored:
+) -> Restored | None:
+    """As `Source.restore` of a large TIFF; None where it has to be read whole."""
     path, notes = source.path, []
     with path.open("rb") as header, path.open("rb") as file:
-        try:
-            if file.read(4) == b"MM\0+":  # whose metadata Pillow misreads
-                raise _NotByRowsError
-            file.seek(0)
-            rows = TiffRows(file)
-        except Exception as error:  # whatever is wrong, reading it whole will name it
-            raise _NotByRowsError from error
-        if rows.height * rows.width > MAX_PIXELS:
-            raise _NotByRowsError
-        kept, orientation = metadata_of(open_header(header), header, notes, notes)
-        kept["tiff"] = tiff_record(header, orientation, notes)
+        if (rows := _rows_of(file)) is None:
+            return None
+        about = _about(rows, header, restorer.scale, notes)
         for note in notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
-        about = Picture(np.empty((0, 0, 3), rows.dtype), mode="L" if rows.samples <= 2 else "RGB", **kept)
-
-        def read(span: Span, columns: Span) -> Samples:
-            try:
-                samples = rows.read(span)[:, slice(*columns)]
-            except ImageError as error:
-                raise ImageError(f"{path}: {error}") from error
-            except Exception as error:  # decoders have no common type for damaged data
-                if is_out_of_memory(error):
-                    raise ImageError(
-                        f"{path}: some rows of it do not fit in memory; cut it into parts first"
-                    ) from error
-                raise ImageError(f"{path}: is damaged or cut short; get the file again") from error
-            colours = samples[..., 0] if rows.samples <= 2 else samples[..., :3]
-            return colours, samples[..., -1] if rows.samples in (2, 4) else None
-
-        shape = (rows.height * restorer.scale, rows.width * restorer.scale, rows.samples)
-        strips = restorer.strips(read, rows.height, rows.width, label=str(path), progress=progress)
+        shape, strips = _strips_of(rows, restorer, str(path), progress)
         with closing(rows), closing(strips), replacing(target) as new:
-            write_tiff(new, about, (np.dstack([c] if a is None else [c, a]) for c, a in strips), shape, rows.dtype)
+            write_tiff(new, fitting(about, ".tif"), strips, shape, rows.dtype)
             source.check_unchanged()
+    tell_of_left_out(target, about)
     return Restored(target, rows.width, rows.height, None)
+
+
+def _rows_of(file: BinaryIO, least: int = 0) -> TiffRows | None:
+    """The rows of a TIFF of one page and so many pixels; None for another, and where they have to be read whole."""
+    try:
+        if file.read(4) == b"MM\0+":  # whose metadata Pillow misreads
+            return None
+        file.seek(0)
+        rows = TiffRows(file)
+    except Exception:  # whatever is wrong, reading it whole will name it
+        return None
+    return rows if least <= rows.height * rows.width <= MAX_PIXELS else None
+
+
+def _about(
+    rows: TiffRows, header: BinaryIO, scale: int, notes: list[str], planes: int = 1, *, whole: bool = False
+) -> Picture:
+    """The restored picture with all but its pixels, which take no memory; `notes` gets what a person should know."""
+    kept, orientation = metadata_of(open_header(header), header, notes, notes)
+    kept["tiff"] = tiff_record(header, orientation, notes, planes, whole=whole)
+    none = np.broadcast_to(rows.dtype.type(0), (rows.height * scale, rows.width * scale, 3))
+    return Picture(none, mode="L" if rows.samples <= 2 else "RGB", **kept)
+
+
+def _strips_of(
+    rows: TiffRows, restorer: Restorer, label: str, progress: Callable[[int, int], None]
+) -> tuple[tuple[int, int, int], Generator[np.ndarray]]:
+    """The shape (H, W, samples) of an image that is restored by rows, and it in parts."""
+
+    def read(span: Span, columns: Span) -> Samples:
+        with _what_is_wrong(label):
+            samples = rows.read(span)[:, slice(*columns)]
+        colours = samples[..., 0] if rows.samples <= 2 else samples[..., :3]
+        return colours, samples[..., -1] if rows.samples in (2, 4) else None
+
+    shape = (rows.height * restorer.scale, rows.width * restorer.scale, rows.samples)
+
+    def strips() -> Generator[np.ndarray]:
+        with closing(restorer.strips(read, rows.height, rows.width, label=label, progress=progress)) as parts:
+            yield from (np.dstack([c] if a is None else [c, a]) for c, a in parts)
+
+    return shape, strips()

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from serpent_ir.image.jpeg import with_segments
 from serpent_ir.image.metadata import with_resolution, with_size
 from serpent_ir.image.picture import Picture
 from serpent_ir.image.png import chunk, with_chunks
-from serpent_ir.image.tiff import write_tiff
+from serpent_ir.image.tiff import is_big, write_tiff
 from serpent_ir.image.tiff_records import names_of, tags_of
 
 _JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
@@ -41,6 +41,7 @@ DEEP, _OPAQUE = (".png", ".tif", ".tiff"), (".jpg", ".jpeg", ".bmp")
 _LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".avif": 65536}
 # The most bytes of each that a JPEG can hold, since each must fit into one segment. (A profile is spread over several.)
 _JPEG_EXIF, _JPEG_XMP = 65533, 65504
+EXIF_OF_BIG = "EXIF data in a file beyond 4 GB"
 _FIELDS = ("icc_profile", "exif", "xmp", "dpi")
 
 
@@ -126,7 +127,7 @@ def _with_numbers(data: bytes, cicp: bytes | None) -> bytes:
     return data if cicp is None or place < 8 else data[:place] + struct.pack(">HH", *cicp[:2]) + data[place + 4 :]
 
 
-def samples_of(picture: Picture) -> tuple[tuple[int, int, int], Iterator[NDArray[Any]]]:
+def samples_of(picture: Picture) -> tuple[tuple[int, int, int], Generator[NDArray[Any]]]:
     """The shape (H, W, samples) of a picture as a TIFF holds it, and its rows in parts."""
     shape = (*picture.pixels.shape[:2], (1 if picture.is_grey else 3) + (picture.alpha is not None))
     rows = max(1, (1 << 22) // shape[1])
@@ -161,8 +162,11 @@ def left_out(picture: Picture, suffix: str) -> list[str]:
         lost.append(f"an ICC profile for {'grey' if is_grey else 'other samples'}")
     for name in ("exif", "xmp"):
         lost += [f"{name.upper()} data of over 64 KB"] * _too_long(getattr(picture, name), suffix, name)
-    if suffix in (".tif", ".tiff") and picture.tiff:
+    if suffix in (".tif", ".tiff"):
         lost += left_at_size(picture)
+        samples = (1 if picture.is_grey else 3) + (picture.alpha is not None)
+        if picture.exif and is_big(picture.pixels[..., 0].size * samples * picture.pixels.itemsize):
+            lost.append(EXIF_OF_BIG)
     if "cicp" in there and _odd_numbers(picture.carried["cicp"], suffix) and suffix != ".bmp":
         lost.append(CARRIERS["cicp"].words)
     elif "cicp" in there and fate("cicp", suffix) == CONVERTED:

@@ -161,12 +161,18 @@ def write_image(path: str | Path, picture: Picture) -> None:
         raise ImageError(f"{path}: cannot be written in this format: {reason(error)}") from error
     with replacing(path) as file:
         file.write(data)
+    tell_of_left_out(path, picture)
+    if "motion_video" in picture.carried and image_encoders.fate("motion_video", suffix) == "kept":
+        warnings.warn(f"{path}: the video of the motion photo is kept as it was, not restored", stacklevel=2)
+
+
+def tell_of_left_out(path: Path, picture: Picture) -> None:
+    """Warn of what of a picture the file that was written of it does not hold."""
+    suffix = path.suffix.lower()
     if lost := image_encoders.left_out(picture, suffix):
         other = image_encoders.advice(picture)
         remedy = f"; write {other} to keep everything" if other else ""
-        warnings.warn(f"{path}: {suffix} cannot hold {', '.join(lost)}{remedy}", stacklevel=2)
-    if "motion_video" in picture.carried and image_encoders.fate("motion_video", suffix) == "kept":
-        warnings.warn(f"{path}: the video of the motion photo is kept as it was, not restored", stacklevel=2)
+        warnings.warn(f"{path}: {suffix} cannot hold {', '.join(lost)}{remedy}", stacklevel=3)
 
 
 @contextmanager

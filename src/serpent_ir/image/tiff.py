@@ -50,14 +50,23 @@ def write_tiff(
         output.write(about, strips, shape, dtype)
 
 
+def is_big(nbytes: int) -> bool:
+    """Whether samples of so many bytes make a BigTIFF, whose directories are others: EXIF data is not written there."""
+    return nbytes > _CLASSIC
+
+
 class TiffOutput:
-    """A TIFF that is written page by page. `nbytes` is the size of all samples, about. Used as a context manager."""
+    """A TIFF that is written page by page. `nbytes` is the size of all samples, about. Used as a context manager.
+
+    Attributes:
+        big: as `is_big`.
+    """
 
     def __init__(self, file: BinaryIO, nbytes: int):
         import tifffile
 
-        self._file, self._big = file, nbytes > _CLASSIC
-        self._writer = tifffile.TiffWriter(file, bigtiff=self._big, byteorder="<")
+        self._file, self.big = file, is_big(nbytes)
+        self._writer = tifffile.TiffWriter(file, bigtiff=self.big, byteorder="<")
         self._directories: list[dict[int, dict[int, Any]]] = []  # EXIF and GPS directories of each page
 
     def __enter__(self) -> "TiffOutput":
@@ -79,7 +88,7 @@ class TiffOutput:
         """Add a page, as `write_tiff` does. `planes` is the number of pages from this one to the last."""
         height, width, samples = shape
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        tags = _tags(with_size(about.exif, width, height) if not self._big else None)
+        tags = _tags(with_size(about.exif, width, height) if not self.big else None)
         sub_ifds = {int(tag): ifd for tag in SUB_IFDS if (ifd := dict(tags.get_ifd(tag)))}
         if within := interop_of(tags):
             sub_ifds[int(EXIF_IFD)][int(INTEROP_IFD)] = within

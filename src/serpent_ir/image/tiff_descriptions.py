@@ -41,6 +41,19 @@ def kind_of(text: bytes) -> str:
     return "OME" if re.search(rb"<(?:\w+:)?OME\b", text[:2000]) and text.rstrip(b"\0 \n\r").endswith(b"OME>") else ""
 
 
+_PARTS = {"ROI": "regions of interest", "Plate": "plates", "Dataset": "datasets"}
+
+
+def gone(before: bytes, after: bytes) -> list[str]:
+    """Which parts of an OME description another one of it no longer has, in words."""
+    return [
+        words
+        for name, words in _PARTS.items()
+        if len(re.findall(rb"<(?:\w+:)?%s\b" % name.encode(), before))
+        > len(re.findall(rb"<(?:\w+:)?%s\b" % name.encode(), after))
+    ]
+
+
 def of_first_plane(text: bytes) -> bytes | None:
     """A description that is true of the first plane alone; None if it cannot be made so."""
     kind = kind_of(text)

@@ -6,13 +6,14 @@ Sources: the GeoTIFF standard (OGC 19-008r4), GDAL's TIFF driver, ImageJ's TiffD
 from typing import Any, cast
 
 from serpent_ir.image.picture import TiffRecord
-from serpent_ir.image.tiff_descriptions import as_written, files_of_ome, kind_of, of_first_plane
+from serpent_ir.image.tiff_descriptions import as_written, files_of_ome, gone, kind_of, of_first_plane
 
 _DESCRIPTION, _X, _Y, _UNIT = 270, 282, 283, 296
 _PIXEL_SCALE, _TIEPOINTS, _MATRIX, _GEO_KEYS, _RPC = 33550, 33922, 34264, 34735, 50844
 _GEO = {_PIXEL_SCALE: "d", _TIEPOINTS: "d", _MATRIX: "d", _GEO_KEYS: "H", 34736: "d", 34737: "s", _RPC: "d"}
 _GDAL = {42112: "s", 42113: "s"}  # metadata as XML; the value of pixels without data
 _IJ_METADATA = 50839
+_OF_ALL = {"Overlays": "overlays", "Plot": "a plot"}  # of ImageJ's metadata: what goes with a stack
 _NO_UNIT = 1
 # Tags that describe the file's layout, or that are read elsewhere (EXIF, XMP, IPTC, colours, a person's words).
 _KNOWN = {*range(254, 260), 262, 263, 264, 265, 266, 269, 270, 271, 272, 273, 274, *range(277, 285), 285, 286, 287, 288}
@@ -82,6 +83,8 @@ def read_record(page: Any, planes: int, *, whole: bool, turned: bool, size: tupl
         true = text if true is None and kind.endswith(" ") and planes == 1 else true
         if true is None and kind != "tifffile":
             lost.append(f"has a description of {kind.strip()} that speaks of other planes; left out")
+        elif true and kind == "OME" and (parts := gone(text, true)):
+            lost.append(f"has {' and '.join(parts)} of OME, which speak of all its planes; left out")
         descriptions += [true] if true else []
     tags: list[tuple[int, str, int, Any]] = []
     geo = {code: page.tags.valueof(code) for code in _GEO if code in page.tags}
@@ -93,6 +96,8 @@ def read_record(page: Any, planes: int, *, whole: bool, turned: bool, size: tupl
     imagej = page.tags.valueof(_IJ_METADATA)
     metadata = dict(imagej) if isinstance(imagej, dict) else {}
     if metadata and not whole and planes > 1:
+        if parts := [words for name, words in _OF_ALL.items() if metadata.get(name)]:
+            lost.append(f"has {' and '.join(parts)} of ImageJ for all its planes; left out")
         metadata = _of_first(metadata)
     if others := sorted({tag.name for tag in page.tags if tag.code not in {*_KNOWN, *_GEO, *_GDAL, 50838, 50839}}):
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
@@ -127,7 +132,7 @@ def _of_first(metadata: dict[str, Any]) -> dict[str, Any]:
         name: value[: first[name]] if name in first and isinstance(value, (list, tuple)) else value
         for name, value in metadata.items()
     }
-    return {name: value for name, value in kept.items() if name not in ("Overlays", "Plot")}
+    return {name: value for name, value in kept.items() if name not in _OF_ALL}
 
 
 def tags_of(
@@ -144,6 +149,8 @@ def tags_of(
         new = as_written(text, size, (fx, fy), samples, bits, planes)
         if new is None and kind != "tifffile":
             lost.append(f"the description of {kind.strip()}, which says its old size")
+        elif new and kind == "OME" and (parts := gone(text, new)):
+            lost.append(f"OME's {' and '.join(parts)}, which are for its old size")
         tags += [(_DESCRIPTION, "s", 0, new, True)] if new else []
     carried = {code: (kind, count, value) for code, kind, count, value in record.tags}
     for code, (kind, count, value) in carried.items():

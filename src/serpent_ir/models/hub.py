@@ -1,7 +1,7 @@
 """Networks in folders of Hugging Face's hub, and the card beside them.
 
 The default `save_pretrained` would write a card of empty fields. This card states the task and how the weights are used
-and, if they have the numbers of weights that ship, their licence and figures. The hub keeps a card that is in the folder
+and, if they have the numbers of weights that ship, their licence and figures. The hub keeps a card that the folder has
 already. One of earlier weights that this program wrote is removed, or it would claim their licence for these.
 """
 
