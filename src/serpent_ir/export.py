@@ -262,26 +262,27 @@ def _scan_lines(
 
     # The axes of the states are added beforehand, so that a step has only five operators.
     steps = [columns_first(x) for x in (dt[..., None], (dt * walks)[..., None], B[..., None, :])]
-    (ends,) = scan_op(_state, [walks.new_zeros(2, batch, rows, d, states)], steps, (A,))
+    # A goes through the loops as a state that stays: OpenVINO reads no body that uses a value from outside of it.
+    ends, _ = scan_op(_state, [walks.new_zeros(2, batch, rows, d, states), A], steps, ())
     by_row = [dense(x.movedim(2, 0)) for x in (decay, ends)]
     _, starts = scan_op(_next_row, [walks.new_zeros(2, batch, d, states)], by_row, ())
     outputs = [*steps, columns_first(C[..., None])]
-    _, y = scan_op(_output, [dense(starts.movedim(0, 2))], outputs, (A,))
+    _, _, y = scan_op(_output, [dense(starts.movedim(0, 2)), A], outputs, ())
     y = y[..., 0].movedim(0, 3) + D[:, None, None, None] * walks
     return y[0] + y[1].flip(1, 2)
 
 
-def _state(h: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, A: Tensor) -> list[Tensor]:
-    return [torch.exp(dt * A) * h + dtu * B]
+def _state(h: Tensor, A: Tensor, dt: Tensor, dtu: Tensor, B: Tensor) -> list[Tensor]:
+    return [torch.exp(dt * A) * h + dtu * B, A.clone()]
 
 
 def _next_row(h: Tensor, decay: Tensor, end: Tensor) -> list[Tensor]:
     return [decay * h + end, h.clone()]
 
 
-def _output(h: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
-    (h,) = _state(h, dt, dtu, B, A)
-    return [h, h @ C]
+def _output(h: Tensor, A: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+    h, A = _state(h, A, dt, dtu, B)
+    return [h, A, h @ C]
 
 
 def _onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
