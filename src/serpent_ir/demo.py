@@ -79,6 +79,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
         cache = folder / "cache"
         cache.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(cache)  # gradio serves what is in there and nothing else
+        _gradio().routes.DEFAULT_TEMP_DIR = str(cache)  # as it was when gradio was imported; a folder is made there
         worker = Worker()
         try:
             with _without_proxies():

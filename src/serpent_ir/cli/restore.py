@@ -66,7 +66,8 @@ def restore(
         reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
             megapixels_per_second, and `images`: source, target, seconds, error, width, height, pages (that
-            were restored) and tiles (of the page with most) of each, and with a reference input_psnr, psnr, input_ssim, ssim.
+            were restored) and tiles (of the page with most) of each,
+            and with a reference input_psnr, psnr, input_ssim, ssim.
 
     Raises:
         UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
@@ -80,7 +81,8 @@ def restore(
         inputs, output, model_name(name, weights) if name or not weights else None, weights=weights, device=device,
         precision=precision, tile=int(tile) if tile.isdecimal() else tile, tile_overlap=tile_overlap, pages=pages,
         skip_existing=skip_existing, manifest=manifest, mask=mask, compare=compare, reference=reference,
-        progress=lambda job, part, parts: watch.tell(job, part, parts, restoration.pages[job.index]), report=lambda result: _report(watch, result),
+        progress=lambda job, part, parts: watch.tell(job, part, parts, restoration.pages[job.index]),
+        report=lambda result: _report(watch, result),
     )  # fmt: skip
     start = time.perf_counter()
     own: dict[str, Any] = {"rows": [], "problems": [], "skipped": 0}
