@@ -89,7 +89,7 @@ def serve(*, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", li
                     server_name=host,
                     server_port=port,
                     share=False,
-                    allowed_paths=[],
+                    allowed_paths=[str(cache)],  # or uploads named `.png` fail where the current folder is above it
                     max_file_size=limits.megabytes * 1_000_000,
                     ssr_mode=False,
                     footer_links=[],
