@@ -33,7 +33,7 @@ class Source:
         large: it has `LARGE` pixels or more.
         pages: how many are restored: 1, but in `restore` of all of them.
 
-    Raises nothing: what is wrong with the file is for `picture` to say.
+    The constructor raises nothing: `picture` reports what is wrong with the file.
     """
 
     def __init__(self, path: Path):
