@@ -1,10 +1,10 @@
-"""Two threads beside other work: what OpenMP's waiting threads cost on a busy machine, and on an idle one.
+"""What waiting OpenMP threads cost when two threads compute beside other work, on a busy machine and on an idle one.
 
     python benchmarks/busy.py [--busy N] [--rounds N] [-o FILE.json]
 
-Each figure is the median of a process's passes of a network over an image; processes of all variants take turns, round
-after round, since other work on the machine changes. `busy` processes that only spin run beside them, or none.
-GNU's OpenMP reads its settings when it is loaded, so a variant is an environment, and every one needs a process.
+Each figure is the median over a process's passes of a network over an image. Processes of all variants take turns,
+round after round, since other work on the machine changes. `busy` processes that only spin run beside them, or none.
+GNU's OpenMP reads its settings when it is loaded, so a variant is an environment, and each one needs its own process.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CELLS = [("serpent_b", 256), ("serpent_b", 512), ("serpent_l", 256), ("serpent_l
 
 
 def passes(cells: list[tuple[str, int]], count: int) -> dict[str, float]:
-    """Seconds of a pass, the median of `count`, of each cell."""
+    """Seconds of a pass for each cell, the median of `count` passes."""
     import torch
 
     from serpent_ir import create_model

@@ -1,23 +1,25 @@
-"""Serpent on the CPU beside U-Net(32) and plain PyTorch scans, in one run, with the targets and whether they hold.
+"""Serpent on the CPU beside U-Net(32) and plain PyTorch scans, in one run, with the targets and whether they are met.
 
     python benchmarks/cpu.py [--parts scan_b networks first_call error] [--repeats 7] --out cpu.json
 
-All parts take about ten minutes on two cores; those named above, with --repeats 3, about two. Ways take turns within a
-repeat, so that they share what else the machine does: figures are medians, a ratio is the median of the turns' ratios.
-Threads are PyTorch's (OMP_NUM_THREADS). Where other processes run, OMP_WAIT_POLICY=passive keeps threads from spinning
-against them. For a processor with AVX2 alone on one that has more, hold all libraries back alike:
+All parts take about ten minutes on two cores. Those named above take about two minutes with --repeats 3. Variants take
+turns within a repeat, so that other work on the machine affects all of them. Figures are medians; a ratio is the median
+of the ratios of the turns. Threads are PyTorch's (OMP_NUM_THREADS). If other processes run, OMP_WAIT_POLICY=passive
+keeps threads from spinning against them. To measure as on a processor that only has AVX2, restrict all libraries in the
+same way:
 
     SERPENT_CPU_LEVEL=x86_64_v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/cpu.py ...
 
 Parts:
-    scan_b, scan_h  the scans of one network's 17 blocks, image of 256x256, against U-Net(32)'s forward pass beside
-                    them; `maps_ms` are the C library's by level. Slow ways get fewer turns
-    loop            one scan of a small map, with the plain loop over positions beside the other ways
+    scan_b, scan_h  the scans of one network's 17 blocks for an image of 256x256, compared with U-Net(32)'s forward
+    pass;
+                    `maps_ms` are the C library's by level. Slow variants get fewer turns
+    loop            one scan of a small map, by the plain loop over positions and by the other variants
     networks        whole networks at 256x256, batch 1: inference, and a training step (forward, backward, Adam)
-    pixels          inference of serpent_b at growing sizes, nanoseconds per pixel
-    first_call      first and second call in fresh processes, with imports and construction done
-    memory          peak resident memory of a process that puts 4096x4096 through serpent_b (Linux and macOS)
-    error           relative norm of the error against float64, of y and each gradient, the worst of four maps
+    pixels          inference of serpent_b at growing sizes, in nanoseconds per pixel
+    first_call      first and second call in fresh processes, after imports and construction
+    memory          peak resident memory of a process that passes 4096x4096 through serpent_b (Linux and macOS)
+    error           relative norm of the error against float64, of y and each gradient; the worst of four maps
 """
 
 import argparse
@@ -45,12 +47,12 @@ from serpent_ir.ops.reference import DIRECTIONS, scan_order
 
 SIZE = 256
 PATCH = {"B": 4, "L": 2, "H": 1}
-LEVELS = [(32, 4), (64, 4), (128, 6), (256, 3)]  # channels and VSS blocks, encoder and decoder together
+LEVELS = [(32, 4), (64, 4), (128, 6), (256, 3)]  # channels and number of VSS blocks, encoder and decoder together
 SMALL = 16  # side of the map for the loop over positions
 NETWORKS = ("serpent_b", "serpent_l", "serpent_h", "unet_32")
 GROWING = (256, 512, 1024, 2048)
 LARGE = 4096
-PATIENCE = 10e3  # milliseconds after which a way is not repeated any more
+PATIENCE = 10e3  # milliseconds after which a variant is not repeated any more
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", cpu.LEVEL_VARIABLE, "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 GRADIENTS = ("u", "proj", "dt_weight", "dt_bias", "A_log", "D")
 
@@ -59,7 +61,7 @@ Maps = list[tuple[list[Tensor], int]]  # inputs of a scan, and how many blocks o
 
 
 def make_inputs(side: int, channels: int) -> list[Tensor]:
-    """Inputs of `ss2d` with the step sizes of a fresh network, of which gradients are wanted."""
+    """Inputs of `ss2d` that require gradients, with the step sizes of a fresh network."""
     d, state, rank = 2 * channels, math.ceil(channels / 6), math.ceil(channels / 16)
     dt = torch.exp(torch.empty(4, d).uniform_(math.log(1e-3), math.log(1e-1)))
     inputs = [
@@ -88,7 +90,7 @@ def processor() -> str:
 
 
 def sweep(a: Tensor, x: Tensor) -> Tensor:
-    """x_t + a_t x_(t-1) + a_t a_(t-1) x_(t-2) + ..., along dimension 1, in place (a too); Blelloch's two sweeps."""
+    """x_t + a_t x_(t-1) + a_t a_(t-1) x_(t-2) + ..., along dimension 1, in place (a too), by Blelloch's two sweeps."""
     length, stride = x.shape[1], 1
     while stride < length:
         left, right = slice(stride - 1, length - stride, 2 * stride), slice(2 * stride - 1, None, 2 * stride)
@@ -103,7 +105,7 @@ def sweep(a: Tensor, x: Tensor) -> Tensor:
 
 
 class Recurrence(torch.autograd.Function):
-    """h_t = a_t h_(t-1) + x_t along dimension 1; its gradient is the same recurrence from the end."""
+    """h_t = a_t h_(t-1) + x_t along dimension 1. Its gradient is the same recurrence from the end."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, x: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class Recurrence(torch.autograd.Function):
 
 
 def blelloch(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """`ss2d` by a parallel scan in plain PyTorch, as public packages have it: the baseline."""
+    """`ss2d` by a parallel scan in plain PyTorch, as public packages do it: the baseline."""
     u_flat, proj_flat = u.flatten(1, 2), proj.flatten(1, 2)
     total = torch.zeros_like(u_flat)
     for k in range(DIRECTIONS):
@@ -140,7 +142,7 @@ SCANS: dict[str, Scan] = {
 
 
 def take_turns(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each way's turns. The first turn warms up; a way over `PATIENCE` gets no further turn."""
+    """Milliseconds of each variant's turns. The first turn warms up. One over `PATIENCE` gets no further turns."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
@@ -197,7 +199,7 @@ def measure_scan(network: str, repeats: int) -> dict[str, Any]:
     maps = scan_maps(network)
     unet_32 = partial(infer, create_model("unet_32"), torch.rand(1, 3, SIZE, SIZE))
     times, ratios = {}, {}
-    # The library takes turns with U-Net alone: the other ways' gigabytes would leave whoever comes next without caches.
+    # The library takes turns with U-Net only, since the other variants' gigabytes would empty the caches for the next.
     for names in (["cpu"], [name for name in SCANS if name != "cpu"]):
         ways = {"unet_32": unet_32}
         for name in names:
@@ -289,7 +291,7 @@ def measure_first_call(repeats: int) -> dict[str, Any]:
 def peak_resident_bytes() -> int:
     """Of this process, since it began."""
     try:
-        # Not getrusage: there Linux counts the process that started this one, before exec, as well.
+        # getrusage is not used: on Linux it also counts the process that started this one, before exec.
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except OSError:
@@ -333,7 +335,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "error": lambda repeats: measure_error(),
 }
 
-# What issue 4 asks for: in words, where the figure stands in the report, the most it may be.
+# The targets of issue 4: in words, where the figure is in the report, and the most that it may be.
 TARGETS = [
     ("scan of Serpent-B, forward / U-Net(32)", ("scan_b", "ratio_to_unet_32", "cpu forward"), 0.15),
     ("scan of Serpent-B, backward / U-Net(32)", ("scan_b", "ratio_to_unet_32", "cpu backward"), 0.33),

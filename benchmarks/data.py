@@ -1,11 +1,12 @@
-"""What training data takes: batches alone, and the share of a step's time that they cost.
+"""What training data costs: batches alone, and their share of the time of a step.
 
     python benchmarks/data.py --data DIR [DIR ...] --out data.json [--device cpu] [--memory device host stream]
 
-Batches alone: images a second of `TrainingSet.batch` for each task and crop, and for deblur each place of the images.
-Steps: those of `serpent train`, by its own trainer (on a GPU from a CUDA graph), with one batch kept, with batches from
-the Prefetcher, and with each batch made before its step on the same stream, by turns in one run. `share` is
-1 - kept / prefetched: the time that data takes of training; `waited` is what the Prefetcher counted.
+Batches alone: images per second of `TrainingSet.batch` for each task and crop, and for deblur with images in each
+place. Steps: those of `serpent train`, by its own trainer (on a GPU from a CUDA graph). They are measured with one
+batch kept, with batches from the Prefetcher, and with each batch made before its step on the same stream, by turns in
+one run. `share` is 1 - kept / prefetched: the share of training time that data takes. `waited` is what the Prefetcher
+counted.
 """
 
 import argparse
@@ -31,7 +32,7 @@ TASKS = ("deblur", "sr8", "photo")
 
 
 def seconds_of(run: Callable[[], object], count: int, device: torch.device) -> float:
-    """Seconds of one of `count` runs in a row; the device's work counts, waiting for it between runs does not."""
+    """Seconds per run for `count` runs in a row. The device's work counts; waiting for it between runs does not."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -64,7 +65,7 @@ def measure_steps(trainer: Trainer, crop: int, batch: int, count: int, repeats: 
             times[name].append(1000 * seconds_of(way, count, device))
             if name == "prefetched":
                 waited.append((ahead.waited - before) / (times[name][-1] * count / 1000))
-    row = {f"{name}_ms": statistics.median(of[1:]) for name, of in times.items()}  # the first compiles and captures
+    row = {f"{name}_ms": statistics.median(of[1:]) for name, of in times.items()}  # the first one compiles and captures
     row |= {"share": 1 - row["kept_ms"] / row["prefetched_ms"], "waited": statistics.median(waited[1:])}
     return {**row, "images_per_second": 1000 * batch / row["prefetched_ms"]}
 

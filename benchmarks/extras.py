@@ -1,8 +1,8 @@
-"""Seconds a frame of `serpent video`, and milliseconds of exported files beside PyTorch, on this machine's CPU.
+"""Seconds per frame of `serpent video`, and milliseconds of exported files compared with PyTorch, on this CPU.
 
 python benchmarks/extras.py [--name serpent_l.deblur] [--frames 24] [--size 1280x720] --out FILE.json
 
-Both run as processes of their own. The clip is a moving photo with a tone, made here; its file is H.264 at 24 a second.
+Both run in separate processes. The clip is a moving photo with a tone, made here; its file is H.264 at 24 frames/s.
 """
 
 import argparse

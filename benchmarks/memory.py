@@ -1,8 +1,8 @@
-"""Peak memory of a pass at one size: the figures of `serpent_ir.inference.footprint.BYTES_PER_PIXEL`.
+"""Peak memory of a pass at one size, for the figures of `serpent_ir.inference.footprint.BYTES_PER_PIXEL`.
 
 python benchmarks/memory.py [--device cuda] [--side 1024] [--out memory.json]
 
-On CUDA the peak is that of PyTorch's allocator; on a CPU (Linux) that of the process, read from the kernel.
+On CUDA the peak is that of PyTorch's allocator; on a CPU (Linux) it is that of the process, read from the kernel.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def start(device: torch.device) -> int:
-    """Begin to measure; what is in use by now."""
+    """Begin to measure. Returns what is in use now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,12 +1,12 @@
-"""Milliseconds and memory of whole networks on a GPU, inference and training, beside the best public software.
+"""Milliseconds and memory of whole networks on a GPU, inference and training, compared with the best public software.
 
     python benchmarks/network.py [--networks serpent_h] [--sizes 256 2048] --out benchmarks/results/network.h100.json
     python benchmarks/render.py                # benchmarks/RESULTS.md from the JSON files
 
-Inference: bfloat16 autocast, batch 1, a plain call `model(x)` and the same replayed from a CUDA graph. Training:
-forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it and without.
-Figures are medians over CUDA events; memory is the peak of what PyTorch allocated, 1 GB = 1e9 bytes. What does not fit
-in the memory, or in the time given, is null beside an `error`.
+Inference: bfloat16 autocast, batch 1, a plain call `model(x)`, and the same replayed from a CUDA graph. Training:
+forward under bfloat16 autocast, L1, backward and fused Adam, from a CUDA graph as `serpent train` runs it, and without.
+Figures are medians over CUDA events. Memory is the peak that PyTorch allocated; 1 GB = 1e9 bytes. What does not fit in
+memory, or in the given time, is null, and `error` says why.
 """
 
 import argparse
@@ -33,7 +33,7 @@ NETWORKS = ["serpent_b", "serpent_l", "serpent_h", "unet_32"]
 SIZES = [256, 512, 1024, 2048]
 STEPS = [(1, 256), (1, 512), (1, 1024), (16, 128)]  # batch, side
 
-SOURCE = "issue 3"  # of the figures below: one H100, the best public software, measured before this project began
+SOURCE = "issue 3"  # for the figures below: one H100, the best public software, measured before this project began
 PUBLIC_GRAPH = {
     ("serpent_b", 256): 1.58, ("serpent_l", 256): 2.48, ("serpent_h", 256): 6.91,
     ("serpent_b", 512): 2.49, ("serpent_l", 512): 6.91, ("serpent_h", 512): 26.2,
@@ -50,17 +50,17 @@ PUBLIC_STEP = {  # (network, batch, side): ms, GB
     ("serpent_b", 1, 1024): (56, 2.35), ("serpent_l", 1, 1024): (104, 6.96), ("serpent_h", 1, 1024): (401, 25.2),
     ("serpent_b", 16, 128): (52, 1.28), ("serpent_l", 16, 128): (59, 2.62), ("serpent_h", 16, 128): (124, 7.94),
 }  # fmt: skip
-EXPONENTIALS = 4171e9  # a second, measured on an H100 (16 per clock and multiprocessor)
-BANDWIDTH = 2.99e12  # bytes a second, of a copy
+EXPONENTIALS = 4171e9  # per second, measured on an H100 (16 per clock and multiprocessor)
+BANDWIDTH = 2.99e12  # bytes per second, of a copy
 
 
 def floors(name: str, batch: int, side: int) -> dict[str, float]:
-    """Milliseconds of one forward pass that the chip needs for its exponentials, and for bytes that no fusion spares.
+    """Milliseconds that the chip needs for a forward pass's exponentials, and for the bytes that no fusion can avoid.
 
-    Exponentials: 4 directions * positions * d_inner * (N states + 1 step size) of every block. Bytes, 2 a
-    number: a block reads its input and writes u and proj; the scan reads those and writes y; the rest reads the input
-    and y and writes the output (a scan has to see its whole input before it gives anything out). Between levels each
-    map is written once and read once.
+    Exponentials: 4 directions * positions * d_inner * (N states + 1 step size) for every block. Bytes, 2 per number: a
+    block reads its input and writes u and proj; the scan reads those and writes y; the rest reads the input and y and
+    writes the output (a scan must see its whole input before it can give anything out). Between levels each map is
+    written once and read once.
     """
     model = create_model(name)
     if not isinstance(model, Serpent):
@@ -84,7 +84,7 @@ def floors(name: str, batch: int, side: int) -> dict[str, float]:
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up the bytes of the maps that operators read and write; the scan's, views and weights are left out."""
+    """Adds up the bytes of the maps that operators read and write. The scan, views and weights are left out."""
 
     def __init__(self, positions: int):
         super().__init__()
@@ -100,23 +100,26 @@ class _Traffic(TorchDispatchMode):
 
 
 def block_bytes(c: int) -> tuple[int, int]:
-    """Bytes a position that a block of c channels moves around its scan, in bfloat16 without gradients: the plain
-    definition, each operator reading its inputs and writing its outputs once; and the fused kernels."""
-    side = 67  # a number of positions that no weight's size is a multiple of
+    """Bytes per position that a block of c channels moves around its scan, in bfloat16 without gradients.
+
+    First for the plain definition, where each operator reads its inputs and writes its outputs once; then for the fused
+    kernels.
+    """
+    side = 67  # the size of no weight is a multiple of this number of positions
     traffic = _Traffic(side * side)
     block = VSSBlock(c).to("meta", torch.bfloat16)
     with torch.no_grad(), traffic:
         block(torch.empty(1, side, side, c, device="meta", dtype=torch.bfloat16))
     d, J = 2 * c, block.ss2d.x_proj.weight.shape[0]
-    # Up to 64 channels: norm and product; convolution and product; gate, product, residual. Wider, the library's
-    # products stand between norm, convolution and gate.
+    # Up to 64 channels: norm and product; convolution and product; gate, product, residual. Wider blocks have the
+    # library's products between norm, convolution and gate.
     narrow = (c + d) + (2 * d + J) + (2 * c + d)
     wide = 2 * c + (c + 2 * d) + 2 * d + (d + J) + 3 * d + (d + 2 * c)
     return traffic.bytes // traffic.positions, 2 * (narrow if c <= FUSED_CHANNELS else wide)
 
 
 def count_kernels(call: Callable[[], Any]) -> int:
-    """Kernels and copies that a call runs on the GPU."""
+    """The number of kernels and copies that a call runs on the GPU."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -125,7 +128,7 @@ def count_kernels(call: Callable[[], Any]) -> int:
 
 
 def kernels(name: str) -> dict[str, Any]:
-    """Kernels of a pass at 256x256, as it runs and by the plain definition around the same scan."""
+    """Kernels of a pass at 256x256, as it runs, and by the plain definition around the same scan."""
     model, x = create_model(name).cuda(), torch.rand(1, 3, 256, 256, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         ours = count_kernels(lambda: model(x))
@@ -143,7 +146,7 @@ def infer(name: str, side: int) -> dict[str, float]:
         model(x)  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        model(x)  # captured, where it is small
+        model(x)  # this captures a graph if the map is small
         gb = (torch.cuda.max_memory_allocated() - held) / 1e9
         call_ms = median_ms(lambda: model(x), repeats, warmup=2)
         graph = torch.cuda.CUDAGraph()
@@ -170,7 +173,7 @@ def step(name: str, batch: int, side: int) -> dict[str, float]:
 
 
 def held_before() -> int:
-    """Bytes allocated before a measurement. Libraries give back what they keep for streams: it counts anew."""
+    """Bytes allocated before a measurement. Libraries first release what they keep for streams, so it counts anew."""
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.empty_cache()
@@ -179,7 +182,7 @@ def held_before() -> int:
 
 
 def attempt(what: Callable[..., dict[str, float]], *args: Any, until: float) -> dict[str, Any]:
-    """The figures, or nulls and why there are none."""
+    """The figures; or nulls, and the reason why there are none."""
     nothing: dict[str, Any] = {"graph_ms": None, "call_ms": None, "gb": None}
     result: dict[str, Any]
     if time.monotonic() > until:
@@ -199,7 +202,7 @@ def measure(networks: Iterable[str], sizes: Iterable[int], budget: float) -> dic
     until = time.monotonic() + budget
     inference, training = [], []
     networks = list(networks)
-    # The largest last: if time runs out, it takes least with it.
+    # The largest sizes come last, so that least is lost if time runs out.
     for side in sorted(sizes):
         for name in networks:
             row = {"name": name, "size": side, **attempt(infer, name, side, until=until)}

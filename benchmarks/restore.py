@@ -1,8 +1,8 @@
-"""Seconds and peak memory of `serpent restore` on one large photo, as a process of its own (Linux and macOS).
+"""Seconds and peak memory of `serpent restore` for one large photo, in a separate process (Linux and macOS).
 
 python benchmarks/restore.py [--name serpent_l.deblur] [--size 6000x4000] [--format tif] [--tile 2048] --out FILE.json
 
-A network without weights that ship (serpent_b.deblur) runs with random ones: time and memory are the same.
+A network without shipped weights (serpent_b.deblur) runs with random ones; time and memory are the same.
 """
 
 import argparse

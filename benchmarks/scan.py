@@ -1,10 +1,10 @@
-"""Milliseconds of the scan on a GPU, forward and backward, beside what public CUDA software takes.
+"""Milliseconds of the scan on a GPU, forward and backward, compared with public CUDA software.
 
     python benchmarks/scan.py [--backends cuda triton torch] [--maps 256 512] [--train] --out scan.json
 
-A row is one map of the network: level l of a map of side s has side s / 2^l and 64 * 2^l channels. Each backend is
-checked against float64 on small maps first, and a wrong one is not timed. `events` times calls as a program makes
-them, `graph` the same kernels replayed from a CUDA graph, without Python between them (null where that fails).
+A row is one map of the network: level l of a map with side s has side s / 2^l and 64 * 2^l channels. Each backend is
+first checked against float64 on small maps, and one that is wrong is not timed. `events` times calls as a program makes
+them. `graph` times the same kernels replayed from a CUDA graph, without Python between them (null if that fails).
 """
 
 import argparse
@@ -21,10 +21,10 @@ from serpent_ir.ops import ss2d
 from timing import machine, median_ms
 
 LEVELS = [(64, 6, 2), (128, 11, 4), (256, 22, 8), (512, 43, 16)]  # d_inner, d_state, dt_rank
-WARMUP = 3  # calls
+WARMUP = 3  # number of calls
 TRAINING = [(16, 128)]  # batch, side of the first level's map: 16 crops of 128 through serpent_h
 # Milliseconds of the best public CUDA software on an H100 (bf16, graph replay), by batch and side of the first level's
-# map, for the four levels: cross scan, dt projection, scan and merge; of the backward pass the scan alone.
+# map, for the four levels. Forward: cross scan, dt projection, scan and merge. Backward: the scan alone.
 SOURCE = "issue 3"
 PUBLIC_FORWARD = {
     (1, 256): [0.447, 0.207, 0.142, 0.110],
@@ -74,7 +74,7 @@ def worst_error(backend: str, level: int, dtype: torch.dtype) -> float:
 
 
 def time_graph(call: Callable[[], Any], repeats: int) -> float | None:
-    """Median milliseconds of the call's kernels replayed from a CUDA graph."""
+    """Median milliseconds of the call's kernels when replayed from a CUDA graph."""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -1,24 +1,29 @@
-"""Tables 1 and 2 of the paper at our scale: all networks trained for the same minutes of one device, and compared.
+"""Tables 1 and 2 of the paper at our scale: all networks are trained for the same minutes of one device, and compared.
 
     python benchmarks/tables.py --out runs/tables [--data ../shared/data] [--minutes 2.5] [--gpus 2] [--at-once 3]
 
-Images are decoded once, into packed sets. For each task, `deblur` then `sr8`, every network first has a GPU to itself,
-for short runs at two learning rates (the paper's and a neighbour), which say how many steps the minutes hold. Both run
-once more, for three times as long, and choose the better rate by PSNR on some validation images. Then each network
-trains for so many steps at one crop size (SwinIR has no progressive stages in the paper, and images of one size can be
-counted), the learning rate coming down to zero at their end, and is evaluated on three sets. As the steps are fixed
-once they are timed, --at-once runs may share a GPU from there: minutes and seconds are always steps times the time that
-one took alone. Rows at equal numbers of images are read from the validations of the same runs, at the number that the
-slowest network reached; the learning rate of the others is not down by then.
+Images are decoded once, into packed sets. For each task, `deblur` and then `sr8`, these steps follow:
 
-What is there already in --out is not done again: after an interruption, or with --time-limit, the same command goes on
-(a row whose rate short runs alone had chosen stays if the longer ones choose the same one; else the other rate is
-trained, too, and the better of both runs stands);
-with other --minutes new tables stand beside the old ones, from the same short runs; other settings are refused. As the
-first short runs fix steps, what trains may be another device than the one whose minutes they are: with --minutes-of and
-its name this one goes on from the short runs that were made there, and makes only longer ones. --out gets
-results.json, which `serpent report --from` reads, and results.md. This is a benchmark, and no command of `serpent`,
-because it is about these networks, these data and these tables, and wants the repository beside it.
+1. Every network has a GPU to itself for short runs at two learning rates (the paper's and a neighbour). These runs tell
+   how many steps the minutes hold.
+2. Both rates run once more, three times as long. The better rate is chosen by PSNR on some validation images.
+3. Each network trains for that many steps at one crop size (in the paper SwinIR has no progressive stages, and images
+of
+   one size can be counted). The learning rate falls to zero at the end. The network is evaluated on three sets.
+
+Since the steps are fixed once they are timed, --at-once runs may then share a GPU: minutes and seconds are always steps
+times the time that one step took alone. Rows at equal numbers of images come from the validations of the same runs, at
+the number that the slowest network reached; the other networks' learning rates have not fallen to zero by then.
+
+What is already in --out is not done again. After an interruption, or with --time-limit, the same command continues. (A
+row whose rate was chosen by short runs alone stays if the longer runs choose the same rate. Otherwise the other rate is
+trained too, and the better of both runs counts.) With other --minutes new tables are added beside the old ones, from
+the same short runs. Other settings are refused. Since the first short runs fix the steps, the training device may
+differ from the one whose minutes they are: with --minutes-of and that device's name, this device continues from the
+short runs that were made there, and makes only the longer ones.
+
+--out receives results.json, which `serpent report --from` reads, and results.md. This is a benchmark and not a command
+of `serpent`, because it is about these networks, these data and these tables, and needs the repository beside it.
 """
 
 import argparse
@@ -53,12 +58,12 @@ from tables_kept import done, is_here, place_of, rates, read, settings, settled,
 from tables_report import LONGER, render
 
 VAL = ("faces256/val", "faces512/val", "natural/val")
-# Crop, batch, folders of training images, and the set that is looked at during training.
+# Crop, batch, folders of training images, and the validation set that is used during training.
 TASKS: dict[str, tuple[int, int, tuple[str, ...], str]] = {
     "deblur": (128, 8, ("faces256/train", "natural/train"), "faces256/val"),
     "sr8": (192, 4, ("faces512/train", "faces256/train", "natural/train"), "faces512/val"),
 }
-EXTRA = 30  # seconds that a job takes beside training: imports, captures, validation, evaluation
+EXTRA = 30  # seconds that a job takes besides training: imports, captures, validation, evaluation
 
 
 def main() -> None:
@@ -122,7 +127,7 @@ def arguments() -> argparse.Namespace:
 
 
 def job_of(task: str, args: argparse.Namespace) -> Job:
-    """What all jobs of a task have in common."""
+    """The part that all jobs of a task have in common."""
     crop, batch, sets, curve = TASKS[task]
     data = Path(args.data)
     return Job(
@@ -137,7 +142,7 @@ def job_of(task: str, args: argparse.Namespace) -> Job:
 
 
 def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float] | None, folder: Path) -> None:
-    """End with one line for what would fail after minutes of training, or would mix results of other settings."""
+    """Exit with one line if something would fail after minutes of training, or would mix results of other settings."""
     try:
         for images in {path for job in jobs for path in job.val.values()}:
             find_images(Path(images))
@@ -165,7 +170,10 @@ def refuse_what_cannot_be(jobs: list[Job], networks: list[str], lrs: list[float]
 
 
 class Devices:
-    """Jobs wait here for a GPU (or for the CPU, which is one); each runs in a process that sees that one alone."""
+    """Queues jobs for a GPU (or for the CPU, which counts as one).
+
+    Each runs in a process that sees only that device.
+    """
 
     def __init__(self, gpus: int, at_once: int, device: str, temporary: Path):
         self.count = 1 if device == "cpu" or gpus < 1 else gpus
@@ -178,7 +186,7 @@ class Devices:
         self._number, self._lock = 0, threading.Lock()
 
     def share_out(self, work: Callable[[Any], None], items: list[Any], at_once: int = 1) -> None:
-        """Do the work on every item, so many at once on each device."""
+        """Do the work for every item, with `at_once` items at a time on each device."""
         self.free = queue.SimpleQueue()
         for device in self.all * at_once:
             self.free.put(device)
@@ -186,7 +194,7 @@ class Devices:
             list(pool.map(work, items))
 
     def __call__(self, job: Job, log: Path, until: float, takes: float) -> dict[str, Any] | None:
-        """The job's result; None where it would end after `until`. What it says goes to the end of `log`."""
+        """The job's result; None if it would end after `until`. What it prints is appended to `log`."""
         gpu = self.free.get()
         try:
             if time.monotonic() + takes > until:
@@ -207,7 +215,7 @@ class Devices:
 def run_task(
     job: Job, networks: list[str], lrs: list[float] | None, folder: Path, devices: Devices, until: float
 ) -> list[str]:
-    """Do what is not done yet of a task, as far as the time lasts; returns the networks of which something failed."""
+    """Do what is missing for a task, as far as time allows. Returns the networks for which something failed."""
     place = place_of(job, folder)
     place.mkdir(exist_ok=True)
     wanted = [name for name in in_order(set(networks)) if not done(place / f"{name}.json")]
@@ -224,7 +232,8 @@ def run_task(
         run(probing, f"{name}.probe.json", takes, settings(job, probing.lrs))
 
     def about(name: str) -> dict[str, Any]:
-        # PyTorch in the settings is the one that the steps were timed with; a row has that of its training.
+        # PyTorch in these settings is the version with which the steps were timed; a row has the version of its
+        # training.
         return probed[name]["settings"] | settings(job, rates(name, lrs))
 
     def probe_longer(name: str) -> None:
@@ -243,7 +252,7 @@ def run_task(
         return best, {"longer": found["longer"]} if "longer" in found else {}
 
     def stays(name: str) -> bool:
-        """Whether there is a row, and longer runs choose no other rate than it has, which it says from now on."""
+        """Whether there is a row, and the longer runs choose the same rate as it has. If so, the row records that."""
         file = place / f"{name}.json"
         best, longer = chosen(name)
         if not settled(file) or (row := read(file))["lr"] != best["lr"]:
@@ -258,8 +267,8 @@ def run_task(
         training = dataclasses.replace(
             packed, what="train", model=name, lrs=[best["lr"]], step_ms=found["step_ms"], first_look=fewest
         )
-        # Sharing a GPU gains little: five that began together ended together, after five times as long. Of another
-        # device's minutes this is a guess: how much faster or slower this one is is not known.
+        # Sharing a GPU gains little: five jobs that began together ended together, after five times as long. For
+        # another device's minutes this is a guess, since it is not known how much faster or slower this device is.
         takes = (EXTRA + 60 * job.minutes) * min(at_once, len(ready))
         run(training, f"{name}.json", takes, about(name), train=told(job.train), probes=found["probes"], **longer)
 
@@ -273,7 +282,7 @@ def run_task(
         result = result if "error" in result else {**result, **more}
         if result.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY:
             failed.append(one.model)
-        if settled(place / file):  # a row, of the other learning rate
+        if settled(place / file):  # a row of the other learning rate
             if "error" in result:
                 say(f"{job.task} {one.model}: {result['error']}")
                 return
@@ -285,8 +294,8 @@ def run_task(
     open_rates = [name for name in wanted if name in probed and undecided(probed[name])]
     devices.share_out(probe_longer, open_rates, at_once)
     probed = timed(job, lrs, folder)
-    # A look at the last step of the slowest, which is where they are compared; of all that were ever probed, as another
-    # call may train them.
+    # Also validate at the last step of the slowest network, where networks are compared. All networks that were ever
+    # probed count, since another call may train them.
     fewest = min((max(1, round(60e3 * job.minutes / found["step_ms"])) for found in probed.values()), default=1)
     ready = [name for name in wanted if name in probed and not undecided(probed[name]) and not stays(name)]
     ready.sort(key=lambda name: -probed[name]["step_ms"])
@@ -295,14 +304,14 @@ def run_task(
 
 
 def better_of(new: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
-    """Of two whole runs at different learning rates the one that came to more, with what the other came to."""
+    """Of two whole runs at different learning rates the better one, with the score of the other."""
     better, other = sorted((new, former), key=lambda run: run["curve"][-1]["psnr"], reverse=True)
     other = {key: other["curve"][-1][key] for key in ("psnr", "ssim")} | {"lr": other["lr"]}
     return {**better, "longer": new["longer"], "also": other}
 
 
 def _packed(job: Job, folder: Path) -> Job:
-    """The job with packed sets, made in `folder`, in place of its images."""
+    """The job with packed sets, made in `folder`, instead of its images."""
 
     def pack(sources: list[str], name: str) -> str:
         file = folder / f"{name.replace('/', '.')}.serpent"
@@ -342,9 +351,9 @@ def say(line: str) -> None:
 
 
 def write_results(folder: Path) -> None:
-    """results.json and results.md of all that is in the folder."""
+    """Write results.json and results.md from everything in the folder."""
     short = {file for end in ("probe", "longer") for file in folder.glob(f"*min/*.{end}.json")}
-    # Where the short runs failed and there is no row, that says why.
+    # If the short runs failed and there is no row, this says why.
     rows = set(folder.glob("*min/*.json")) - short
     why = {
         file

@@ -1,6 +1,6 @@
-"""What benchmarks/tables.py does in a process of its own: probe learning rates of a network, or train and evaluate it.
+"""What benchmarks/tables.py does in separate processes: probe a network's learning rates, or train and evaluate it.
 
-It knows of training what anybody does: a recipe file, `serpent_ir.train`, and the run's log.jsonl.
+It trains as any user would: with a recipe file, `serpent_ir.train`, and the run's log.jsonl.
 """
 
 import json
@@ -35,31 +35,31 @@ class Job:
     batch: int
     train: list[str]  # folders or packed sets of clean images
     val: dict[str, str]  # name -> folder or packed set; the network is evaluated on all of them
-    curve: str  # name of the one that is looked at during training
-    curve_images: int  # of it, evenly spread
-    curve_data: str  # these, as a folder or packed set
+    curve: str  # name of the set that is used for validation during training
+    curve_images: int  # how many of its images, evenly spread
+    curve_data: str  # these images, as a folder or packed set
     minutes: float
-    minutes_of: str  # name of the device whose they are
+    minutes_of: str  # name of the device whose minutes they are
     probe_seconds: float
-    lrs: list[float]  # to choose from; of `train`: the one
+    lrs: list[float]  # learning rates to choose from; for `train`: the one to use
     seed: int
     device: str
-    step_ms: float  # what `probe` found, of the others
-    first_look: int  # of `train`: steps until the first validation
+    step_ms: float  # for the other kinds of job: what `probe` found
+    first_look: int  # for `train`: steps until the first validation
     lpips_weights: str | None
-    runs: str | None  # folder where runs are kept; None: they go
+    runs: str | None  # folder where runs are kept; None: they are removed
     result: str
 
 
 def start(job: Job, log: Path, gpu: str | None) -> BaseProcess:
-    """Begin the job in a process that sees this GPU alone; the result goes to `job.result`, what is said to `log`."""
+    """Start the job in a process that sees only this GPU. Its result goes to `job.result`, its output to `log`."""
     process = _FORKSERVER.Process(target=_run, args=(job, log, gpu))
     process.start()
     return process
 
 
-# A job is begun by a process that has imported what jobs need but has no GPU yet: that takes seconds of a lent GPU's
-# time.
+# A job is forked from a process that has imported what jobs need but has no GPU yet. Imports would take seconds of a
+# borrowed GPU's time.
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["serpent_ir.train", "torch._dynamo", "matplotlib.figure"])
 
@@ -84,8 +84,8 @@ def _run(job: Job, log: Path, gpu: str | None) -> None:
 
 
 def probe(job: Job, folder: Path) -> dict[str, Any]:
-    """What a short run at each learning rate comes to, and milliseconds of a step in the last of them, data and all."""
-    # Its few steps say how many make a probe; a GPU that goes on for longer is slower.
+    """The scores of a short run at each learning rate, and milliseconds per step, data included, in the last one."""
+    # A plan's few steps tell how many make a probe. (A GPU that runs for longer is slower.)
     (stage,) = plan(_recipe(job, folder / "plan", lr=job.lrs[0], steps=1, first_look=1)).stages
     if stage.error:
         return {"error": OUT_OF_MEMORY}
@@ -95,20 +95,20 @@ def probe(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def longer(job: Job, folder: Path) -> dict[str, Any]:
-    """What a run at each learning rate comes to whose steps are known to take so long."""
+    """The scores of a run at each learning rate, for as many steps as are known to take the wanted time."""
     probes, _ = _tried(job, folder, _steps(job.probe_seconds, job.step_ms))
     return {"longer": probes, "step_ms": job.step_ms}
 
 
 def _tried(job: Job, folder: Path, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What so many steps at each learning rate come to, and the log of the last that did not fail."""
+    """The scores after `steps` steps at each learning rate, and the log of the last run that did not fail."""
     probes, rows = [], []
     for lr in job.lrs:
         try:
             rows = _train(job, folder / f"probe-{lr:g}", lr=lr, steps=steps, first_look=steps)
-        except OutOfRoomError:  # which is so at any learning rate
+        except OutOfRoomError:  # this is so at any learning rate
             raise
-        except SerpentError as error:  # as at too high a one
+        except SerpentError as error:  # for example because the learning rate is too high
             probes.append({"lr": lr, "psnr": None, "error": str(error)})
         else:
             probes.append({"lr": lr, **_score(rows)[-1]})
@@ -116,7 +116,7 @@ def _tried(job: Job, folder: Path, steps: int) -> tuple[list[dict[str, Any]], li
 
 
 def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:
-    """A run of all the steps that the minutes hold, and its weights on all sets of images."""
+    """Train for all the steps that the minutes hold, and evaluate the weights on all sets of images."""
     (lr,) = job.lrs
     run = folder / f"run-{lr:g}"
     steps = _steps(60 * job.minutes, job.step_ms)
@@ -155,8 +155,11 @@ def train_and_evaluate(job: Job, folder: Path) -> dict[str, Any]:
 
 
 class Doubling(Schedule):
-    """Looks at the weights after `val_every` steps, twice, four times as many, and at the end: enough for a curve over
-    the logarithm of images, of a fast network, too, which else would spend its time on validations."""
+    """Validates after `val_every` steps, twice, four times as many, and so on, and at the end.
+
+    That is enough for a curve over the logarithm of images, also for a fast network, which otherwise would spend its
+    time on validations.
+    """
 
     def validates(self, done: int) -> bool:
         times, rest = divmod(done, self.recipe.val_every)
@@ -168,8 +171,8 @@ def _steps(seconds: float, ms: float) -> int:
 
 
 def _train(job: Job, out: Path, *, lr: float, steps: int, first_look: int) -> list[dict[str, Any]]:
-    """The rows of the run's log."""
-    shutil.rmtree(out, ignore_errors=True)  # one that was cut off
+    """Train, and return the rows of the run's log."""
+    shutil.rmtree(out, ignore_errors=True)  # a run that was cut off
     with open_trainer(_recipe(job, out, lr=lr, steps=steps, first_look=first_look)) as trainer:
         trainer.schedule = Doubling(trainer.recipe, trainer.schedule.lengths)
         trainer.run()
@@ -184,17 +187,17 @@ def _recipe(job: Job, out: Path, *, lr: float, steps: int, first_look: int) -> P
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.parent / f"{out.name}.yaml"
-    file.write_text(json.dumps(recipe, indent=1))  # which is YAML
+    file.write_text(json.dumps(recipe, indent=1))  # JSON is also YAML
     return file
 
 
 def _score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the validations of a run say of its averaged weights."""
+    """What the validations of a run say about its averaged weights."""
     return [{key: row[key] for key in ("step", "psnr", "ssim")} for row in rows if row.get("psnr") is not None]
 
 
 def _lasting(rows: list[dict[str, Any]]) -> float:
-    """Milliseconds of a step, by a run's log; without its first steps, which compile and capture, if there are more."""
+    """Milliseconds per step from a run's log, without its first steps, which compile and capture, if there are more."""
     timed = [(row["step"], row["ms"]) for row in rows if "ms" in row]
     counts = [step - before for (step, _), before in zip(timed, [0, *(step for step, _ in timed)], strict=False)]
     skip = counts[0] if 2 * counts[0] <= timed[-1][0] else 0

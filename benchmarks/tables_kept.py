@@ -1,4 +1,4 @@
-"""What benchmarks/tables.py finds in its --out of earlier calls, and what of it this call goes on from."""
+"""What benchmarks/tables.py finds in its --out from earlier calls, and what this call continues from."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from serpent_ir.system.devices import device_name, pick_device
 from serpent_ir.system.whole_file import whole_file
 from tables_job import Job
 
-# The paper's (section 4.1; for Restormer the appendix's own list, as the text's 0.003 is not on it), and a neighbour.
+# The paper's rates (section 4.1; for Restormer those of the appendix, whose list lacks the text's 0.003) and a
+# neighbour.
 RATES = {"serpent": [1e-3, 5e-4], "unet": [5e-4, 1e-3], "restormer": [3e-4, 5e-4], "swinir": [1e-3, 3e-4]}
 
 
@@ -24,10 +25,11 @@ def rates(name: str, lrs: list[float] | None) -> list[float]:
 
 
 def settings(job: Job, lrs: list[float]) -> dict[str, Any]:
-    """What has to be the same of results that stand in one table, and of those that are gone on from.
+    """The settings that must agree among results in one table, and with the results that a call continues from.
 
-    PyTorch, too, if steps may be timed now, as it changes how long one takes. Steps of another device were timed there,
-    with the PyTorch of that day; which one trains so many of them matters as little as which device does.
+    They include PyTorch if steps may be timed now, since it changes how long a step takes. Steps of another device were
+    timed there, with the PyTorch of that day. Which PyTorch then trains that many steps matters as little as which
+    device does.
     """
     about = {key: getattr(job, key) for key in ("crop", "batch", "seed", "probe_seconds", "curve_images")}
     lpips = Path(job.lpips_weights).name if job.lpips_weights else None
@@ -41,13 +43,13 @@ def is_here(job: Job) -> bool:
 
 
 def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str, Any]]:
-    """By network `probes`, `step_ms`, their settings and what is there of `longer`: of this budget, else of another."""
+    """By network: `probes`, `step_ms`, their settings, and `longer` if it is there; of this budget, else of another."""
     found: dict[str, dict[str, Any]] = {}
     places = sorted(folder.glob(f"{job.task}.*min"), key=lambda place: (place != place_of(job, folder), place.name))
     for file in [file for place in places for file in sorted(place.glob("*.json"))]:
         name, content = file.name.split(".")[0], read(file)
         now = settings(job, rates(name, lrs))
-        del now["lpips_weights"]  # which a probe has no use for
+        del now["lpips_weights"]  # a probe does not use them
         before = content.get("settings", {})
         if all(before.get(key) == now[key] for key in now):
             parts = {key: content[key] for key in ("probes", "step_ms", "longer", "settings") if key in content}
@@ -56,7 +58,7 @@ def timed(job: Job, lrs: list[float] | None, folder: Path) -> dict[str, dict[str
 
 
 def undecided(made: dict[str, Any]) -> bool:
-    """Whether longer runs have to choose the learning rate, and have not: of a row, or of timing runs."""
+    """Whether longer runs still have to choose the learning rate, for a row or for timing runs."""
     return "longer" not in made and sum(each["psnr"] is not None for each in made.get("probes", [])) > 1
 
 
@@ -65,19 +67,19 @@ def done(file: Path) -> bool:
 
 
 def unprobed(job: Job, networks: list[str], lrs: list[float] | None, folder: Path) -> list[str]:
-    """Those of the networks that have neither a result nor anything to be trained from."""
+    """Those of the networks that have neither a result nor anything from which they could be trained."""
     known, place = timed(job, lrs, folder), place_of(job, folder)
-    ends = (".json", ".probe.json")  # that one of them failed for memory is a result
+    ends = (".json", ".probe.json")  # if one of them failed for lack of memory, that is a result
     return [name for name in networks if name not in known and not any(settled(place / f"{name}{e}") for e in ends)]
 
 
 def told(sources: list[str]) -> list[str]:
-    """The names of training sets wherever the data lie."""
+    """The names of training sets, independent of where the data lie."""
     return ["/".join(Path(source).parts[-2:]) for source in sources]
 
 
 def settled(file: Path) -> bool:
-    """Whether there is a result; that a network does not fit is one, too."""
+    """Whether there is a result. That a network does not fit in memory is one too."""
     return file.exists() and read(file).get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
 
 
@@ -86,5 +88,5 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, text: str) -> None:
-    with whole_file(file) as content:  # a kill leaves no half of one, which the next call could not read
+    with whole_file(file) as content:  # so that a kill leaves no half file, which the next call could not read
         content.write(text.encode())

@@ -5,11 +5,11 @@ from typing import Any
 
 from serpent_ir.profiling.rows import in_order, label_of
 
-LONGER = 3  # times as long as the runs that time a network's steps: those that choose its learning rate
+LONGER = 3  # the runs that choose a learning rate are this many times as long as those that time a network's steps
 
 
 def render(runs: list[dict[str, Any]]) -> str:
-    """results.md: for each task and budget a table at equal minutes, and one at equal images."""
+    """results.md: for each task and budget, a table at equal minutes and one at equal images."""
     lines = ["# The paper's Tables 1 and 2 at our scale", "", "Written by `benchmarks/tables.py`; do not edit.", ""]
     for task in sorted({run["task"] for run in runs}):
         for minutes in sorted({run["minutes"] for run in runs if run["task"] == task}):
@@ -73,13 +73,13 @@ def _tables(task: str, minutes: float, runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _whose(run: dict[str, Any]) -> str:
-    """The device whose minutes they are; rows from before that could be another have only the one."""
+    """The device whose minutes they are. In older rows that is always the device that trained."""
     return run.get("minutes_of", run["device"])
 
 
 def _chosen_by(runs: list[dict[str, Any]]) -> str:
-    """What chose the learning rates: runs of so many seconds (until November 2026 short ones where rates differed), or
-    whole ones, where longer runs chose another rate than shorter ones had."""
+    """What chose the learning rates: runs of some seconds (until November 2026 short ones, where rates differed), or
+    whole runs, where longer runs chose another rate than shorter ones had chosen."""
     networks: dict[float, list[str]] = {}
     twice = [run for run in runs if "also" in run]
     for run in [run for run in runs if "also" not in run]:
@@ -100,13 +100,13 @@ def _chosen_by(runs: list[dict[str, Any]]) -> str:
 
 
 def _timed_otherwise(runs: list[dict[str, Any]]) -> list[str]:
-    """Which networks' minutes are not the steps times one: until November 2026 a run was timed as a whole."""
+    """The networks whose minutes are not steps times a step's time: until November 2026 a run was timed as a whole."""
     whole = [label_of(run["model"]) for run in runs if run["seconds"] > 0.1 + 1.01e-3 * run["step_ms"] * run["steps"]]
     return [f"{', '.join(whole)}: the minutes that the run itself took."] if whole else []
 
 
 def _trained_on(runs: list[dict[str, Any]]) -> list[str]:
-    """Which networks were trained on which device, if not all on the one whose minutes they are."""
+    """Which networks were trained on which device, unless all were trained on the one whose minutes they are."""
     networks: dict[str, list[str]] = {}
     for run in runs:
         networks.setdefault(f"on {run['device']} (PyTorch {run['torch']})", []).append(label_of(run["model"]))
@@ -121,7 +121,7 @@ def _head(*columns: str) -> list[str]:
 
 
 def at_images(curve: list[dict[str, Any]], images: int) -> dict[str, float] | None:
-    """What a curve says at a number of images: between two validations on the line over the logarithm of images."""
+    """A curve's values at a number of images: between two validations, on the line over the logarithm of images."""
     before = [point for point in curve if point["images"] <= images]
     after = [point for point in curve if point["images"] >= images]
     if not before or not after:

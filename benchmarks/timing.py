@@ -1,4 +1,4 @@
-"""What the benchmarks of GPUs share: the step that is timed, how a call is, and what it was timed on."""
+"""What the GPU benchmarks share: the training step that is timed, the timing of calls, and the machine's details."""
 
 import platform
 import statistics
@@ -15,9 +15,9 @@ from serpent_ir.system.devices import device_name
 
 
 def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Median of a call between two CUDA events, with the time that the host takes to launch it.
+    """Median milliseconds of a call between two CUDA events, including the time that the host takes to launch it.
 
-    Without a GPU by the clock.
+    Without a GPU the clock is used.
     """
     for _ in range(warmup):
         call()
@@ -59,7 +59,7 @@ def training_step(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def machine(device: str = "cuda") -> dict[str, Any]:
-    """What a measurement was made with."""
+    """The hardware and software of a measurement."""
     try:
         triton = version("triton")
     except PackageNotFoundError:

@@ -1,16 +1,16 @@
-"""Milliseconds, images a second and memory of a training step by crop and batch; and what several GPUs make of it.
+"""Milliseconds, images per second and memory of a training step by crop and batch, and the speed-up by several GPUs.
 
     python benchmarks/train_step.py --data DIR [DIR ...] --out train_step.json
     python benchmarks/train_step.py --data DIR --sizes 128x16 --gpus 1 2 --out gpus.json      # the ratio alone
     python benchmarks/train_step.py --data DIR --tiny --out tiny.json                         # tries this file on a CPU
 
-A step is what `serpent train` does: its batch made beside the step before it, forward under bfloat16 autocast, L1,
-backward, clipping, fused Adam, averaged weights. It is measured on one GPU and, by torchrun, on all of this machine,
-each with as much to do; without CUDA graphs and from them, as `serpent train` runs it.
+A step is what `serpent train` does: its batch is made during the step before; forward under bfloat16 autocast, L1,
+backward, clipping, fused Adam, averaged weights. It is measured on one GPU and, by torchrun, on all of this machine's,
+with the same work for each; without CUDA graphs, and from them as `serpent train` runs it.
 
-`ms` is the mean of 20 steps after a warm-up, `data_ms` a batch by itself (median over CUDA events). `batch` is that of
-all GPUs. A ratio is the images a second of several GPUs by those of one at as large a batch of each: `ratio` as
-`serpent train` runs them, `ratio_plain` both without graphs.
+`ms` is the mean of 20 steps after a warm-up, `data_ms` the time of a batch by itself (median over CUDA events). `batch`
+is that of all GPUs. A ratio is the images per second of several GPUs divided by those of one GPU, with the same batch
+per GPU. `ratio` is for steps as `serpent train` runs them, `ratio_plain` for both without graphs.
 """
 
 import argparse
@@ -35,19 +35,19 @@ from serpent_ir.training.step import own_stream
 from timing import machine, median_ms
 
 SIZES = [(64, 128), (128, 64), (256, 16), (128, 16)]
-"""Crops and batches of one GPU; the last is that of the bars on the share of data and on several GPUs."""
+"""Crop and batch of one GPU. The last pair is that of the targets for the share of data and for several GPUs."""
 
 TINY: dict[str, Any] = {"model": "serpent_b", "model_options": {"dim": 8, "blocks": [1, 1]}, "device": "cpu"}
 
 
 def cutter(trainer: engine.Trainer, number: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """What makes this process's share of a batch of a stage."""
+    """A function that makes this process's share of a batch of a stage."""
     stage = trainer.recipe.stages[number]
     return partial(trainer.data.batch, trainer.workers.share(range(stage.batch)), stage.crop, seed=0)
 
 
 def top_kernels(trainer: engine.Trainer, number: int, count: int = 14) -> list[tuple[str, float]]:
-    """Names and milliseconds of the kernels that take most of one step of a stage."""
+    """Names and milliseconds of the kernels that take most of the time of one step of a stage."""
     from torch.profiler import ProfilerActivity, profile
 
     batch = cutter(trainer, number)()
@@ -59,7 +59,7 @@ def top_kernels(trainer: engine.Trainer, number: int, count: int = 14) -> list[t
 
 
 def measure(args: argparse.Namespace) -> None:
-    """What each of the processes does; the first writes its rows as JSON."""
+    """What each process does. The first one writes its rows as JSON."""
     recipe: dict[str, Any] = TINY if args.tiny else {"model": args.model, "device": "cuda"}
     workers = processes.Workers(recipe["device"])
     stages = [Stage(crop, batch * workers.world, 1) for crop, batch in args.sizes]
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> None:
                 rows.append(measure_row(trainer, number))
                 if args.profile and rows[-1]["ms"] and not engine.CUDA_GRAPHS:
                     kernels[f"{workers.world} x {stages[number].crop}"] = top_kernels(trainer, number)
-            del trainer  # its memory is not the next one's
+            del trainer  # its memory must not count for the next one
             gc.collect()
         workers.leave()
     if workers.first:
@@ -95,11 +95,11 @@ def measure_row(trainer: engine.Trainer, number: int) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of several GPUs to one, at each crop and batch of a GPU; null where one of them does not fit."""
+    """Ratios of several GPUs to one, for each crop and batch per GPU; null if one of the two does not fit."""
     plain, best = ({}, {})
     for row in rows:
         place = row["crop"], row["batch"] // row["gpus"], row["gpus"]
-        best[place] = row["images_per_second"]  # the last is as `serpent train` runs it
+        best[place] = row["images_per_second"]  # the last row is as `serpent train` runs it
         plain.setdefault(place, row["images_per_second"])
     found = []
     for crop, batch, gpus in best:

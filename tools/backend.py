@@ -1,4 +1,4 @@
-"""scikit-build-core, which also asks for a C compiler from PyPI where the system has none."""
+"""scikit-build-core, which additionally requires a C compiler from PyPI if the system has none."""
 
 import os
 import platform
@@ -11,8 +11,8 @@ from scikit_build_core.build import build_wheel as build_wheel
 from scikit_build_core.build import get_requires_for_build_sdist as get_requires_for_build_sdist
 
 ZIG = "ziglang>=0.13"
-"""The zig compiler, which compiles C; some 100 MB, and only in the environment that builds."""
-_MACHINES = {"x86_64", "amd64", "aarch64", "arm64"}  # where tools/zig_library.py knows what to compile for
+"""The zig compiler, which also compiles C. It takes some 100 MB, only in the environment of the build."""
+_MACHINES = {"x86_64", "amd64", "aarch64", "arm64"}  # machines that tools/zig_library.py can compile for
 
 
 def _compiler() -> list[str]:
@@ -21,7 +21,7 @@ def _compiler() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, str | list[str]] | None = None) -> list[str]:
-    """What a build needs beside pyproject.toml's requirements."""
+    """What a build needs besides pyproject.toml's requirements."""
     return [*_scikit.get_requires_for_build_wheel(config_settings), *_compiler()]
 
 

@@ -1,10 +1,10 @@
-"""Turn a training run into weights that ship: float16 safetensors, their evaluation as JSON, and a model card.
+"""Turn a training run into weights to ship: float16 safetensors, their evaluation as JSON, and a model card.
 
     python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...] [--train WHAT ...] [--notes FILE]
 
-RUN is the folder of `serpent train`. The float16 file is what gets evaluated, on every folder of --data; `photo` is
-also measured at a grid of strengths, on the last of them. Where the run started from weights that ship, or from those
-of another run, which may have been stopped before its end, the card tells of both.
+RUN is a folder of `serpent train`. The float16 file itself is evaluated, on every folder of --data; `photo` is also
+measured at a grid of strengths, on the last of these folders. If the run started from shipped weights, or from those of
+another run (which may have been stopped before its end), the card tells about both.
 """
 
 import argparse
@@ -61,7 +61,7 @@ Natural images: 393 of BSDS500 (train and test), 143 of ImageNet. No validation 
 one of them, was trained on. FFHQ, One Million Impressions: CC BY-NC-SA 4.0; London Set: CC BY 4.0; BSDS500 and
 ImageNet: non-commercial research and education."""
 FACES512 = "\nFaces (512x512): 165 of One Million Impressions, 85 of the London Set."
-# Of weights that saw photographs with free licences alone, and went on from no others.
+# For weights that were trained only on photographs with free licences, and did not start from others.
 FREE_LICENCE = """CC BY-SA 4.0 (file LICENSE in this folder): all training images have free licences. They are in the
   public domain or under CC0, CC BY, BSD or CC BY-SA; whether a network is an adaptation of what it was trained on is
   unsettled, so it has the one licence among them that asks to be passed on."""
@@ -94,7 +94,7 @@ texture is taken for noise, detail for blurred detail, and saturated colours may
 
 
 def _told(run: dict[str, Any]) -> str:
-    """A line of the card on one run."""
+    """A line of the card about one run."""
     stages = ", then ".join(f"{s['steps']} steps of {s['batch']} crops of {s['crop']}" for s in run["stages"])
     stages += f", of which it made the first {run['stopped']}" if "stopped" in run else ""
     cost = f"{run['minutes']:.1f} minutes on {run.get('gpus', 'one')} {run['device']}"
@@ -104,11 +104,11 @@ def _told(run: dict[str, Any]) -> str:
 
 
 def _training(run: Path, device: str, gpus: int, train: list[str] | None) -> dict[str, Any]:
-    """What a card says of a run, and of those that it went on from."""
+    """What the card says about a run, and about those that it started from."""
     recipe = json.loads((run / "recipe.json").read_text())
     _, metadata = load_weights(run / "weights.safetensors")
     for stage, steps in zip(recipe["stages"], json.loads(metadata.get("steps", "[]")), strict=False):
-        stage["steps"] = steps  # which a recipe may give in epochs
+        stage["steps"] = steps  # a recipe may give epochs instead
     of_the_machine = ("out", "val", "val_every", "device")
     training = {key: value for key, value in recipe.items() if key not in of_the_machine}
     training["train"] = train or ["/".join(Path(folder).parts[-2:]) for folder in recipe["train"]]
@@ -127,7 +127,7 @@ def _training(run: Path, device: str, gpus: int, train: list[str] | None) -> dic
 
 
 def _licensed(runs: list[dict[str, Any]], attribution: Path | None) -> dict[str, str]:
-    """Licence and images of the card; the attributions go beside the weights."""
+    """The licence and the images for the card. The attributions go beside the weights."""
     if attribution:
         shutil.copy(attribution, WEIGHTS_DIR / "ATTRIBUTION.csv")
         count = len(attribution.read_text().splitlines()) - 1

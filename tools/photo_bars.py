@@ -1,8 +1,9 @@
-"""What `photo` weights must hold on photographs, beside the grid of strengths: real noise, good photos, JPEG, tiles.
+"""What `photo` weights must achieve on photographs, besides the grid of strengths: real noise, good photos, JPEG,
+tiles.
 
     python tools/photo_bars.py WEIGHTS --data ../shared/data [--every 12] -o FILE.json
 
-The folder holds natural/val, free/val and real_noise. --every N takes every Nth image of the first two.
+The folder must hold natural/val, free/val and real_noise. --every N takes every Nth image of the first two.
 """
 
 import argparse
@@ -32,8 +33,10 @@ images, whole (as the input) and in tiles of 256 px. An image that comes back to
 
 
 def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str] = ()) -> dict[str, Any]:
-    """PSNR (dB) by name of a bar, all or those named: `images` with that of the input, None where it is infinite, and
-    means."""
+    """PSNR (dB) by name of a bar, for all bars or those in `names`.
+
+    `images` holds each image's PSNR and that of its input, None if infinite; there are also means.
+    """
     natural, free = (find_images(data / name / "val")[::every] for name in ("natural", "free"))
     noisy = find_images(data / "real_noise" / "noisy")
 
@@ -87,7 +90,7 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, the least of the results and of the gains; where the input is clean, there are no gains."""
+    """Means, and the least of the results and of the gains. If the input is clean, there are no gains."""
     restored = [row["psnr"] for row in rows if row["psnr"] is not None]
     told: dict[str, Any] = {"n": len(rows), "psnr": mean(restored), "worst": min(restored)}
     gains = [row["psnr"] - row["input_psnr"] for row in rows if None not in (row["psnr"], row["input_psnr"])]
@@ -99,7 +102,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def told(bars: dict[str, Any]) -> str:
-    """The bars as a part of the card, with what got worst."""
+    """The bars as a section of the card, with the images that became worst."""
     text = [
         "\n## On photographs\n",
         "| images | n | input PSNR | PSNR | gain | better | worse by 0.1 dB | by 0.3 dB | the worst |",

@@ -1,4 +1,4 @@
-"""How the blind weights `photo` do at given strengths, where an evaluation of the task draws them: for its card."""
+"""How the blind weights `photo` perform at given strengths (an evaluation of the task draws them), for their card."""
 
 import itertools
 import json
@@ -19,9 +19,9 @@ from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import eight_bits, psnr
 
 BLURS, NOISES, QUALITIES = (0, 1, 2, 3), (0.0, 0.03, 0.06), (None, 75, 30)
-EVERY = 12  # of the folder's images; of the undegraded ones, all
+EVERY = 12  # step through the folder's images; undegraded ones are all measured
 UNDEGRADED = (0, 0.0, None)
-SMALL = 0.05  # dB: less is neither better nor worse
+SMALL = 0.05  # dB: a smaller difference is neither better nor worse
 
 TEXT = """
 ## At which strengths
@@ -42,8 +42,8 @@ of the {n} images did, by more than 0.05 dB.
 def measure(network: nn.Module, folder: Path, kept: Path) -> dict[str, Any]:
     """Cells of PSNR (dB) for blur (px) x noise ([0, 1] scale) x JPEG quality, and all images undegraded.
 
-    What is done stands in the file `kept`, an image a line, from which an interrupted measurement goes on. An infinite
-    PSNR (identical images) is None, and left out of means.
+    Finished images are recorded in the file `kept`, one per line, from which an interrupted measurement continues. An
+    infinite PSNR (identical images) is None, and is left out of means.
     """
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done: dict[tuple[Any, ...], list[float | None]] = {tuple(line[:4]): line[4:] for line in lines}
@@ -77,14 +77,14 @@ def measure(network: nn.Module, folder: Path, kept: Path) -> dict[str, Any]:
 
 
 def damaged(x: Tensor, blur: float, noise: float, quality: int | None, generator: torch.Generator) -> Tensor:
-    """The chain of `photo` at strengths that are given; 8 bits, as a file would hold them."""
+    """The chain of `photo` at given strengths, in 8 bits, as a file would hold it."""
     x = blur_each(x, torch.tensor([float(blur)])) if blur else x
     x = add_noise(x, noise, generator) if noise else x
     return through_jpeg(x, torch.tensor([quality])) if quality else eight_bits(x)
 
 
 def _summary(images: list[list[float | None]]) -> dict[str, Any]:
-    """Means of pairs (input, restored), and how many got worse."""
+    """Means of pairs (input, restored), and the number of images that got worse."""
     given, restored = ([p for p in column if p is not None] for column in zip(*images, strict=True))
     worse = sum((b or math.inf) < (a or math.inf) - SMALL for a, b in images) if given else 0
     input_psnr = mean(given) if given else None
@@ -92,7 +92,7 @@ def _summary(images: list[list[float | None]]) -> dict[str, Any]:
 
 
 def told(grid: dict[str, Any]) -> str:
-    """The grid as a part of the card."""
+    """The grid as a section of the card."""
     cells, undegraded = grid["cells"], grid["undegraded"]
     rows = [
         f"| {blur}, {noise:g} | {' | '.join(_cell(c) for c in cells if (c['blur'], c['noise']) == (blur, noise))} |"

@@ -1,8 +1,8 @@
-"""Builds the wheels of all platforms on one machine, with zig as the C compiler: `make wheels`.
+"""Builds the wheels for all platforms on one machine, with zig as the C compiler: `make wheels`.
 
     python tools/wheels.py FOLDER [PLATFORM ...]
 
-A wheel holds nothing of Python's ABI, so that one serves every Python: py3-none-PLATFORM.
+A wheel contains nothing that depends on Python's ABI, so one wheel serves every Python: py3-none-PLATFORM.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 from zig_library import build
 
 ROOT = Path(__file__).parents[1]
-PLATFORMS = {  # of wheels: the target of zig, and the library's ending
+PLATFORMS = {  # wheel platform -> zig target and library suffix
     "manylinux_2_17_x86_64": ("x86_64-linux-gnu.2.17", "so"),
     "manylinux_2_17_aarch64": ("aarch64-linux-gnu.2.17", "so"),
     "macosx_11_0_arm64": ("aarch64-macos.11.0", "dylib"),
@@ -24,7 +24,7 @@ PLATFORMS = {  # of wheels: the target of zig, and the library's ending
 
 
 def make_wheel(platform: str, folder: Path) -> Path:
-    """Build the wheel of a platform in `PLATFORMS` into the folder. Raises CalledProcessError where a tool fails."""
+    """Build the wheel for a platform in `PLATFORMS` into the folder. Raises CalledProcessError if a tool fails."""
     target, ending = PLATFORMS[platform]
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch, f"libserpent_scan.{ending}")

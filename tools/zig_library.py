@@ -1,9 +1,9 @@
-"""Compiles the C library of the CPU scan by the zig compiler of PyPI's `ziglang`, for this machine or for another one.
+"""Compiles the C library of the CPU scan with zig (PyPI's `ziglang`), for this machine or for another one.
 
     python tools/zig_library.py OUTPUT [TARGET]       a file to write, and a target of `zig targets`
 
-CMakeLists.txt calls it where no C compiler is found, and tools/wheels.py for other platforms. The flags are those of
-CMakeLists.txt.
+CMakeLists.txt calls it if no C compiler is found, and tools/wheels.py calls it for other platforms. The flags are those
+of CMakeLists.txt.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ X86_LEVELS = {
 
 
 def build(output: Path, target: str) -> None:
-    """Write the library for `target`, as `aarch64-linux-gnu.2.17`. Raises CalledProcessError where zig fails."""
+    """Write the library for `target`, for example `aarch64-linux-gnu.2.17`. Raises CalledProcessError if zig fails."""
     levels = {"generic": "", **(X86_LEVELS if target.startswith("x86_64") else {})}
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target, *FLAGS]
     if target.startswith("x86_64"):
@@ -48,7 +48,7 @@ def build(output: Path, target: str) -> None:
 
 
 def this_machine() -> str:
-    """The target of the machine that this runs on; on Linux with a C library that is old enough for all."""
+    """The target of this machine. On Linux with a C library that is old enough for all systems."""
     import platform
 
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
