@@ -11,7 +11,7 @@ import pytest
 
 from training_files import draw_folders, draw_image
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from serpent_ir.training.stopping import Stop
 from training_files import TINY, draw_folders, draw_image, logged, quiet_trainer, recipe_file, rows_of
 from training_processes import MOMENTS, finish, start
 
-PAPER = Path(__file__).parents[1] / "configs" / "paper" / "ffhq256.deblur.serpent_b.yaml"
+PAPER = Path(__file__).parents[2] / "configs" / "paper" / "ffhq256.deblur.serpent_b.yaml"
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_memory_is_bounded_by_the_tiles_and_not_by_the_image(tmp_path):
         [sys.executable, "-c", MEASURE, tmp_path / "a.tif", tmp_path / "b.tif"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serpent_ir.errors import UsageError
 from serpent_ir.training.recipe import Recipe, Stage, load_recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 GOOD = {
     "model": "serpent_b",

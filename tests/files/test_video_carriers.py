@@ -470,7 +470,7 @@ def test_a_disk_without_room_is_one_line(tmp_path, suffix):
         "except SerpentError as e: print(e)"
     )
     command = [sys.executable, "-c", program, str(source), str(tmp_path / f"out{suffix}")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert (done.stdout.count("\n"), done.stderr, done.returncode) == (1, "", 0), done
     assert "cannot be written" in done.stdout
     assert list(tmp_path.iterdir()) == [source]

@@ -20,7 +20,7 @@ from serpent_ir.image import read_image, to_tensor
 from serpent_ir.metrics import psnr
 from serpent_ir.models import TASK_CHANNELS, list_models
 
-RECIPES = Path(__file__).parent.parent / "configs"
+RECIPES = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from commands import ENVIRONMENT
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "tables.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tables.py"
 
 
 def draw(folder: Path, count: int) -> None:

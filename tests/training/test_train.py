@@ -236,7 +236,7 @@ def test_a_plan_measures_every_stage_and_writes_nothing(folders):
 def test_recipes_of_weights_to_come_can_be_planned(folders, name):
     overrides = [f"train=[{folders}/train]", f"val={folders}/val", f"out={folders}/run", "device=cpu"]
     overrides += ["stages=[{crop: 16, batch: 1, steps: 9}, {crop: 32, batch: 1, steps: 9}]"]
-    measured = plan(Path(__file__).parents[1] / "configs" / f"{name}.yaml", overrides)
+    measured = plan(Path(__file__).parents[2] / "configs" / f"{name}.yaml", overrides)
     assert f"{measured.model}.{measured.task}" in name
     assert all(stage.seconds > 0 for stage in measured.stages)
 
