@@ -35,10 +35,10 @@ class SerpentConfig:
     dim: int = 32
     blocks: tuple[int, ...] = (2, 2, 3, 3)  # VSS blocks of each level; the last level is the bottleneck
     in_channels: int = 3  # the first three are the image; a task may add more (a mask)
-    task: str = ""  # the degradation that the weights undo, "" for none
+    task: str = ""  # the degradation that the weights undo; "" for none
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON has a list
 
 
 class SS2D(nn.Module):
@@ -60,8 +60,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters of the scan: softplus(dt_bias) is log-uniform in [1e-3, 1e-1], and A = -1..-N in every
-        channel, as in Mamba."""
+        """Draw the scan's parameters as Mamba does: softplus(dt_bias) log-uniform in [1e-3, 1e-1], and A = -1..-N."""
         if self.D.is_meta:  # there is nothing to fill, and PyTorch would import its compiler for it
             return
         self.dt_weight.uniform_(-1, 1).mul_(self.dt_rank**-0.5)
@@ -80,7 +79,7 @@ class SS2D(nn.Module):
 
 
 class VSSBlock(nn.Module):
-    """x + SS2D(LayerNorm(x)) (paper, section 3.2 and Figure 2); no MLP branch."""
+    """x + SS2D(LayerNorm(x)) (paper, section 3.2 and Figure 2). There is no MLP branch."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -109,8 +108,8 @@ def patch_expanding(c: int) -> nn.Sequential:
 class Serpent(nn.Module, PyTorchModelHubMixin):
     """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
 
-    What it makes is added to the image, which the paper does not say, if patches are small enough (not in Serpent-B).
-    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    If patches are small enough (not in Serpent-B), the image is added to the output, which the paper does not mention.
+    Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
     def __init__(self, config: SerpentConfig):
@@ -126,8 +125,8 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         self.up = nn.ModuleList(patch_expanding(c) for c, _ in levels)
         self.decoder = nn.ModuleList(s_block(*level) for level in levels)
         self.head = nn.Linear(dim, 3 * P * P)
-        # Where a patch has more numbers than the head's rank, what the image brings could never be undone: of its noise
-        # a third would stay in Serpent-B (48 numbers, D = 32).
+        # If a patch has more numbers than the head's rank, the head could never undo what the added image brings: a
+        # third of its noise would remain in Serpent-B (48 numbers, D = 32).
         self.residual = dim >= 3 * P * P
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Faster ways to the numbers of the networks, put before their `forward` from outside: the networks know none of them.
+"""Faster ways to compute what the networks define. They are put before `forward` from outside; networks know none.
 
-`WAYS` is the table; `attach` puts it to work. `serpent_ir.acceleration` hands on `off` and `why`.
+`WAYS` is the table of ways, and `attach` puts it to work. `serpent_ir.acceleration` re-exports `off` and `why`.
 """
 
 import functools
@@ -27,17 +27,17 @@ WAYS: Ways = {
     VSSBlock: (cuda.block, cpu_inference.block, cpu_training.block),
     WindowAttention: (heads.padded,),
 }
-"""Of each class, in order: the first that serves a module and its input stands in for the `forward`."""
+"""The ways of each class, in order. The first one that serves a module and its input replaces `forward`."""
 
 MODES = {False: "gradients are asked for", True: "no gradients are asked for"}
-"""Why a way that never leaves a tape, or always, does not serve."""
+"""Why a way does not serve that never records a tape, or always does."""
 
-_in_force: ContextVar[Ways] = ContextVar("serpent_ir.acceleration", default=WAYS)  # of a thread, or an asyncio task
+_in_force: ContextVar[Ways] = ContextVar("serpent_ir.acceleration", default=WAYS)  # per thread or asyncio task
 
 
 @contextmanager
 def only(ways: Ways):
-    """A context in which these ways may serve, and no others."""
+    """A context in which only these ways may serve."""
     token = _in_force.set(ways)
     try:
         yield
@@ -48,36 +48,38 @@ def only(ways: Ways):
 def off() -> AbstractContextManager[None]:
     """A context in which networks run as their files define them, by PyTorch's operators and the scan alone.
 
-    There is no kernel of ours around the scan then, no CUDA graph of a pass, no choice between libraries of products,
-    no padded head. For debugging (is a kernel to blame?), for counting, and as what accelerated numbers are compared
-    with: they agree up to rounding. A backward pass goes the way that its forward pass went.
+    Inside there is no kernel of ours around the scan, no CUDA graph of a pass, no choice between libraries of matrix
+    products, and no padding of heads. It serves debugging (is a kernel to blame?) and counting, and it gives the
+    numbers with which accelerated ones are compared: they agree up to rounding. A backward pass goes the way of its
+        forward
+    pass.
 
         with serpent_ir.acceleration.off():
             restored = model(image)
 
-    Holds for what this thread (or asyncio task) calls; others are as they were. Contexts can be nested. What
-    `torch.compile` made is a program of its own, which holds the definition either way.
+    It holds for what this thread (or asyncio task) calls; others are unaffected. Contexts can be nested. A program that
+    `torch.compile` made holds the definition either way.
     """
     return only({})
 
 
 def why(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Which way serves a network and each of its blocks for this input, here and now, or why none does.
+    """Which way serves a network and each of its blocks for this input, here and now; or the reason why none does.
 
-    Runs one pass of the definition without gradients, to see what each block is given. Under `torch.no_grad()` it tells
-    of inference, else of training; autocast counts as it would in a call.
+    Runs one pass of the definition without gradients, to see what each block receives. Under `torch.no_grad()` it tells
+    about inference, otherwise about training. Autocast counts as it would in a call.
 
     Args:
         model: a network of `serpent_ir.models`, or a module that holds some, as DistributedDataParallel does.
         x: its input, as the network takes it: (B, C, H, W) in [0, 1], on its device.
 
     Returns:
-        By the names of `model.named_modules()` ("" is the model itself): the name of a way, such as
-        "cpu_inference.block", or "definition: " and the reasons. Where a way serves a whole network, its blocks are not
-        called one by one; theirs is what would serve them.
+        A dict by the names of `model.named_modules()` ("" is the model itself). A value is the name of a way, such as
+        "cpu_inference.block", or "definition: " and the reasons. If a way serves a whole network, its blocks are not
+        called one by one; their entries say what would serve them.
 
     Raises:
-        UsageError: no module, or one that holds a share of the weights.
+        UsageError: not a module, or one that holds only a share of the weights.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"acceleration.why takes a network (a torch.nn.Module), not a {type(model).__name__}")
@@ -125,7 +127,7 @@ def _told(kind: type[nn.Module], ways: Ways, module: nn.Module, x: Tensor, *, co
             reasons.append(reason)
         else:
             return way.name
-    # Of ways for the other mode nothing is said where there is one for this.
+    # Ways for the other mode are not mentioned if there is one for this mode.
     told = [reason for reason in reasons if reason not in MODES.values()] or reasons
     return f"definition: {'; '.join(dict.fromkeys(told))}"
 
@@ -135,7 +137,7 @@ def _never(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def attach() -> None:
-    """Put the ways before the `forward`s of their classes, once."""
+    """Put the ways before the `forward` of their classes, once."""
     for kind, ways in WAYS.items():
         if not hasattr(kind.forward, "__wrapped__"):
             setattr(kind, "forward", _accelerated(kind, ways, kind.forward))  # noqa: B010
@@ -150,7 +152,7 @@ def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Calla
 
     @functools.wraps(definition)
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        # First, as compilers take the answer for a constant: what is traced sees no more than this and the definition.
+        # This comes first, since compilers take the answer for a constant: tracing sees only this and the definition.
         candidates = traced if torch.compiler.is_compiling() else _in_force.get().get(kind, ())
         for way in candidates:
             if way.serves(self, x):

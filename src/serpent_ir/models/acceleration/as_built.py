@@ -1,8 +1,8 @@
-"""Whether kernels may stand in for a module: the right kind of tensor, and a module as its class made it.
+"""Whether kernels may replace a module: the right kind of tensor, and a module that is as its class made it.
 
-Hooks, exchanged or wrapped layers, parametrised weights, other settings of a layer, tracing and counting all get the
+Hooks, replaced or wrapped layers, parametrised weights, other settings of a layer, tracing and counting all get the
 plain definition. A module is compared with what the constructor of its class makes. The check of a network is repeated
-at every call, so its lists are kept and compared; they hold no reference to the network.
+at every call, so its lists are kept and compared. They hold no reference to the network.
 """
 
 import functools
@@ -23,9 +23,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def looked_on(x: Tensor) -> str:
-    """Why no kernel of ours may take this tensor here and now, as far as all of them ask alike; "" where one may.
+    """Why none of our kernels may take this tensor here and now, as far as all have the same conditions; "" if they
+    may.
 
-    Tracing, counting and transforming look at PyTorch's operators, of which kernels show nothing.
+    Tracing, counting and transforming look at PyTorch's operators, which kernels hide.
     """
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export traces it"
@@ -41,7 +42,7 @@ def looked_on(x: Tensor) -> str:
 
 
 def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """The dtype of the products of a checked module with x, as autocast says; None where the plain path serves."""
+    """The dtype, after autocast, of the products of a checked module with x; None if the plain path must serve."""
     of_weights = dtypes(module)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -52,7 +53,7 @@ def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 
 
 def products_of(module: nn.Module, x: Tensor) -> str:
-    """In words, the products of a checked module with x, where no kernel makes such."""
+    """A description of the products of a checked module with x, for the case that no kernel computes such products."""
     cast = "with" if torch.is_autocast_enabled(x.device.type) else "without"
     weights = " and ".join(sorted(map(name_of, dtypes(module))))
     if {x.dtype} == dtypes(module):
@@ -65,16 +66,16 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class _Kind(NamedTuple):
-    """What is known of a class of modules."""
+    """What is known about a class of modules."""
 
-    settings: Callable[[nn.Module], Any]  # the attributes that its `forward` reads, beside parameters and modules
-    argument: Callable[[Any, Tensor], Hashable] | None  # of its constructor, for a module and its input
+    settings: Callable[[nn.Module], Any]  # the attributes that its `forward` reads, besides parameters and modules
+    argument: Callable[[Any, Tensor], Hashable] | None  # the argument of its constructor, from a module and its input
 
 
 _LINEAR = nn.Linear.forward
 _kinds: dict[type[nn.Module], _Kind] = {}
 _functions: list[tuple[type[nn.Module], str, Any]] = [(nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward)]
-"""What computes the known classes, as it was when they became known: classes can be given another `forward`, too."""
+"""The functions of the known classes when they became known, since a class can also be given another `forward`."""
 
 
 def know(
@@ -82,13 +83,13 @@ def know(
     *settings: str,
     argument: Callable[[Any, Tensor], Hashable] | None = None,
 ) -> None:
-    """Make a class known as one that the kernels stand in for. What is of another class gets the plain definition.
+    """Make a class known as one that kernels may replace. Modules of other classes get the plain definition.
 
     Args:
-        kind: a subclass does not count.
-        settings: names of what its `forward` reads beside parameters and modules.
-        argument: for a class that is checked: what its constructor takes, read from a module and an input. It makes a
-            second one, with which the first is compared.
+        kind: the class. Subclasses do not count.
+        settings: names of what its `forward` reads besides parameters and modules.
+        argument: for a class whose modules are checked: reads the constructor's argument from a module and an input. It
+            serves to make a second module, with which the first one is compared.
     """
     _kinds[kind] = _Kind(attrgetter(*settings) if settings else _nothing, argument)
     _functions.append((kind, "forward", kind.forward))
@@ -106,7 +107,7 @@ know(Rearrange, "pattern", "axes_lengths")
 
 
 class _Form(NamedTuple):
-    """A module without its numbers: what two of one form have in common computes the same."""
+    """A module without its numbers. Two modules of the same form compute the same function of their numbers."""
 
     kind: type[nn.Module]
     settings: Any
@@ -120,8 +121,10 @@ class _Form(NamedTuple):
         return cls(type(module), _kinds[type(module)].settings(module), shapes, children)
 
     def difference(self, module: nn.Module | None, maker: str, path: str = "") -> str:
-        """How a module at a path is not of the form that `maker` makes; "" where it is. What stands in several places
-        is looked at in each."""
+        """How a module at a path differs from the form that `maker` makes; "" if it does not.
+
+        A module that occurs in several places is checked in each.
+        """
         name = path or "it"
         if module is None:
             return f"{name} is missing"
@@ -131,7 +134,7 @@ class _Form(NamedTuple):
             return f"{name} has other settings than {maker} makes"
         if {key: None if p is None else p.shape for key, p in module._parameters.items()} != self.shapes:
             return f"{name} has other parameters than {maker} makes"
-        if list(module._modules) != list(self.children):  # the order counts where modules are called in turn
+        if list(module._modules) != list(self.children):  # the order matters where modules are called in turn
             return f"{name} has other layers than {maker} makes, or in another order"
         prefix = f"{path}." if path else ""
         below = ((form, module._modules[key], prefix + key) for key, form in self.children.items())
@@ -140,16 +143,16 @@ class _Form(NamedTuple):
 
 @functools.lru_cache(64)
 def _form(kind: type[nn.Module], argument: Hashable) -> _Form | None:
-    """What the constructor of a class makes of an argument; None where that is nothing."""
+    """The form of what the constructor of a class makes from an argument; None if it makes nothing."""
     try:
         with torch.device("meta"):
             return _Form.of(kind(argument))
-    except Exception:  # a configuration of another network: whatever it holds
+    except Exception:  # the configuration is another network's, which may hold anything
         return None
 
 
 class _Parts:
-    """What a module is made of, in flat lists that are quick to compare: a call of a small network takes 0.6 ms."""
+    """The parts of a module, in flat lists that are quick to compare, since a call of a small network takes 0.6 ms."""
 
     def __init__(self, root: nn.Module, argument: Hashable):
         modules = list(root.modules())
@@ -226,12 +229,12 @@ class _Parts:
 
 
 def _is_readable(p: Tensor) -> bool:
-    """Whether a parameter is numbers in memory: no subclass (quantized, sharded), not sparse."""
+    """Whether a parameter is plain numbers in memory: no subclass (quantized, sharded), and not sparse."""
     return type(p) is nn.Parameter and p.layout == torch.strided
 
 
 def _is_dense(p: Tensor) -> bool:
-    """Contiguous, or in the order of channels_last as `model.to(memory_format=...)` leaves weights of convolutions."""
+    """Contiguous, or in channels_last order, as `model.to(memory_format=...)` leaves the weights of convolutions."""
     return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -247,10 +250,11 @@ _GLOBAL_HOOKS = (  # dictionaries that PyTorch fills and empties in place
 
 
 def difference(root: nn.Module, x: Tensor) -> str:
-    """How a module is not what its class makes for such an input, on its device; "" where nothing was exchanged.
+    """How a module differs from what its class makes for such an input, on its device; "" if nothing was replaced.
 
-    That is no layer, shape, setting or `forward`, of a module or a class; no wrapper and no hook; and no forward-mode
-    derivatives are being taken, which kernels would drop. Modules and parameters may stand in several places.
+    That covers layers, shapes, settings and `forward`, of modules and classes, as well as wrappers and hooks. It also
+    covers forward-mode derivatives in progress, which kernels would drop. Modules and parameters may occur several
+    times.
     """
     kind = _kinds.get(type(root))
     if kind is None or kind.argument is None:
@@ -274,12 +278,12 @@ def difference(root: nn.Module, x: Tensor) -> str:
 
 
 def forget(root: nn.Module) -> None:
-    """Look at a module anew at its next check, as for words that name what it is now."""
+    """Check a module afresh at its next check, for messages that describe its present state."""
     _parts.pop(root, None)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is a linear one with a bias as PyTorch makes it, so that its weights may be used without it."""
+    """Whether a layer is PyTorch's plain linear layer with a bias, so that its weights may be used directly."""
     return (
         type(layer) is nn.Linear
         and type(layer._parameters.get("weight")) is type(layer._parameters.get("bias")) is nn.Parameter
@@ -291,20 +295,20 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def dtypes(root: nn.Module) -> set[torch.dtype]:
-    """Of the parameters of a checked module."""
+    """The dtypes of the parameters of a checked module."""
     return _parts[root].dtypes
 
 
 def places(root: nn.Module) -> list[Any]:
-    """Where the parameters of a checked module lie: another list where one of them was given other data."""
+    """Where the parameters of a checked module lie. It is another list if one of them was given other data."""
     return _parts[root].places
 
 
 def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A backward that no second one can go through: where a graph of it is wanted it raises RuntimeError, and where
-    many gradients are taken at once (`is_grads_batched`), of which kernels know nothing.
+    """A backward function that cannot be differentiated again: it raises RuntimeError if a graph of it is wanted.
 
-    `once_differentiable` would not: its node that raises is passed by where gradients of the input alone are asked for.
+    It also raises if many gradients are taken at once (`is_grads_batched`), which kernels do not support.
+    `once_differentiable` would not do: its node that raises is skipped if only gradients of the input are wanted.
     """
 
     @functools.wraps(backward)

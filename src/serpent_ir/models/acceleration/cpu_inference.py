@@ -1,8 +1,8 @@
 """A VSS block on the CPU without a tape: the map goes through in strips of rows that stay in the cache.
 
-Whole maps would be written to memory and read again between any two operations, into pages that the system clears
-first: at 2048x2048 that takes as long as the arithmetic. What is kept whole is the normed input and the scan's input
-and output, which also bounds memory. Numbers are those of `VSSBlock.forward` up to rounding.
+Otherwise whole maps would be written to memory and read again between any two operations, into pages that the system
+clears first. At 2048x2048 that takes as long as the arithmetic. Only the normed input and the scan's input and output
+are kept whole, which also bounds memory. The numbers are those of `VSSBlock.forward`, up to rounding.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from serpent_ir.ops.dense import on_one_device
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
-STRIP = 1 << 18  # numbers of the inner map that a strip has, about: 1 MB, a second level cache
+STRIP = 1 << 18  # numbers of the inner map per strip, about: 1 MB, a second-level cache
 
 
 def _refuses(block: "VSSBlock", x: Tensor) -> str:
@@ -35,7 +35,7 @@ def _refuses(block: "VSSBlock", x: Tensor) -> str:
 def _run(block: "VSSBlock", x: Tensor) -> Tensor:
     """block(x) for x (B, H, W, c)."""
     inner = block.ss2d
-    on_one_device(x, *block.parameters())  # PyTorch's products do not ask
+    on_one_device(x, *block.parameters())  # PyTorch's products do not check this
     x = x.contiguous()
     normed = block.norm(x)
     weight_u, weight_z = inner.in_proj.weight.chunk(2)
@@ -63,22 +63,24 @@ block = Way("cpu_inference.block", "cpu", False, _refuses, _run)
 
 
 def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
-    """Images and rows of a strip: whole images where one fits, else rows of one."""
+    """Images and rows of a strip: whole images if one fits, otherwise rows of one image."""
     _, height, width, _ = shape
     rows = max(1, STRIP // max(1, width * d_inner))
     return (max(1, rows // max(1, height)), height) if rows >= height else (1, rows)
 
 
 def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The inner map before the convolution in strips: the first row, how many rows of zeros each end still needs, and
-    the strip with the rows above and below it."""
+    """The inner map before the convolution, in strips.
+
+    Yields the first row, how many rows of zeros each end still needs, and the strip with the rows above and below it.
+    """
     height = x.shape[1]
     if rows >= height:
         yield 0, 1, product(x, weight)
         return
     edge = above = None
     for row in range(0, height, rows):
-        ready = row + 1 if row else 0  # the strip before went one row on
+        ready = row + 1 if row else 0  # the previous strip went one row further
         new = product(x[:, ready : row + rows + 1], weight)
         if edge is None or above is None:
             edge = above = torch.zeros_like(new[:, :1])
@@ -88,7 +90,7 @@ def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int
 
 
 class _Whole:
-    """A map put together from strips; a strip that is all of it is not copied."""
+    """A map that is put together from strips. A strip that is the whole map is not copied."""
 
     def __init__(self, shape: torch.Size):
         self.shape = shape[:3]

@@ -1,7 +1,8 @@
 """Training a VSS block on the CPU: one autograd function around the C library's kernels.
 
-Numbers are those of `VSSBlock.forward` up to rounding. Beside what autograd would keep, the scan's states before each
-chunk are kept (they spare the way back a walk); convolution and gate are computed again together with their gradients.
+The numbers are those of `VSSBlock.forward`, up to rounding. Besides what autograd would keep, the scan's states before
+each chunk are kept, which saves the backward pass a walk. Convolution and gate are computed again together with their
+gradients.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def _refuses(block: "VSSBlock", x: Tensor) -> str:
 def _run(block: "VSSBlock", x: Tensor) -> Tensor:
     """block(x) for x (B, H, W, c); differentiable once."""
     s = block.ss2d
-    on_one_device(x, *block.parameters())  # PyTorch's products do not ask
+    on_one_device(x, *block.parameters())  # PyTorch's products do not check this
     return _Block.apply(
         x.contiguous(), block.norm.eps, s.norm.eps,
         block.norm.weight, block.norm.bias, s.in_proj.weight, s.conv.weight, s.conv.bias, s.x_proj.weight,
@@ -52,7 +53,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float, y_eps: float, *parameters: Tensor) -> Tensor:
         weight, bias, in_proj, conv, conv_bias, x_proj, *scan, y_weight, y_bias, out_proj = parameters
         normed, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        # u and z apart: halves of one map would be copied wherever a contiguous one is wanted.
+        # u and z are separate, since halves of one map would be copied wherever a contiguous one is needed.
         before_conv, z = (product(normed, half) for half in in_proj.chunk(2))
         u = cpu.conv_silu(before_conv, conv, conv_bias, padding=1)
         proj = product(u, x_proj).unflatten(-1, (4, -1))

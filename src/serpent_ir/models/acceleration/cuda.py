@@ -1,15 +1,15 @@
 """Serpent on a CUDA device: everything around the scan in few Triton kernels, for inference and for training.
 
-`models/serpent.py` is the definition; what stands here gives its numbers up to rounding (tests compare both with
-float64). A map is read and written as seldom as can be:
+`models/serpent.py` is the definition; this module gives its numbers up to rounding (tests compare both with float64). A
+map is read and written as seldom as possible:
 
-- inference in 16 bits, narrow levels: LayerNorm with the u half of `in_proj`; convolution, SiLU and `x_proj`; the scan;
-  and one kernel that makes the gate again from the block's input, gates, projects and adds the residual.
-- elsewhere (wide levels, whose matrices are too large to be read again for every tile of positions; float32; training):
-  norm, product, convolution with SiLU, product, scan, norm with gate, product with residual. The library multiplies;
-  in 16 bits, on small maps and at narrow levels, norms and gates are fused with theirs.
-- patch embedding, merging, expanding with the skip, and the head (inference in 16 bits): a product each that gathers or
-  scatters.
+- Inference in 16 bits, narrow levels: LayerNorm with the u half of `in_proj`; convolution, SiLU and `x_proj`; the scan;
+  and one kernel that recomputes the gate from the block's input, gates, projects and adds the residual.
+- Elsewhere (wide levels, whose matrices are too large to be read again for every tile of positions; float32; training):
+  norm, product, convolution with SiLU, product, scan, norm with gate, product with residual. The library does the
+  products. In 16 bits, norms and gates are fused with their products on small maps and at narrow levels.
+- Patch embedding, merging, expanding with the skip, and the head (inference in 16 bits): each is one product that
+  gathers or scatters.
 
 Training keeps a block's input, the outputs of its two projections, u and y; the rest is computed again.
 """
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from serpent_ir.models.serpent import Serpent, VSSBlock
 
 HALF = (torch.bfloat16, torch.float16)
-# Widest level (channels) whose products the fused kernels make.
+# Widest level (in channels) whose products the fused kernels compute.
 FUSED_CHANNELS = 64
-# Positions of the first map up to which a pass is captured: longer ones keep the GPU busy without. Bounds the memory
-# that graphs hold, too: 1.2 KB a position or 0.6 GB, once a model however many graphs.
+# Positions of the first map up to which a pass is captured; longer passes keep the GPU busy without a graph. This also
+# bounds the memory that graphs hold: 1.2 KB per position or 0.6 GB, once per model however many graphs it has.
 CAPTURED = 1 << 19
 
 Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps
 
 
 class Weights(NamedTuple):
-    """Of a block: matrices in the dtype of products, the convolution's weight as taps (9, d), the rest as it is."""
+    """A block's weights: matrices in the products' dtype, the convolution as taps (9, d), and the rest unchanged."""
 
     norm: Norm
     in_proj: Tensor
@@ -56,7 +56,7 @@ class Weights(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass of a block needs, beside its input and weights."""
+    """What the backward pass of a block needs besides its input and weights."""
 
     uz: Tensor  # (B, H, W, 2d): u before the convolution, z
     u: Tensor
@@ -65,7 +65,7 @@ class Kept(NamedTuple):
 
 
 def _refuses(module: "Serpent | VSSBlock", x: Tensor) -> str:
-    """Why the kernels may not take a module and its input; "" where they may."""
+    """Why the kernels may not take a module and its input; "" if they may."""
     if reason := as_built.looked_on(x) or _without_triton(x.device) or as_built.difference(module, x):
         return reason
     return "" if as_built.product_dtype(module, x) is not None else as_built.products_of(module, x)
@@ -73,7 +73,7 @@ def _refuses(module: "Serpent | VSSBlock", x: Tensor) -> str:
 
 @functools.cache
 def _without_triton(device: torch.device) -> str:
-    """Why no Triton kernel of ours runs there: it takes Triton, and a device that it multiplies bfloat16 on."""
+    """Why none of our Triton kernels runs there: they need Triton, and a device for which it multiplies bfloat16."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     runs = device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -115,7 +115,7 @@ def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
 
     half = dtype in HALF
     stacks = [*model.encoder, model.bottleneck, *model.decoder]
-    blocks = [block for stack in stacks for block in stack]  # not `children`, which names one that stands twice once
+    blocks = [block for stack in stacks for block in stack]  # `children` would list a block that occurs twice only once
     ready = iter(_weights(blocks, dtype))
     weights = [[next(ready) for _ in stack] for stack in stacks]
     levels = len(model.down)
@@ -178,7 +178,7 @@ def _convolve(u: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
 
 
 def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
-    """A block that keeps what its backward pass needs; wide ones by kernels between the library's products."""
+    """Run a block and keep what its backward pass needs. Wide blocks use kernels between the library's products."""
     from serpent_ir.ops.triton import block as triton_block
     from serpent_ir.ops.triton import norm as triton_norm
 
@@ -202,7 +202,7 @@ def _forward(x: Tensor, w: Weights) -> tuple[Tensor, Kept]:
 
 
 def _weight(patches: nn.Module) -> Tensor:
-    """Of the linear layer of patch merging or expanding."""
+    """The weight of the linear layer of patch merging or expanding."""
     return next(patches.parameters())
 
 
@@ -212,7 +212,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in `dtype`, by one launch for many: made anew in every pass, so that none is ever out of date."""
+    """The weights in `dtype`, in one launch for many. They are made anew in every pass, so that none is out of date."""
     weights = [w.detach() for w in weights]
     if all(w.dtype == dtype and w.is_contiguous() for w in weights):
         return weights
@@ -226,7 +226,7 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _has_cuda(x: Tensor) -> bool:
-    """Whether our CUDA C++ runs there, and the library's newer products do: not on AMD."""
+    """Whether our CUDA C++ and the library's newer products run there: not on AMD."""
     return x.device.type == "cuda" and default_backend(x.device) == "cuda"
 
 
@@ -257,7 +257,7 @@ _thread = threading.local()
 
 
 class _Block(torch.autograd.Function):
-    """A block with a tape of its own."""
+    """A block with its own tape."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, eps: float, y_eps: float, *parameters: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
 
     awake = _thread.__dict__.setdefault("awake", set())
     if x.device not in awake:
-        torch.zeros(1, device=x.device)  # cuBLAS complains where it is the first to run in one of autograd's threads
+        torch.zeros(1, device=x.device)  # cuBLAS complains if it is the first to run in one of autograd's threads
         awake.add(x.device)
 
     uz, u, proj, y = kept
@@ -328,7 +328,7 @@ def _backward(grad: Tensor, x: Tensor, w: Weights, kept: Kept) -> tuple[Tensor, 
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a . b, in float32 where the device can write it: the gradient of a weight, of which the sum is float32 anyway."""
+    """a . b, in float32 if the device can write that: a weight's gradient, which is summed in float32 anyway."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF and _has_cuda(a) else a @ b
 
 

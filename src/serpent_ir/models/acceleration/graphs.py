@@ -1,7 +1,8 @@
-"""Inference from CUDA graphs: the host takes longer to launch hundreds of small kernels than the GPU to run them.
+"""Inference from CUDA graphs, because the host takes longer to launch hundreds of small kernels than the GPU to run
+them.
 
-A call at a shape seen for the first time runs as it is (which compiles what there is to compile); the second is
-captured, and it and all later ones are replayed. So a folder of images of different sizes never pays for captures.
+A call at a new shape runs uncaptured, which compiles what must be compiled. The second call is captured, and it and all
+later ones are replayed. So a folder of images of different sizes never pays for captures.
 """
 
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from serpent_ir.system.capture import capture
 from serpent_ir.system.forks import Lock
 
-# Graphs, and shapes remembered, of a model; the one used longest ago goes first.
+# Graphs, and remembered shapes, per model. The least recently used one is dropped first.
 GRAPHS = 4
 SHAPES = 64
 
@@ -26,22 +27,25 @@ Run = Callable[[Tensor], Tensor]
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where captures are made: always the same, as cuBLAS keeps 32 MiB or more for every stream that it has seen."""
+    """The stream for captures.
+
+    It is always the same, as cuBLAS keeps 32 MiB or more for every stream that it has seen.
+    """
     return torch.cuda.Stream(device)
 
 
 def _make_handles(device: torch.device) -> None:
-    """Make what cuBLAS and cuDNN keep for each thread: this one may have none yet, and a capture cannot make it."""
+    """Make what cuBLAS and cuDNN keep per thread. This thread may have none yet, and a capture cannot make it."""
     torch.cuda.current_blas_handle()
     one = torch.zeros(1, 1, 1, 1, device=device)
     nn.functional.conv2d(one, one)
 
 
 class _Graph:
-    """One captured pass. Its input lies outside of the pool, which its model's other graphs share."""
+    """One captured pass. Its input lies outside the pool, which its model's other graphs share."""
 
     def __init__(self, run: Run, x: Tensor, pool: Any):
-        # Ordinary tensors, in inference mode too: these may be written in any mode afterwards.
+        # Ordinary tensors, also in inference mode, since they may later be written in any mode.
         with torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
             _make_handles(x.device)
@@ -52,7 +56,7 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of one model. Calls from several threads and streams take turns, on the device too."""
+    """The graphs of one model. Calls from several threads and streams take turns, also on the device."""
 
     def __init__(self):
         self.lock = Lock()
@@ -62,7 +66,7 @@ class Graphs:
         self.done: torch.cuda.Event | None = None
 
     def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[Any]) -> Tensor:
-        """run(x). `key` holds what run depends on beside x's shape and dtype, `weights` where what it reads lies."""
+        """run(x). `key` holds what run depends on besides x's shape and dtype; `weights` where what it reads lies."""
         precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
         key = (x.shape, x.dtype, x.device, precisions, key)
         with self.lock, torch.cuda.device_of(x):
@@ -73,7 +77,7 @@ class Graphs:
                 self.graphs[key] = None
                 if len(self.graphs) > SHAPES:
                     self._drop(next(iter(self.graphs)))
-                return run(x)  # inside the lock: no other thread captures what is being compiled here
+                return run(x)  # inside the lock, so that no other thread captures what is being compiled here
             graph = self._find(run, x, key)
             if graph is not None:
                 return self._replay(graph, x)
@@ -81,23 +85,23 @@ class Graphs:
 
     def _clear(self) -> None:
         if self.done is not None:
-            self.done.synchronize()  # a graph's memory goes once it has run
-            self.done = None  # it is of one device, and the weights may have gone to another
+            self.done.synchronize()  # a graph's memory may only be released after it has run
+            self.done = None  # it belongs to one device, and the weights may have moved to another
         self.graphs.clear()
         self.uncapturable.clear()
 
     def _find(self, run: Run, x: Tensor, key: Hashable) -> _Graph | None:
-        """The graph of a shape that was seen before; captures it where there is none yet."""
+        """The graph of a shape that was seen before. Captures it if there is none yet."""
         self.graphs.move_to_end(key)
         if self.graphs[key] is None and key not in self.uncapturable:
             captured = [k for k, graph in self.graphs.items() if graph is not None]
             if len(captured) >= GRAPHS:
                 self._drop(captured[0])
-            # Of a graph that is there: PyTorch refuses the handle of one that was let go.
+            # The pool of an existing graph, since PyTorch refuses the handle of a pool that was released.
             pool = next((graph.pool for graph in self.graphs.values() if graph is not None), None)
             try:
                 self.graphs[key] = _Graph(run, x, pool)
-            except RuntimeError as error:  # too little memory, say, or an operation that cannot be captured
+            except RuntimeError as error:  # for example too little memory, or an operation that cannot be captured
                 self.uncapturable.add(key)
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"serpent_ir: no CUDA graph of this pass, calls are slower ({reason})", stacklevel=2)
@@ -113,7 +117,7 @@ class Graphs:
         stream = torch.cuda.current_stream()
         if self.done is None:
             self.done = torch.cuda.Event()
-        stream.wait_event(self.done)  # of the replay before, on whatever stream: graphs share memory
+        stream.wait_event(self.done)  # wait for the previous replay, on whatever stream, since graphs share memory
         graph.input.record_stream(stream)
         graph.input.copy_(x)
         graph.graph.replay()
@@ -127,7 +131,7 @@ _making = Lock()
 
 
 def of(model: nn.Module) -> Graphs:
-    """The graphs of a model: kept beside it, so that it is copied, pickled and saved without them; they go with it."""
+    """The graphs of a model. They are kept beside it, so that it is copied, pickled and saved without them."""
     graphs = _of.get(model)
     if graphs is None:
         with _making:

@@ -1,6 +1,6 @@
-"""SwinIR's attention on CUDA: heads padded with zeros to a number of channels that fused kernels with a bias take.
+"""SwinIR's attention on CUDA: heads are padded with zeros to a number of channels that fused kernels with a bias take.
 
-Without, PyTorch takes the plain way through attention, which writes the logits of all windows out.
+Otherwise PyTorch takes the plain way through attention, which writes out the logits of all windows.
 """
 
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from serpent_ir.models.acceleration.way import Way
 from serpent_ir.models.swinir import WindowAttention
 
 MULTIPLE = 8
-"""Of the channels of a head. The zeros change no result."""
+"""The channels of a head become a multiple of this. The zeros change no result."""
 
 
 def _missing(attention: WindowAttention, x: Tensor) -> int:
@@ -28,7 +28,7 @@ def _run(attention: WindowAttention, x: Tensor) -> Tensor:
     layer = attention.qkv
 
     def qkv(x: Tensor) -> Tensor:
-        if not as_built.is_plain_linear(layer):  # exchanged, wrapped or hooked: it is called, and its result padded
+        if not as_built.is_plain_linear(layer):  # replaced, wrapped or hooked: call it, and pad its result
             return F.pad(layer(x).unflatten(-1, (-1, heads_dim)), (0, more)).flatten(-2)
         weight = F.pad(rearrange(layer.weight, "(heads d) c -> heads d c", d=heads_dim), (0, 0, 0, more))
         bias = F.pad(rearrange(layer.bias, "(heads d) -> heads d", d=heads_dim), (0, more))

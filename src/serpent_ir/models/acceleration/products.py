@@ -1,6 +1,6 @@
-"""Matrix products of Serpent's maps on the CPU, by the faster of the two libraries that PyTorch brings.
+"""Matrix products of Serpent's maps on the CPU, by the faster of the two libraries that PyTorch includes.
 
-oneDNN's is the faster one for many positions, and with AVX-512 always: MKL keeps to AVX2 on processors that are not
+oneDNN's is faster for many positions, and with AVX-512 always, since MKL only uses AVX2 on processors that are not
 Intel's.
 """
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _MANY = 1 if _AVX512 else 4096
-_MANY_BACKWARD = 256 if _AVX512 else 4096  # where it also pays to turn the weight round
+_MANY_BACKWARD = 256 if _AVX512 else 4096  # from here on transposing the weight pays off too
 
 
 def _onednn(name: str) -> Callable[..., Tensor] | None:
-    """A product of oneDNN that PyTorch holds without a public name; or None."""
+    """A product of oneDNN that PyTorch has without a public name; None if it is missing."""
     return getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -46,7 +46,7 @@ def product_backward(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_onto(x: Tensor, y: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x + y weight^T, maps with the same contiguous rows of positions."""
+    """out = x + y weight^T. The maps have the same contiguous rows of positions."""
     if _AVX512 and _PRODUCT is not None and _fits(y, _MANY):
         torch.add(x, _PRODUCT(y, weight, None, "none", [], ""), out=out)
     elif _plain(y):

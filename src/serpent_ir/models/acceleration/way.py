@@ -1,4 +1,4 @@
-"""What stands in for a class's `forward`."""
+"""A way: what replaces a class's `forward`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Way:
-    """A way to the numbers of a class's `forward`, up to rounding: `way(module, x)` where `way.serves(module, x)`.
+    """A way to the numbers of a class's `forward`, up to rounding: call `way(module, x)` if `way.serves(module, x)`.
 
     Args:
         name: what `why` calls it.
-        device: the type of device that it is for; a test on a CPU makes a second one for "cpu" (`dataclasses.replace`).
-        tape: whether gradients may be asked for: never (False), always (True), or either (None).
-        refuses: why it may not take a module and its input, in words; "" where it may.
-        run: what the module would return.
-        traced: whether it is made of PyTorch's operators alone, so that compilers may look into it.
+        device: the type of device that it is for. A test on a CPU makes a second one for "cpu" (`dataclasses.replace`).
+        tape: whether gradients may be wanted: never (False), always (True), or either (None).
+        refuses: returns why it may not take a module and its input, in words; "" if it may.
+        run: returns what the module would return.
+        traced: whether it consists of PyTorch's operators only, so that compilers may look into it.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Way:
         return x.device.type == self.device and self.in_mode() and not self.refuses(module, x)
 
     def in_mode(self) -> bool:
-        """Whether it is for what is asked for here, inference or training."""
+        """Whether it is for what is wanted here, inference or training."""
         return self.tape is None or self.tape == torch.is_grad_enabled()
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
