@@ -36,10 +36,14 @@ def test_what_it_says_of_backends_is_what_happens(capsys):
 
 
 def test_it_names_nobody_and_needs_no_home(tmp_path):
-    where = {"HOME": str(tmp_path / "ada"), "XDG_CACHE_HOME": str(tmp_path / "ada" / ".cache"), "PATH": "/usr/bin"}
+    where = {
+        "HOME": str(tmp_path / "ada-lovelace"),
+        "XDG_CACHE_HOME": str(tmp_path / "ada-lovelace" / ".cache"),
+        "PATH": "/usr/bin",
+    }
     for environment in (where, {"PATH": "/usr/bin"}):
         ran = subprocess.run(
             [sys.executable, "-m", "serpent_ir.cli", "env"], env=environment, capture_output=True, text=True
         )
         assert ran.returncode == 0, ran.stderr
-        assert "the scan runs by" in ran.stdout and "ada" not in ran.stdout
+        assert "the scan runs by" in ran.stdout and "lovelace" not in ran.stdout

@@ -61,7 +61,11 @@ def env(as_json: Json = False) -> None:
 def _packages() -> dict[str, str | None]:
     """Versions of the packages in the requirements, in their order, with extras but without developers' tools."""
     names: dict[str, str | None] = {}
-    for requirement in importlib.metadata.requires("serpent-ir") or []:
+    try:
+        requirements = importlib.metadata.requires("serpent-ir") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        requirements = ["torch", "numpy", "pillow"]
+    for requirement in requirements:
         if (name := re.match(r"[\w.-]+", requirement)) and not re.search(r"extra == .(dev|wheels|docs)", requirement):
             names.setdefault(name.group().lower())
     names.pop("serpent-ir", None)
