@@ -12,8 +12,7 @@ same way:
 
 Parts:
     scan_b, scan_h  the scans of one network's 17 blocks for an image of 256x256, compared with U-Net(32)'s forward
-    pass;
-                    `maps_ms` are the C library's by level. Slow variants get fewer turns
+                    pass; `maps_ms` are the C library's by level. Slow variants get fewer turns
     loop            one scan of a small map, by the plain loop over positions and by the other variants
     networks        whole networks at 256x256, batch 1: inference, and a training step (forward, backward, Adam)
     pixels          inference of serpent_b at growing sizes, in nanoseconds per pixel

@@ -8,8 +8,7 @@ Images are decoded once, into packed sets. For each task, `deblur` and then `sr8
    how many steps the minutes hold.
 2. Both rates run once more, three times as long. The better rate is chosen by PSNR on some validation images.
 3. Each network trains for that many steps at one crop size (in the paper SwinIR has no progressive stages, and images
-of
-   one size can be counted). The learning rate falls to zero at the end. The network is evaluated on three sets.
+   of one size can be counted). The learning rate falls to zero at the end. The network is evaluated on three sets.
 
 Since the steps are fixed once they are timed, --at-once runs may then share a GPU: minutes and seconds are always steps
 times the time that one step took alone. Rows at equal numbers of images come from the validations of the same runs, at

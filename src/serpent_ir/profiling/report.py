@@ -22,9 +22,8 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     """Draw all figures that a profile's rows, and the runs of a comparison of networks, allow; and write `report.md`.
 
     Rows of one device, precision and batch are drawn: those of the first row. If a network and size occur several
-        times,
-    the last row counts. A UserWarning says what is left out. For each task the runs of one budget are used: the budget
-    with most networks, and the longest of these.
+    times, the last row counts. A UserWarning says what is left out. For each task the runs of one budget are used: the
+    budget with most networks, and the longest of these.
 
     Raises:
         UsageError: there are no rows, or matplotlib is missing.

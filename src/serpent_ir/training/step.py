@@ -137,9 +137,8 @@ class GraphedStep(Generic[Result]):
     """Calls `step(*tensors)` from a CUDA graph, which is captured anew whenever the shapes change.
 
     The first calls at a shape run uncaptured: they create the kernels and the optimiser's state that the graph uses.
-        All
-    calls must come on one stream that is not the default one. `step` may return a tensor, of which the caller gets a
-    copy. A step that cannot be captured is called uncaptured, with a warning. At other shapes capture is tried again.
+    All calls must come on one stream that is not the default one. `step` may return a tensor, of which the caller gets
+    a copy. A step that cannot be captured is called uncaptured, with a warning. At other shapes capture is tried again.
 
     Args:
         step: what to call.

@@ -51,8 +51,7 @@ def off() -> AbstractContextManager[None]:
     Inside there is no kernel of ours around the scan, no CUDA graph of a pass, no choice between libraries of matrix
     products, and no padding of heads. It serves debugging (is a kernel to blame?) and counting, and it gives the
     numbers with which accelerated ones are compared: they agree up to rounding. A backward pass goes the way of its
-        forward
-    pass.
+    forward pass.
 
         with serpent_ir.acceleration.off():
             restored = model(image)
