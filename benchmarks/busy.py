@@ -68,12 +68,12 @@ def measured(variant: str, busy: int, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--busy", type=int, default=2)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--child", type=int)
+    parser = argparse.ArgumentParser(description="Two threads on an idle machine and beside processes that spin.")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant; 3 take about 4 minutes")
+    parser.add_argument("--passes", type=int, default=3, help="passes of each network in a process")
+    parser.add_argument("--busy", type=int, default=2, help="processes that spin beside, in the second half")
+    parser.add_argument("-o", "--output", type=Path, help="the JSON file; without it, standard output")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(passes(CELLS, arguments.child)))

@@ -54,6 +54,10 @@ class Child:
         if not self._over(False):
             os.kill(self.pid, sent)
 
+    def read(self) -> None:
+        """Take what it has written so far: it would wait for ever once the pipe is full."""
+        self._over(False)
+
     _status: int | None = None
 
     def _over(self, wait: bool) -> bool:

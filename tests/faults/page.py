@@ -77,6 +77,8 @@ class Page:
             return ""
         if not self._child:
             self._start()
+        assert self._child
+        self._child.read()
         name = _NAMES[int(rng.integers(len(_NAMES)))]
         part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n'
         body = part % (name, rng.bytes(int(rng.integers(0, 5000))))
