@@ -356,6 +356,13 @@ def test_sampling_and_bits_are_kept_or_told(tmp_path, pixels, codec, suffix):
     assert got[:7] == pixels[:7] or suffix == ".webm"
 
 
+def test_sampling_that_no_encoder_takes_is_told(tmp_path):
+    film(tmp_path / "in.mkv", pixels="yuv411p", codec="ffv1", options={}, count=3)
+    line = restore(tmp_path / "in.mkv", tmp_path / "out.mp4")
+    assert "colour sampling 4:1:1 (now 4:2:2)" in line
+    assert first_frame(tmp_path / "out.mp4").format.name == "yuv422p"
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("codec", ["png", "ffv1", "libvpx-vp9"])
 def test_alpha_is_kept_or_told(tmp_path, codec, suffix):

@@ -92,7 +92,7 @@ class Frames:
         self.encoder, self.yuv = self._encoder(form, ENCODERS[container])
         self._colours(first)
         self._hdr = _light(first)
-        self._transparent = False
+        self._transparent = self._late_fields = False
         # Without the last three a trip to RGB and back makes a frame darker by a level.
         flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
         self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
@@ -102,7 +102,8 @@ class Frames:
         bits = form.components[0].bits
         wide, high = 8 // form.chroma_width(8), 8 // form.chroma_height(8)  # pixels to a sample of colour
         chroma = "444" if self.grey or wide == 1 else "422" if high == 1 else "420"
-        own, odd = chroma, any(side % 2 for side in self.size)
+        own = {(4, 1): "411", (4, 4): "410"}.get((wide, high), chroma)  # which no encoder here takes
+        odd = any(side % 2 for side in self.size)
         if chroma != "444" and odd:  # encoders would lose a line
             chroma = "444"
         if chroma == "420" and self.fields and self.size[1] % 4:  # as above, of a field
@@ -122,8 +123,8 @@ class Frames:
         kept = chroma if chroma in encoder.chroma else encoder.chroma[-1]
         if depth < bits:
             self.told.append(f"bits {depth} of {bits}")
-        if kept < own and not self.grey:
-            self.told.append(f"colour sampling 4:{kept[1]}:{kept[2]} of 4:{own[1]}:{own[2]}")
+        if kept != own and not self.grey:
+            self.told.append(f"colour sampling 4:{own[1]}:{own[2]} (now 4:{kept[1]}:{kept[2]})")
         deep = "" if depth == 8 else f"{depth}le"
         if self.grey and encoder.grey:
             return encoder, f"gray{deep}"
@@ -196,6 +197,7 @@ class Frames:
     def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
         """The frame restored, in the format of the encoder, with the side data of the old one; it has no time yet."""
         if frame.interlaced_frame and frame.height > 1:
+            self._late_fields |= not self.fields
             halves = [self._restored(_half(frame, parity)) for parity in (0, 1)]
             made = self._reformat(frame, width=self.size[0], height=self.size[1], format=self.yuv)
             made.make_writable()
@@ -258,6 +260,8 @@ class Frames:
         lost = list(self.told)
         if self._transparent and not self.encoder.alpha:
             lost.append("transparency (.mov, .mkv and .webm can hold it)")
+        if self._late_fields:
+            lost.append("the mark of interlaced frames, of which the first was none (their fields were restored apart)")
         return lost
 
 
