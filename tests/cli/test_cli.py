@@ -294,10 +294,10 @@ def test_models_prints_every_network_and_device():
 
 
 def test_train_passes_config_and_overrides(monkeypatch, tmp_path):
-    import serpent_ir.train
+    from serpent_ir.training import run
 
     calls = []
-    monkeypatch.setattr(serpent_ir.train, "train", lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(run, "train", lambda *given, **options: calls.append((given, options)))
     assert serpent("train", tmp_path / "c.yaml", "steps=1", "lr=0.1", "--resume").exit_code == 0
     assert serpent("train", tmp_path / "c.yaml", "--stop-after-minutes", 5, "--tensorboard").exit_code == 0
     plain = {"resume": False, "stop_after_minutes": None, "tensorboard": False}

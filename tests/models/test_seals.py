@@ -80,7 +80,7 @@ def test_weights_that_ship_are_compared_with_their_card(name, tmp_path, monkeypa
         load_weights(file)  # by its own hash
     file.write_bytes(sealed(bytes(damaged)))
     assert load_weights(file)
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path)
     with pytest.raises(SerpentError, match=r"is damaged \(its hash differs\); get the file again"):
         load_weights(file)
     card.write_bytes(b"[]")

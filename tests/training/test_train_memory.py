@@ -40,7 +40,7 @@ def test_a_step_that_does_not_fit_names_its_stage_and_what_makes_it_smaller(fold
 @pytest.mark.parametrize("where", ["starting_network", "TrainingSet", "Step", "own_stream"])
 @pytest.mark.parametrize("do", [train, plan])
 def test_what_is_too_large_to_begin_with_is_said(folders, monkeypatch, where, do):
-    module = "serpent_ir.train" if where == "own_stream" else "serpent_ir.training.trainer"
+    module = "serpent_ir.training.run" if where == "own_stream" else "serpent_ir.training.trainer"
     monkeypatch.setattr(f"{module}.{where}", full)
     with pytest.raises(OutOfRoomError, match=r"^serpent_b and the images of train do not fit in the memory of cpu; cl"):
         do(recipe_file(folders))

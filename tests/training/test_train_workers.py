@@ -127,13 +127,13 @@ def test_one_process_of_a_launcher_trains_to_the_bits_of_one_alone(folders):
 def test_a_command_that_failed_on_several_gpus_ends_though_nccl_waits():
     """As far as a CPU can tell: as if NCCL were there, which does not come to an end at exit."""
     script = """if True:
-        import atexit, time, torch, serpent_ir.train
+        import atexit, time, torch, serpent_ir.training.run
         from serpent_ir.cli import app
         from serpent_ir.errors import SerpentError, UsageError
         torch.distributed.is_initialized = torch.cuda.is_initialized = lambda: True
         def train(*_, **__):
             raise SerpentError("another one is gone")
-        serpent_ir.train.train = train
+        serpent_ir.training.run.train = train
         atexit.register(time.sleep, 1000)
         print("not flushed")
         app(["train", "recipe.yaml"])

@@ -33,8 +33,8 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")] = False,
 ) -> None:
-    """Train a network; see `serpent_ir.train.train`, which raises if a key of the recipe is unknown or ill-typed."""
-    import serpent_ir.train
+    """Train a network; see `serpent_ir.training.run.train`, which raises for an unknown or ill-typed key."""
+    from serpent_ir.training import run
     from serpent_ir.training.stopping import StoppedError
     from serpent_ir.training.workers import end_at_exit
 
@@ -46,11 +46,11 @@ def train(
         raise UsageError(f"{told}: of no use with --dry-run, which neither trains nor writes; leave one of them out")
     try:
         if dry_run:
-            plan = serpent_ir.train.plan(config, overrides or (), images=images)
+            plan = run.plan(config, overrides or (), images=images)
             if plan.first:
                 _show(plan)
             return
-        serpent_ir.train.train(
+        run.train(
             config, overrides or (), resume=resume, stop_after_minutes=stop_after_minutes, tensorboard=tensorboard
         )
     except StoppedError as stopped:

@@ -14,7 +14,7 @@ from serpent_ir.data.pack import PackedImage
 from serpent_ir.data.packing import in_threads
 from serpent_ir.errors import UsageError
 from serpent_ir.system.memory import available, host_available
-from serpent_ir.system.processes import processes_of_host
+from serpent_ir.system.processes import local_world
 
 Memory = Literal["auto", "device", "host", "stream"]
 
@@ -134,7 +134,7 @@ def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 def _read(files: Sequence[Path | PackedImage]) -> list[np.ndarray]:
     """The pixels of each file. Files are decoded; packed images are mapped and not read yet."""
     images: list[np.ndarray] = []
-    decoded, limit = 0, host_available() / processes_of_host()  # each process reads all images
+    decoded, limit = 0, host_available() / local_world()  # each process reads all images
     for file, pixels in zip(files, in_threads(_mapped, files), strict=True):
         images.append(pixels)
         if isinstance(file, Path):
@@ -151,4 +151,4 @@ def _mapped(image: Path | PackedImage) -> np.ndarray:
 def _choose(total: int, device: torch.device) -> Memory:
     if total <= _SHARE * available(device):
         return "device"
-    return "host" if total * processes_of_host() <= _SHARE * host_available() else "stream"
+    return "host" if total * local_world() <= _SHARE * host_available() else "stream"

@@ -13,7 +13,7 @@ from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import preset_of
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import pick_precision
-from serpent_ir.system.forks import Lock
+from serpent_ir.system.forks import Lock, in_child
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -41,7 +41,7 @@ def check_task(model: nn.Module, weights: Path | None) -> None:
 def scale_of(model: nn.Module) -> int:
     """How many times larger than its image a restored one is: the task may ask for it, or the network do it itself."""
     degradation = undone_by(model)
-    return _own_scale(model) * (1 if degradation is None else degradation.scale)
+    return own_scale(model) * (1 if degradation is None else degradation.scale)
 
 
 def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
@@ -59,12 +59,12 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
         x = x.to(parameter)
-        restored = _each_channel(model, x).float() if x.shape[1] == 3 and _takes_grey(model) else model(x).float()
+        restored = _each_channel(model, x).float() if x.shape[1] == 3 and takes_grey(model) else model(x).float()
     _check_size(model, x, restored)
     return restored
 
 
-def _takes_grey(model: nn.Module) -> bool:
+def takes_grey(model: nn.Module) -> bool:
     return getattr(getattr(network_of(model), "config", None), "in_channels", 3) == 1
 
 
@@ -106,13 +106,22 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
-def _own_scale(model: nn.Module) -> int:
+@in_child
+def _leave_evaluation_mode() -> None:
+    """What threads of the parent were inside of, they do not leave in a child."""
+    for _, training in _modes.values():
+        for module in training:
+            module.training = True
+    _modes.clear()
+
+
+def own_scale(model: nn.Module) -> int:
     return getattr(network_of(model), "scale", 1)
 
 
 def _check_size(model: nn.Module, x: Tensor, restored: Tensor) -> None:
     """Raise SerpentError where a network made another size than it says."""
-    scale = _own_scale(model)
+    scale = own_scale(model)
     (height, width), (made_height, made_width) = x.shape[-2:], restored.shape[-2:]
     if (made_height, made_width) != (scale * height, scale * width):
         raise SerpentError(

@@ -16,13 +16,12 @@ from serpent_ir.image.picture import Span
 from serpent_ir.inference.footprint import network_bytes
 from serpent_ir.inference.network import (
     OutOfMemoryError,
-    _modes,
-    _own_scale,
-    _takes_grey,
     device_of,
+    own_scale,
     run_network,
     says_what_is_too_large,
     scale_of,
+    takes_grey,
     undone_by,
 )
 from serpent_ir.inference.tiling import Axis, blend, cut
@@ -140,7 +139,7 @@ def _strips(
     model: nn.Module, work: Work, degradation: Degradation | None, rows: Axis, columns: Axis
 ) -> Iterator[Tensor]:
     device = device_of(model)
-    own = _own_scale(model)  # what is cut is the output
+    own = own_scale(model)  # what is cut is the output
     count, done = len(rows.spans) * len(columns.spans), 0
 
     def tile(across: Span, along: Span) -> Tensor:
@@ -209,15 +208,15 @@ def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tup
 
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:
     """Of the network's padded input, for an output of this size."""
-    own, multiple = _own_scale(model), getattr(network_of(model), "size_multiple", 1)
-    batch *= 3 if _takes_grey(model) else 1
+    own, multiple = own_scale(model), getattr(network_of(model), "size_multiple", 1)
+    batch *= 3 if takes_grey(model) else 1
     return batch * _up(height // own, multiple) * _up(width // own, multiple)
 
 
 def _multiple(model: nn.Module) -> int:
     """What tiles begin at multiples of, in pixels of the output."""
     degradation = undone_by(model)
-    own = getattr(network_of(model), "size_multiple", 1) * _own_scale(model)
+    own = getattr(network_of(model), "size_multiple", 1) * own_scale(model)
     return math.lcm(own, 1 if degradation is None else degradation.scale)
 
 
@@ -231,15 +230,6 @@ def _tell(work: Work, line: str) -> None:
 
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-@in_child
-def _leave_evaluation_mode() -> None:
-    """What threads of the parent were inside of, they do not leave in a child."""
-    for _, training in _modes.values():
-        for module in training:
-            module.training = True
-    _modes.clear()
 
 
 @in_child

@@ -5,13 +5,13 @@ from serpent_ir.models.presets import TASK_CHANNELS as TASK_CHANNELS
 from serpent_ir.models.recognise import preset_of as preset_of
 from serpent_ir.models.recognise import recognise as recognise
 from serpent_ir.models.registry import DEFAULT_WEIGHTS as DEFAULT_WEIGHTS
-from serpent_ir.models.registry import WEIGHTS_DIR as WEIGHTS_DIR
 from serpent_ir.models.registry import create_model as create_model
-from serpent_ir.models.registry import licence_of as licence_of
 from serpent_ir.models.registry import list_models as list_models
 from serpent_ir.models.registry import load_model as load_model
 from serpent_ir.models.restormer import Restormer as Restormer
 from serpent_ir.models.serpent import Serpent as Serpent
 from serpent_ir.models.swinir import SwinIR as SwinIR
 from serpent_ir.models.unet import UNet as UNet
+from serpent_ir.models.weights import WEIGHTS_DIR as WEIGHTS_DIR
+from serpent_ir.models.weights import licence_of as licence_of
 from serpent_ir.models.weights import load_weights as load_weights

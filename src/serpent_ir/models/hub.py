@@ -18,7 +18,7 @@ from torch import nn
 
 from serpent_ir.errors import SerpentError
 from serpent_ir.models.seals import sealed
-from serpent_ir.models.weights import SHIPPED, fill, load_weights
+from serpent_ir.models.weights import FREE_WEIGHTS, WEIGHTS_DIR, fill, licence_of, load_weights
 from serpent_ir.system.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -90,8 +90,6 @@ def _tidy(model: nn.Module, folder: Path) -> None:
 
     What a person wrote stays, and a warning names it.
     """
-    from serpent_ir.models.registry import FREE_WEIGHTS
-
     card, shipped = folder / _CARD, _shipped_as(model)
     wanted = {LICENCE, ATTRIBUTION} if shipped and shipped.stem in FREE_WEIGHTS else {LICENCE} if shipped else set()
     if ours := _is_as_written(card):
@@ -99,14 +97,16 @@ def _tidy(model: nn.Module, folder: Path) -> None:
     elif card.exists():
         warnings.warn(f"{card}: was there and is left as it is; see that it speaks of these weights", stacklevel=4)
     for file in (folder / LICENCE, folder / ATTRIBUTION):
-        text = (SHIPPED / file.name).read_bytes()
+        text = (WEIGHTS_DIR / file.name).read_bytes()
         same = file.is_file() and file.read_bytes() == text
         if ours and same and file.name not in wanted:
             file.unlink()
         elif file.name in wanted and not file.exists():
             file.write_bytes(text)
         elif file.exists() and same != (file.name in wanted):
-            what = f"that of these weights is {SHIPPED / file.name}" if shipped else "see that it is of these weights"
+            what = (
+                f"that of these weights is {WEIGHTS_DIR / file.name}" if shipped else "see that it is of these weights"
+            )
             warnings.warn(f"{file}: was there and is left as it is; {what}", stacklevel=4)
 
 
@@ -129,7 +129,6 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
 
     from serpent_ir import __version__
     from serpent_ir.models.recognise import preset_of
-    from serpent_ir.models.registry import licence_of
 
     config: Any = model.config
     task, kind, shipped = str(config.task), type(model).__name__, _shipped_as(model)
@@ -154,8 +153,6 @@ def _card(model: nn.Module, header: dict[str, Any]) -> "ModelCard":
 def _shipped_as(model: nn.Module) -> Path | None:
     """The file of the shipped weights that have the same numbers as this network; None if there are none."""
     from serpent_ir.models.recognise import preset_of
-    from serpent_ir.models.registry import WEIGHTS_DIR
-    from serpent_ir.models.weights import load_weights
 
     config: Any = model.config
     path = WEIGHTS_DIR / f"{preset_of(config)}.{config.task}.safetensors"

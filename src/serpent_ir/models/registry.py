@@ -13,23 +13,14 @@ from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import acceleration, hub
 from serpent_ir.models.presets import FAMILIES, NETWORKS, PRESETS, TASK_CHANNELS
 from serpent_ir.models.recognise import FROM_FILE, preset_of, recognise, shapes_of, unknown
-from serpent_ir.models.weights import SHIPPED, fill, load_weights
+from serpent_ir.models.weights import WEIGHTS_DIR, fill, load_weights
 
-WEIGHTS_DIR = SHIPPED
 DEFAULT_WEIGHTS = "serpent_l.photo"
-
-FREE_WEIGHTS = {"serpent_l.photo": "CC BY-SA 4.0"}
-"""Licences of weights that were trained on images with free licences alone."""
 
 # What the networks' files do not know of. `serpent_ir.models` imports this module, so it holds for every network,
 # however it was made.
 acceleration.attach()
 hub.attach(*NETWORKS)
-
-
-def licence_of(weights: str) -> str:
-    """The licence of weights that ship."""
-    return FREE_WEIGHTS.get(weights, "CC BY-NC-SA 4.0")
 
 
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:

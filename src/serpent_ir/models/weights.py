@@ -22,11 +22,19 @@ WRAPPERS = ("params_ema", "params", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "unet.")
 """What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
 
-SHIPPED = Path(__file__).parent.parent / "weights"
+WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 """The folder of the weights that ship."""
+
+FREE_WEIGHTS = {"serpent_l.photo": "CC BY-SA 4.0"}
+"""Licences of weights that were trained on images with free licences alone."""
 
 NAMED = 20
 """Keys that a message names where most differ: more would fill the screen, and tell no more than that."""
+
+
+def licence_of(weights: str) -> str:
+    """The licence of weights that ship."""
+    return FREE_WEIGHTS.get(weights, "CC BY-NC-SA 4.0")
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,7 +64,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         try:
             with safe_open(path, framework="pt") as file:
                 tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-            damage = seals.why_damaged(path, SHIPPED)
+            damage = seals.why_damaged(path, WEIGHTS_DIR)
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None

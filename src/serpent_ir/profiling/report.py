@@ -10,8 +10,8 @@ from serpent_ir.errors import OUT_OF_MEMORY, UsageError
 from serpent_ir.image import replacing
 from serpent_ir.profiling import figures, paper
 from serpent_ir.profiling import rows as profiling_rows
-from serpent_ir.profiling.rows import MEASURED, Rows, _of_one_budget
-from serpent_ir.profiling.tables import _line, about, markdown
+from serpent_ir.profiling.rows import MEASURED, Rows, of_one_budget
+from serpent_ir.profiling.tables import about, markdown, table_line
 
 SETTING = ("device", "precision", "batch")
 VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces512/val"}}
@@ -42,7 +42,7 @@ def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
     if len(last) < len(rows):
         warnings.warn(f"{len(rows) - len(last)} rows of a network and size that come again are left out", stacklevel=2)
     rows = last
-    runs = _of_one_budget(runs)
+    runs = of_one_budget(runs)
     files = draw(folder, rows, runs)
     with replacing(folder / "report.md") as file:
         file.write(page(rows, runs, files).encode())
@@ -156,7 +156,7 @@ def _beside_the_tables(rows: Rows) -> list[str]:
         if row is None or printed.gmacs is None:
             continue
         cells = [printed.table, f"{profiling_rows.label_of(printed.model)} {printed.size}", f"{printed.gmacs}"]
-        lines.append(_line([*cells, f"{row['macs'] / 1e9:.1f}", f"{printed.train_gb}", _training_memory(row)]))
+        lines.append(table_line([*cells, f"{row['macs'] / 1e9:.1f}", f"{printed.train_gb}", _training_memory(row)]))
     if row := ours.get(paper.DOES_NOT_TRAIN):
         name, size = paper.DOES_NOT_TRAIN
         cells = [
@@ -166,7 +166,7 @@ def _beside_the_tables(rows: Rows) -> list[str]:
             f"{row['macs'] / 1e9:.1f}",
             "more than 80",
         ]
-        lines.append(_line([*cells, _training_memory(row)]))
+        lines.append(table_line([*cells, _training_memory(row)]))
     if not lines:
         return []
     return [
@@ -206,7 +206,7 @@ def _claims(rows: Rows) -> list[str]:
         else:
             ratio = f"{100 * a / b:.1f} %" if claim.percent else f"{a / b:.1f} x"
         words = f"{claim.words} ({claim.said})" if claim.said else claim.words
-        lines.append(_line([words, str(claim.size), claim.place, claim.printed, ratio]))
+        lines.append(table_line([words, str(claim.size), claim.place, claim.printed, ratio]))
     for size, hours in paper.GPU_HOURS.items():
         row = ours.get(("serpent_h", size))
         if row and (seconds := row.get("train_s_per_60k")):
@@ -215,12 +215,12 @@ def _claims(rows: Rows) -> list[str]:
             )
             words += "; the clause names no network: Serpent-H by context)" if size == 512 else ")"
             here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
-            lines.append(_line([words, str(size), "appendix A", f"{hours} h", here]))
+            lines.append(table_line([words, str(size), "appendix A", f"{hours} h", here]))
     if not lines:
         return []
     head = ["what the paper says of", "size", "where (sections)", "paper", "here"]
     told = "The bars and curves of its Figures 1, 6 and 7 carry no numbers; these stand in its text."
-    return ["## Beside the paper's text", "", told, "", _line(head), _line(["---"] * len(head)), *lines, ""]
+    return ["## Beside the paper's text", "", told, "", table_line(head), table_line(["---"] * len(head)), *lines, ""]
 
 
 def _quality(runs: Rows) -> list[str]:
@@ -246,7 +246,7 @@ def _quality(runs: Rows) -> list[str]:
                     cells += [f"{run['seconds'] / 60:.2f} min"]
                 else:
                     cells += [""] * 4
-                lines.append(_line(cells))
+                lines.append(table_line(cells))
     if not lines:
         return []
     head = ["task, size", "network", "paper: PSNR (dB)", "SSIM", "LPIPS"]
@@ -258,8 +258,8 @@ def _quality(runs: Rows) -> list[str]:
         "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces. What is",
         "empty is not printed there, or was not trained here.",
         "",
-        _line(head),
-        _line(["---"] * len(head)),
+        table_line(head),
+        table_line(["---"] * len(head)),
         *lines,
         "",
     ]

@@ -45,7 +45,7 @@ def load(files: Sequence[Path]) -> tuple[Rows, Rows]:
     return rows, runs
 
 
-def _of_one_budget(runs: Rows) -> Rows:
+def of_one_budget(runs: Rows) -> Rows:
     models: dict[str, dict[float, set[str]]] = {}
     for run in runs:
         if run.get("evaluation"):

@@ -60,7 +60,8 @@ def markdown(rows: Rows) -> list[str]:
     """The lines of the same in Markdown."""
     lines = []
     for title, columns, cells in tables(rows):
-        lines += [f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, cells), ""]
+        head = [table_line(columns), table_line(["---"] * len(columns))]
+        lines += [f"**{title}**", "", *head, *map(table_line, cells), ""]
     return lines[:-1]
 
 
@@ -78,5 +79,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else profiling_rows.short(value)
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -1,4 +1,7 @@
-"""Several processes that share many images, as `torchrun` starts them."""
+"""Which process this is of those that a launcher started, as `torchrun` and others say in the environment.
+
+Nothing else in the package reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE or MASTER_ADDR.
+"""
 
 import os
 from typing import Any
@@ -7,7 +10,10 @@ from serpent_ir.errors import UsageError
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` and others say in RANK and WORLD_SIZE; 0 of 1."""
+    """This process's number and how many there are on all hosts, as RANK and WORLD_SIZE say; 0 of 1 without them.
+
+    Raises UsageError where the two are not numbers, or do not fit together.
+    """
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
@@ -17,18 +23,43 @@ def rank_and_world() -> tuple[int, int]:
     return rank, world
 
 
+def local_rank() -> int | None:
+    """This process's number among those of this host, as LOCAL_RANK says; None where no launcher says it."""
+    told = os.environ.get("LOCAL_RANK", "")
+    return int(told) if told.isdecimal() else None
+
+
+def local_world() -> int:
+    """How many processes share this host, as LOCAL_WORLD_SIZE says; 1 without it. Raises UsageError for no number."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
+    return int(told)
+
+
+def can_meet() -> bool:
+    """Whether a launcher told where the processes meet."""
+    return "MASTER_ADDR" in os.environ
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, which may be the only one, and told where it meets the others."""
+    return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and can_meet()
+
+
 def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each process of a `torchrun` has to say, in the order of ranks. Waits for the slowest of them.
+    """What each process has to say, in the order of ranks. Waits for the slowest of them.
 
     So no process ends before the others: `torchrun` stops all where one fails, and a bad image must stop none.
     """
-    if rank_and_world()[1] == 1 or "MASTER_ADDR" not in os.environ:
+    _, world = rank_and_world()
+    if world == 1 or not can_meet():
         return [own]
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    everybody: list[Any] = [None] * rank_and_world()[1]
+    everybody: list[Any] = [None] * world
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         dist.all_gather_object(everybody, own)
@@ -37,19 +68,11 @@ def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
     return everybody
 
 
-def processes_of_host() -> int:
-    """How many of this host train, each with images of its own."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not told.isdecimal() or int(told) < 1:
-        raise UsageError(f"LOCAL_WORLD_SIZE is {told!r} in the environment; it must be the number of processes here")
-    return int(told)
-
-
 def own_device(device: str) -> str:
-    """`auto` as the GPU of a process that `torchrun` started."""
+    """`auto` as the GPU of a process that a launcher started; any other name as it is."""
     import torch
 
-    local = os.environ.get("LOCAL_RANK", "")
-    if device == "auto" and local.isdecimal() and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    local = local_rank()
+    if device == "auto" and local is not None and torch.cuda.is_available():
+        return f"cuda:{local % torch.cuda.device_count()}"
     return device

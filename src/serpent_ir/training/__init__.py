@@ -1,4 +1,4 @@
-"""The training of a recipe, a part a file; `serpent_ir.train.train` puts them together.
+"""The training of a recipe, a part a file; `run.train` puts them together.
 
 schedule      what step number n is: its stage, samples and learning rate
 losses        the distance of restored from clean
@@ -8,9 +8,12 @@ recompute     blocks that keep their input alone
 workers       the processes that train together
 checkpoints   folders of hashed files, whole or not there
 validation    PSNR, SSIM and pictures
-report        log, progress and pictures of a run
+log           rows, progress and pictures of a run
 room          what is said where memory is short
 stopping      signals and time limits
 trainer       the loop
 plan          what a run would take, measured without training
+recipe        what a run is told, read from YAML and checked
+lock          one run for a folder
+run           from a recipe to its weights: what `serpent_ir.train` hands on
 """

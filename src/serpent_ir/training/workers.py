@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.inference import pick_device
-from serpent_ir.system.processes import rank_and_world
+from serpent_ir.system.devices import pick_device
+from serpent_ir.system.processes import launched, rank_and_world
 from serpent_ir.training.recipe import RecipeError, of_key
 
 T = TypeVar("T")
@@ -46,8 +46,7 @@ class Workers:
             raise RecipeError(f"device is {device!r}; with several processes it must be auto, cuda or cpu")
         with of_key("device"):
             self.device = pick_device(device)
-        launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-        self.joined = self.world > 1 or (launched and shared and self.device.type in ("cuda", "cpu"))
+        self.joined = self.world > 1 or (launched() and shared and self.device.type in ("cuda", "cpu"))
         if not self.joined:
             return
         self._joint = _join(self.device.type, self.world)
