@@ -126,7 +126,7 @@ def test_errors_of_people_are_a_line(tmp_path, monkeypatch):
     for call, told in [
         (("profile", "-n", "serpent_x"), "unknown model 'serpent_x'"),
         (("profile", "-n", "serpent_b.nope"), "unknown degradation 'nope'"),
-        (("profile", "--size", "big"), "--size big: sides in pixels"),
+        (("profile", "--size", "big"), "--size big: give sides in pixels"),
         (("profile", "--size", "0"), "sizes must be from 1 to 16777216, and the batch at least 1"),
         (("profile", "--json", "--markdown"), "give one of them"),
         (("report", tmp_path, "--from", tmp_path / "none.json"), "none.json: cannot be read"),

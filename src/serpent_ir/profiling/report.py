@@ -111,7 +111,7 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
         "- 1 MAC = 2 FLOPs, and what the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
         "- Memory is the peak of plain calls with weights and images, and in training gradients and Adam's moments.",
         "- *Out of memory*: tried, or told by a smaller size. *Skipped*: a call would have taken too long.",
-        "- Every figure is there as SVG, too. Written by `serpent report`; docs/profile.md says how it is measured.",
+        "- Each figure is there as SVG, too. `serpent report` wrote it; docs/train/compare.md tells how.",
         "",
         "## Over resolution (the paper's Figure 1)",
         "",
