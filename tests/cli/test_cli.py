@@ -318,7 +318,7 @@ def test_train_plans(tmp_path):
     assert re.search(r"1 +8 +7 +8,571 +59,997 ", shown.stdout)  # whole steps
     assert re.search(r"estimated: \d+\.\d\d hours", shown.stdout)
     assert not (tmp_path / "run").exists()
-    assert "--images: it stands for" in serpent("train", tmp_path / "recipe.yaml", "--images", 5).stderr
+    assert "--images only goes with --dry-run" in serpent("train", tmp_path / "recipe.yaml", "--images", 5).stderr
 
 
 def test_what_was_trained_is_evaluated_and_restores(tmp_path):
