@@ -1,4 +1,4 @@
-"""Before and after side by side, with a detail enlarged, and how near both are to a reference."""
+"""Before and after side by side, with a detail enlarged, and how close both are to a reference."""
 
 import math
 from pathlib import Path
@@ -14,26 +14,26 @@ from serpent_ir.image import Picture, read_image_pixels, to_pixels, to_tensor, w
 from serpent_ir.metrics import SSIM_WINDOW, psnr, ssim
 
 PANEL = 768
-"""Longest side in pixels of an image on the sheet; larger ones are shrunk."""
+"""Longest side in pixels of an image on the sheet. Larger ones are shrunk."""
 DETAIL = 5
-"""The detail has a fifth of the image's sides."""
+"""The sides of the detail are the image's, divided by this."""
 _MARGIN, _CAPTION = 12, 36
 
 
 def write_comparison(before: Path, after: Path, sheet: Path, reference: Path | None = None) -> dict[str, float]:
-    """Draw the files of an image before and after its restoration beside each other, and measure them.
+    """Draw an image before and after its restoration side by side, and measure both files against a reference.
 
     Args:
-        before: the file that was restored; enlarged (bicubic) where the other is larger.
+        before: the file that was restored. It is enlarged (bicubic) if the restored one is larger.
         after: the restored file.
-        sheet: where to write the drawing, by its suffix.
-        reference: what the restored file should look like, drawn too.
+        sheet: where to write the drawing; the suffix decides the format.
+        reference: what the restored file should look like. It is drawn too.
 
     Returns:
-        input_psnr, psnr, input_ssim and ssim where there is a reference; SSIM from 11 px a side up.
+        input_psnr, psnr (dB), input_ssim and ssim, if there is a reference; SSIM only from 11 px per side on.
 
     Raises:
-        ImageError: a file that cannot be read or written, or a reference of another size.
+        ImageError: a file cannot be read or written, or the reference has another size.
     """
     restored = _read(after)
     given = _read(before)
@@ -62,7 +62,7 @@ def write_comparison(before: Path, after: Path, sheet: Path, reference: Path | N
 
 
 def find_detail(image: Tensor) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part of an image (1, 3, H, W) with the most edges, a fifth of it a side."""
+    """The part of an image (1, 3, H, W) with the most edges, a fifth of its sides: left, top, right and bottom."""
     height, width = image.shape[-2:]
     tall, wide = max(1, height // DETAIL), max(1, width // DETAIL)
     grey = image.mean(1, keepdim=True)
@@ -77,12 +77,15 @@ def find_detail(image: Tensor) -> tuple[int, int, int, int]:
 
 
 def draw_panels(panels: dict[str, Image.Image], detail: tuple[int, int, int, int]) -> Image.Image:
-    """The captioned images, of one size, in a row, below each its detail, as large as column and `PANEL` allow."""
+    """The captioned images, all of one size, in a row.
+
+    Below each is its detail, as large as column and `PANEL` allow.
+    """
     width, height = next(iter(panels.values())).size
     shrunk = min(1.0, PANEL / max(width, height))
     shown = max(1, round(width * shrunk)), max(1, round(height * shrunk))
     column = max(shown[0], 256)  # room for a caption
-    times = min(column / (detail[2] - detail[0]), PANEL / (detail[3] - detail[1]))  # a strip, too, fits on the sheet
+    times = min(column / (detail[2] - detail[0]), PANEL / (detail[3] - detail[1]))  # so that narrow details also fit
     enlarged = max(1, round(times * (detail[2] - detail[0]))), max(1, round(times * (detail[3] - detail[1])))
     sheet = Image.new(
         "RGB", (_MARGIN + len(panels) * (column + _MARGIN), _CAPTION + shown[1] + enlarged[1] + 2 * _MARGIN), "white"
@@ -95,7 +98,7 @@ def draw_panels(panels: dict[str, Image.Image], detail: tuple[int, int, int, int
         sheet.paste(image if image.size == shown else image.resize(shown, Image.Resampling.LANCZOS), (x, _CAPTION))
         box = [math.floor(edge * shrunk) for edge in detail]
         draw.rectangle((x + box[0], _CAPTION + box[1], x + box[2], _CAPTION + box[3]), outline="white", width=2)
-        # Nearest, so that the pixels of the files are seen as they are.
+        # Nearest neighbour, so that the pixels of the files are seen as they are.
         close = image.crop(detail).resize(enlarged, Image.Resampling.NEAREST)
         sheet.paste(close, (x, _CAPTION + shown[1] + _MARGIN))
     return sheet

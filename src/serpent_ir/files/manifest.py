@@ -1,4 +1,4 @@
-"""What of a batch is done already, in a file that survives whatever stops the batch."""
+"""Records what part of a batch is done, in a file that survives whatever stops the batch."""
 
 import glob
 import json
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from serpent_ir.files.plan import Job
 
 _BEGINNING = b'{"source": "'
-"""What every line begins with."""
+"""The beginning of every line."""
 
 
 class Manifest:
-    """A file with a line for each image that was done, so that an interrupted batch goes on where it stopped.
+    """A file with a line for each finished image, so that an interrupted batch continues where it stopped.
 
-    An image counts as done if its line names the same settings, size and time of the source, and its output is there.
-    Size and time are those from before it was read. Lines that a full disk, a stop or a power cut left half or
-    damaged count for nothing, and the others go on counting. Processes that share a batch write a file each and read
-    those of all.
+    An image counts as done if its line names the same settings and the same size and time of the source, and its output
+    exists. Size and time are those from before the source was read. Lines that a full disk, a stop or a power cut left
+    incomplete or damaged are ignored; the others still count. Processes that share a batch write one file each and read
+    the files of all.
 
     Args:
-        path: the file; one that is no manifest is refused by UsageError and left as it is.
+        path: the file. A file that is no manifest is refused by UsageError and left as it is.
         settings: what the outputs depend on besides the sources.
-        beside: another file that the output of a job depends on, its mask; its size and time count, too.
+        beside: gives another file that the output of a job depends on (its mask). Its size and time count too.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], beside: "Callable[[Job], Path | None]" = lambda job: None):
@@ -36,12 +36,12 @@ class Manifest:
         rank, world = rank_and_world()
         self._done: dict[str, dict[str, Any]] = {}
         self._begun: dict[int, dict[str, Any]] = {}
-        self._waiting: list[bytes] = []  # lines that there was no room for
+        self._waiting: list[bytes] = []  # lines that did not fit on the disk
         for file in [path, *sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*"))]:
             self._read(file)
         self.path = path = path if world == 1 else path.with_name(f"{path.name}.rank{rank}")
         try:
-            self._file = path.open("a+b", buffering=0)  # a line is written at once, or one sees that it is not
+            self._file = path.open("a+b", buffering=0)  # unbuffered: a line is written at once, or the failure is seen
             end = self._file.seek(0, 2)
             self._file.seek(max(0, end - 1))
             self._torn = self._file.read(1) not in (b"", b"\n")
@@ -55,7 +55,7 @@ class Manifest:
             return
         except OSError as error:
             raise UsageError(f"{file}: cannot be read as a manifest ({error.strerror})") from None
-        ours = not content.strip(b"\0\r\n")  # a power cut may leave zero bytes of what was to be written
+        ours = not content.strip(b"\0\r\n")  # a power cut may leave zero bytes in place of what was to be written
         for line in content.split(b"\n"):
             record = _parsed(line)
             if isinstance(record, dict) and _is_record(record):
@@ -71,11 +71,11 @@ class Manifest:
         return job.target.is_file() and self._done.get(_absolute(job.target)) == self._record(job)
 
     def begin(self, job: "Job") -> None:
-        """Take size and time of a source, before it is read; they are those that `add` notes."""
+        """Take the size and time of a source before it is read. `add` will record them."""
         self._begun[job.index] = self._record(job)
 
     def add(self, job: "Job") -> None:
-        """Note that this image is done. Where there is no room it waits for some, and the person is told once."""
+        """Record that this image is done. If the disk is full the line waits for room, and one warning is given."""
         record = self._begun.pop(job.index, None) or self._record(job)
         self._waiting.append(json.dumps(record).encode() + b"\n")
         told = len(self._waiting) > 1
@@ -83,7 +83,7 @@ class Manifest:
             warnings.warn(f"{self.path}: cannot be written ({problem}); what is done is not noted there", stacklevel=2)
 
     def finish(self) -> None:
-        """Write what waited for room. Raises SerpentError where there is still none."""
+        """Write the lines that wait for room. Raises SerpentError if there is still none."""
         if problem := self._write():
             count = len(self._waiting)
             raise SerpentError(
@@ -96,12 +96,12 @@ class Manifest:
         self._file.close()
 
     def _write(self) -> str:
-        """Write all lines that wait; return why it cannot be done, "" where it was."""
+        """Write all waiting lines. Returns the reason why that is impossible, "" if it was done."""
         while self._waiting:
             line = (b"\n" if self._torn else b"") + self._waiting[0]
             try:
                 written = self._file.write(line)
-                if written != len(line):  # the disk is full within this line; the rest of it says why
+                if written != len(line):  # the disk became full within this line; writing the rest will give the error
                     self._torn = True
                     self._file.write(line[written:])
                     self._torn = False
@@ -120,7 +120,7 @@ class Manifest:
             if beside is not None:
                 status = beside.stat()
                 record["beside"] = [_absolute(beside), status.st_size, status.st_mtime_ns]
-        except (SerpentError, OSError):  # it fails when it is worked on
+        except (SerpentError, OSError):  # the job will fail, and report it, when it is worked on
             pass
         return record
 
@@ -138,7 +138,7 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 
 def _was_a_record(line: bytes) -> bool:
-    """Whether a line that is no JSON looks like one of ours, cut short or damaged."""
+    """Whether a line that is not JSON looks like one of ours, cut short or damaged."""
     line = line.strip(b"\0\r")
     begins = bool(line) and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line))
     return begins or (b'"target": "' in line and b'"mtime_ns": ' in line)

@@ -1,4 +1,4 @@
-"""The inputs of a command: files, folders, patterns and lists, and which file becomes which."""
+"""The inputs of a command (files, folders, patterns and lists), and which file becomes which."""
 
 import codecs
 import fnmatch
@@ -21,7 +21,7 @@ from serpent_ir.image.folders import SUFFIXES, find_images
 
 @dataclass(frozen=True)
 class Job:
-    """An image to read and the file to write; `refused` says why it must not be written there."""
+    """An image to read and the file to write. `refused` is the reason why it must not be written there, if any."""
 
     index: int
     source: Path
@@ -30,18 +30,19 @@ class Job:
 
 
 def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
-    """What is to be done for the inputs of a command.
+    """Decide what is to be done for the inputs of a command.
 
     Args:
-        inputs: image files; folders, which are mirrored under the output, subfolders too; patterns such as
-            `photos/**/*.jpg`, whose part without wildcards is such a folder; `@LIST`, a file with a name a line (or
-            ended by zero bytes), relative ones being mirrored; `-`, such a list from standard input.
+        inputs: image files; folders, which are mirrored under the output with their subfolders; patterns such as
+            `photos/**/*.jpg`, whose part without wildcards is such a folder; `@LIST`, a file with one name per line (or
+            with names that end in zero bytes), of which relative ones are mirrored; `-`, such a list on standard input.
         output: a folder; or, for one image, a file with the suffix of an image. Formats that are read but not written
-            become PNG. Where it is inside of a folder or pattern (or, for a list, of the current folder), what is in
-            it is no input, so that the same call goes on after an earlier one.
+            become PNG. If it lies inside a folder or pattern (or, for a list, inside the current folder), its content
+            is not an input, so that the same call can continue after an earlier one.
 
-    Raises UsageError, before any work, for a missing path, a folder without images, or outputs that would overwrite an
-    input or each other.
+    Raises:
+        UsageError: before any work, for a missing path, a folder without images, or outputs that would overwrite an
+            input or each other.
     """
     names_an_image = output.suffix.lower() in {*Image.registered_extensions(), *SUFFIXES, *RAW_SUFFIXES, ".jxl"}
     if names_an_image and not output.is_dir():
@@ -85,7 +86,7 @@ def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
         yield path, Path(path.name)
     elif _is_list(path):
         names = _listed(path)
-        kept = _not_written(names, Path(), output) or names  # all of them inside: that is what was meant
+        kept = _not_written(names, Path(), output) or names  # if all are inside, they are what was meant
         if left := len(names) - len(kept):
             warnings.warn(f"{path}: {left} of its names are inside of {output}, the output, and left out", stacklevel=2)
         for name in kept:
@@ -106,7 +107,7 @@ def _found(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _split(pattern: Path) -> tuple[Path, list[str]]:
-    """The folder where a pattern begins and the parts of it from there on. A name that is there is no pattern."""
+    """The folder where a pattern begins, and the parts of the pattern from there on. An existing name is no pattern."""
     base, parts = Path(), list(pattern.parts)
     while parts and (not glob.has_magic(parts[0]) or (base / parts[0]).exists()):
         base /= parts.pop(0)
@@ -114,7 +115,7 @@ def _split(pattern: Path) -> tuple[Path, list[str]]:
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """What a pattern stands for below a folder; in each folder, too, a name that is there is no pattern."""
+    """The matches of a pattern below a folder. In every folder, too, an existing name is no pattern."""
     if not parts:
         yield folder
         return
@@ -127,14 +128,14 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     else:
         try:
             names = fnmatch.filter((entry.name for entry in folder.iterdir()), part)
-        except OSError:  # no folder, or one that may not be read
+        except OSError:  # not a folder, or one that may not be read
             names = []
         for name in names:
             yield from _matches(folder / name, rest)
 
 
 def _tell_of_passed_over(path: Path, files: Iterable[Path]) -> None:
-    """Most other files are passed over in silence; these are images to the person who gave them."""
+    """Warn about skipped files that people take for images. Most other files are skipped silently."""
     others = [file for file in files if file.suffix.lower() in RAW_SUFFIXES | PASSED_OVER]
     others = sorted(file.name for file in others if not file.name.startswith("._"))
     if raw := [name for name in others if Path(name).suffix.lower() in RAW_SUFFIXES]:
@@ -149,14 +150,14 @@ def _tell_of_passed_over(path: Path, files: Iterable[Path]) -> None:
 
 
 def _not_written(files: list[Path], base: Path, output: Path) -> list[Path]:
-    """Without what an earlier run wrote, where the output is a folder inside of what is searched for images."""
+    """The files without what an earlier run wrote, if the output is a folder inside the one that is searched."""
     base, output = base.resolve(), output.resolve()
     if output == base or not output.is_relative_to(base):
         return files
     return [file for file in files if not file.resolve().is_relative_to(output)]
 
 
-_BOMS = {  # that of UTF-32 first: it begins as that of UTF-16 does
+_BOMS = {  # UTF-32 comes first, because its mark begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -165,9 +166,9 @@ _BOMS = {  # that of UTF-32 first: it begins as that of UTF-16 does
 
 
 def _listed(path: Path) -> list[Path]:
-    """The names in a list, all of which are there. They are bytes (a name need not be text), or UTF-16 as of Windows.
+    """The names in a list, all of which must exist. They are bytes (a name need not be text), or UTF-16 from Windows.
 
-    Raises UsageError for a list that cannot be read, and for a name that is not there.
+    Raises UsageError for a list that cannot be read, and for a name that does not exist.
     """
     if str(path) == "-":
         label, data = "the list from standard input", sys.stdin.buffer.read()
@@ -178,7 +179,7 @@ def _listed(path: Path) -> list[Path]:
             data = file.read_bytes()
         except OSError as error:
             raise UsageError(f"{file}: cannot be read as a list of images ({error.strerror})") from None
-    data = data.removeprefix(codecs.BOM_UTF8)  # which Windows' editors put before text
+    data = data.removeprefix(codecs.BOM_UTF8)  # Windows editors put it before text
     if encoding := _encoding(data):
         try:
             data = os.fsencode(data.decode(encoding))
@@ -199,7 +200,7 @@ def _listed(path: Path) -> list[Path]:
 
 
 def _encoding(data: bytes) -> str | None:
-    """Which of UTF-16 and UTF-32 a list is in; None for one in bytes."""
+    """Whether a list is in UTF-16 or UTF-32, and which; None for a list of bytes."""
     for mark, encoding in _BOMS.items():
         if data.startswith(mark):
             return encoding
@@ -212,7 +213,7 @@ def _encoding(data: bytes) -> str | None:
 def _is_there(name: Path) -> bool:
     try:
         return name.exists()
-    except (OSError, ValueError):  # no name at all: too long, for one
+    except (OSError, ValueError):  # an impossible name, for example one that is too long
         return False
 
 
@@ -236,7 +237,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def companion(path: Path | None, job: Job, output: Path, what: str) -> Path | None:
-    """The file that goes with an image: `path`, or in it, where it is a folder, the one named as the output is."""
+    """The file that goes with an image: `path`; or, if that is a folder, the file in it named like the output."""
     if path is None or not path.is_dir():
         return path
     below = job.target.relative_to(output) if job.target != output else Path(output.name)
@@ -247,12 +248,12 @@ def companion(path: Path | None, job: Job, output: Path, what: str) -> Path | No
 
 
 def sheet_of(job: Job) -> Path:
-    """Where the comparison of an image goes."""
+    """The path of an image's comparison sheet."""
     return job.target.with_name(f"{job.target.stem}-compare.png")
 
 
 def check_sheets(jobs: Sequence[Job]) -> None:
-    """Raise UsageError where a comparison would take the place of an input or an output."""
+    """Raise UsageError if a comparison sheet would replace an input or an output."""
     taken = {path.resolve() for job in jobs for path in (job.source, job.target)}
     sheets: set[Path] = set()
     for job in jobs:
@@ -263,7 +264,7 @@ def check_sheets(jobs: Sequence[Job]) -> None:
 
 
 def make_folders(jobs: Iterable[Job]) -> None:
-    """Make the folders of the outputs. Raises SerpentError where one cannot be made."""
+    """Make the folders of the outputs. Raises SerpentError if one cannot be made."""
     for folder in {job.target.parent: None for job in jobs if not job.refused}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

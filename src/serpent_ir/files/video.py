@@ -1,4 +1,4 @@
-"""Videos: each frame through the same path as an image; all else that the file holds goes along, or is told."""
+"""Videos: each frame goes through the same path as an image. All else in the file is copied, or reported as lost."""
 
 import contextlib
 import warnings
@@ -21,37 +21,39 @@ if TYPE_CHECKING:
     import av
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffixes that are written, with FFmpeg's names of their format."""
+"""Suffixes that can be written, with FFmpeg's names of their formats."""
 
-_ADVISED = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", ".webm": "webm"}  # the one that holds most comes first
-_RATE = Fraction(25)  # frames a second, where a file does not say
+_ADVISED = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", ".webm": "webm"}  # the most capable one comes first
+_RATE = Fraction(25)  # frames per second, if a file does not say
 
 
 def restore_video(
     source: Path, target: Path, restorer: Restorer, *, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Restore the first film of a file, and take along its sound, subtitles and what else it carries.
+    """Restore the first video stream of a file, and take along its sound, subtitles and whatever else it carries.
 
-    Frames keep their times and lengths (the earliest stream begins at zero, offsets between streams stay), colour
-    matrix, range and tags, sampling and bits, grey, alpha, rotation and HDR10's light data, as far as an encoder of the
-    container can: H.264, VP9 in WebM (AV1 for 10 bits), ProRes 4444 (.mov) and FFV1 (.mkv) for alpha. The two fields of
-    an interlaced frame are restored apart. Other streams, covers, attachments, chapters, flags and tags are copied;
-    subtitles of text are converted where they cannot be. One warning names all that was left out or converted, by what
-    can be read from the new file (`video_carriers.CARRIERS`). Sound and subtitles that this container cannot hold, but
-    another one can, are refused before any work.
+    Frames keep their times and durations (the earliest stream begins at zero, and offsets between streams stay). They
+    also keep colour matrix, range and tags, sampling and bits, grey, alpha, rotation and HDR10's light data, as far as
+    an encoder of the container can: H.264, VP9 in WebM (AV1 for 10 bits), ProRes 4444 (.mov) and FFV1 (.mkv) for alpha.
+        The
+    two fields of an interlaced frame are restored separately. Other streams, covers, attachments, chapters, flags and
+    tags are copied; text subtitles are converted if they cannot be copied. One warning names everything that was left
+    out or converted, judged by what can be read from the new file (`video_carriers.CARRIERS`). Sound and subtitles that
+    this container cannot hold, but another one can, are refused before any work.
 
     Args:
         source: any file that FFmpeg reads.
-        target: the file to write, by its suffix one of `CONTAINERS`; it appears whole or not at all.
-        restorer: what each frame goes through, alone.
-        progress: called with (frames done, frames in all as the file says, 0 where it does not).
+        target: the file to write, with one of the suffixes in `CONTAINERS`. It appears whole or not at all.
+        restorer: restores each frame, separately.
+        progress: called with (frames done, all frames as the file says, 0 if it does not say).
 
     Returns:
         The number of frames.
 
     Raises:
-        UsageError: PyAV is missing, another suffix, or source and target are one file.
-        SerpentError: no video, damaged, sound or subtitles that need another container, or not writable.
+        UsageError: PyAV is missing, the suffix is another one, or source and target are the same file.
+        SerpentError: no video, a damaged file, sound or subtitles that need another container, or a target that cannot
+            be written.
     """
     try:
         import av
@@ -96,7 +98,7 @@ def restore_video(
 
 @dataclass(frozen=True)
 class _Times:
-    """When frames are shown, by their packets: how many, whether at one distance, and how long the last one stays."""
+    """When frames are shown, by their packets: how many, whether evenly spaced, and how long the last one stays."""
 
     count: int
     even: bool
@@ -104,7 +106,7 @@ class _Times:
 
 
 class _Work:
-    """One file on its way into another."""
+    """One file that is being converted into another."""
 
     def __init__(
         self, source: Path, target: Path, film: Any, first: "av.VideoFrame", times: _Times, restorer: Restorer
@@ -118,7 +120,7 @@ class _Work:
         self.shift = _beginning(film, first, [one.stream for one in self.planned if one.goes])
 
     def write(self, new: BinaryIO, progress: Callable[[int, int], None] | None) -> int:
-        """Write the new file; returns the number of frames."""
+        """Write the new file. Returns the number of frames."""
         sink, file = along.Sink(new), self.film.container
         tags = along.file_tags(file)
         options = along.options_for(tags, self.planned, self.container)
@@ -128,7 +130,7 @@ class _Work:
             video = None
             for one in self.planned:
                 if one.stream is self.film:
-                    # Times of decoding run behind by some frames with B-frames, so that MP4 tells wrong lengths.
+                    # With B-frames, decoding times lag behind by some frames, so that MP4 gives wrong durations.
                     video = self.frames.add_to(made, self.film, bframes=self.times.even, header=self.any_codec)
                     along.describe(video, self.film, self.container)
                     if matrix := side_data(self.first).get("DISPLAYMATRIX"):
@@ -141,10 +143,10 @@ class _Work:
 
     def _transcode(self, made: Any, video: Any, sink: along.Sink, progress: Callable[[int, int], None] | None) -> int:
         unit = self.film.time_base
-        length = round(1 / ((self.film.guessed_rate or _RATE) * unit))  # of a frame
+        length = round(1 / ((self.film.guessed_rate or _RATE) * unit))  # of one frame
         total, count = self.film.frames or self.times.count, 0
         lengths: dict[int, int] = {}
-        held: Any = None  # until the next one says how long it stays
+        held: Any = None  # a frame that waits until the next one tells its duration
 
         def encode(frame: Any) -> None:
             for packet in video.encode(frame):
@@ -158,7 +160,7 @@ class _Work:
         for packet in self.film.container.demux([self.film, *(one.stream for one in others.values())]):
             if packet.stream_index == self.film.index:
                 for frame in decode(packet):
-                    # None: a bare stream has no times. Damaged ones may run backwards, which encoders refuse.
+                    # A bare stream has no times (None). Damaged ones may run backwards, which encoders refuse.
                     now = max(now + 1, frame.pts - by) if frame.pts is not None else now + length
                     self.seen.look(frame, count)
                     restored = self.frames.restored(frame)
@@ -170,7 +172,7 @@ class _Work:
                     count += 1
                     if progress:
                         progress(count, max(total, count) if total else 0)
-            elif packet.size and (one := others.get(packet.stream_index)):  # the one without is the end's
+            elif packet.size and (one := others.get(packet.stream_index)):  # an empty packet marks the end
                 for new in along.packets_for(one, packet, self.shift, self.container):
                     made.mux(new)
                 sink.check()
@@ -181,7 +183,7 @@ class _Work:
         return count
 
     def told(self, new: BinaryIO) -> str:
-        """The line on what the file that was written lacks; empty where it has all."""
+        """The line on what the new file lacks; empty if it has everything."""
         import av
 
         followed = [one.stream for one in self.planned if one.goes and one.stream.type != "data"]
@@ -201,7 +203,7 @@ class _Work:
 
 
 def _look_through(source: Path, index: int) -> tuple["av.VideoFrame | None", _Times]:
-    """The first frame of a stream, which tells what its file does not, and when all are shown, by their packets."""
+    """The first frame of a stream, which tells what the file does not; and, from the packets, when frames are shown."""
     import av
 
     first, shown = None, []
@@ -220,17 +222,17 @@ def _look_through(source: Path, index: int) -> tuple["av.VideoFrame | None", _Ti
         length = round(1 / ((film.guessed_rate or _RATE) * unit))
         even = not apart or max(apart) - min(apart) <= max(2, Fraction(3, 2000) / unit)
         last = shown[-1][1] or length if shown else length
-        # Packets tell the distance in the order of decoding; where the track goes on for longer, the last frame stays.
+        # Packets give distances in decoding order. If the track goes on for longer, the last frame stays until its end.
         if shown and (rest := _end(film) - shown[-1][0]) > 1.9 * last:
             last = round(rest)
         return first, _Times(len(shown), even and last <= 1.9 * max(apart, default=last), last)
 
 
 def _end(film: Any) -> float:
-    """When a stream of video ends, in its unit, by what its file says; 0 where it says nothing."""
+    """When a video stream ends, in its time unit, according to its file; 0 if the file does not say."""
     if film.duration:
         return (film.start_time or 0) + film.duration
-    try:  # Matroska's, written as 00:01:02.345000000
+    try:  # Matroska writes it as 00:01:02.345000000
         hours, minutes, seconds = film.metadata.get("DURATION", "").split(":")
         return float((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / film.time_base)
     except ValueError:
@@ -238,7 +240,7 @@ def _end(film: Any) -> float:
 
 
 def _beginning(film: Any, first: "av.VideoFrame", others: list[Any]) -> Fraction:
-    """The time that becomes zero: that of the earliest stream. Sound before 0 is what decoders drop: it stays so."""
+    """The time that becomes zero: that of the earliest stream. Decoders drop sound before 0, and it stays before 0."""
     begins = first.pts * film.time_base if first.pts is not None else Fraction(0)
     starts = [
         stream.start_time * stream.time_base
@@ -250,7 +252,10 @@ def _beginning(film: Any, first: "av.VideoFrame", others: list[Any]) -> Fraction
 
 
 def _decoder(film: Any, *, threads: bool = True) -> Callable[[Any], list["av.VideoFrame"]]:
-    """What decodes a packet of a stream: FFmpeg's own decoders of VP8 and VP9 leave out alpha, libvpx has it."""
+    """A function that decodes a packet of a stream.
+
+    FFmpeg's own decoders of VP8 and VP9 drop alpha; libvpx keeps it.
+    """
     from av.codec.context import CodecContext
 
     codec = film.codec_context

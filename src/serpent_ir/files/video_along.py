@@ -1,4 +1,4 @@
-"""What goes along with a video's frames: sound, subtitles, further streams, covers, attachments, chapters, tags."""
+"""What is taken along with a video's frames: sound, subtitles, other streams, covers, attachments, chapters, tags."""
 
 import contextlib
 import io
@@ -11,25 +11,25 @@ from typing import Any, BinaryIO
 from serpent_ir.errors import SerpentError
 
 _TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
-"""FFmpeg's names of formats -> what subtitles of text become where they cannot be copied."""
+"""FFmpeg's names of formats -> the codec that text subtitles are converted to if they cannot be copied."""
 
 _IMAGES = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png"), "bmp": ("cover.bmp", "image/bmp")}
-"""Codecs of covers -> name and MIME type that Matroska knows them by."""
+"""Codecs of covers -> the file name and MIME type that Matroska uses for them."""
 
 _OF_THE_OLD_FILE = {
     *("major_brand", "minor_version", "compatible_brands", "encoder", "vendor_id", "duration", "alpha_mode", "bps"),
     *("number_of_frames", "number_of_bytes", "source_id", "handler_name", "name", "title", "language", "location-eng"),
 }
-"""Tags that speak of the old file's bytes, or that are handled by name."""
+"""Tags that refer to the old file's bytes, or that are handled by name elsewhere."""
 
 _CLASSIC = {
     *("title", "artist", "album_artist", "album", "date", "comment", "genre", "copyright", "track", "disc", "show"),
     *("description", "synopsis", "grouping", "lyrics", "composer", "creation_time", "location", "episode_id"),
     *("network", "keywords", "timecode", "media_type", "hd_video", "gapless_playback", "compilation", "performer"),
 }
-"""Tags that MP4 and QuickTime hold as their players look for them; others go into a list of any keys in their place."""
+"""Tags that MP4 and QuickTime store where their players look. Others go into a list of arbitrary keys instead."""
 
-# Languages with two codes in ISO 639-2: FFmpeg's QuickTime muxer knows one of them, as the old Macintosh did.
+# Languages with two codes in ISO 639-2. FFmpeg's QuickTime muxer knows one of the two, as the old Macintosh did.
 _MAC_LANGUAGES = {
     **{"deu": "ger", "fre": "fra", "nld": "dut", "swe": "sve", "ell": "gre", "isl": "ice", "zho": "chi", "sqi": "alb"},
     **{"rum": "ron", "cze": "ces", "slo": "slk", "mkd": "mac", "hye": "arm", "kat": "geo", "bod": "tib", "mya": "bur"},
@@ -38,18 +38,18 @@ _MAC_LANGUAGES = {
 
 
 def same_language(code: str) -> str:
-    """One code for a language of two in ISO 639-2."""
+    """One code for a language that has two in ISO 639-2."""
     return _MAC_LANGUAGES.get(code, code)
 
 
 @dataclass
 class Along:
-    """A stream of the old file and what becomes of it.
+    """A stream of the old file, and what becomes of it.
 
     Attributes:
-        stream: of the old file.
+        stream: the stream of the old file.
         how: "film", "copy", "cover", "attachment", "no", or the codec that subtitles are converted to.
-        made: the stream of the new file that gets its packets, once there is one.
+        made: the stream of the new file that receives its packets, once there is one.
     """
 
     stream: Any
@@ -63,7 +63,7 @@ class Along:
 
     @property
     def converted(self) -> bool:
-        """Whether they are subtitles of another codec there."""
+        """Whether they are subtitles that have another codec there."""
         return self.goes and self.how not in ("copy", "cover")
 
     @property
@@ -77,26 +77,26 @@ class Along:
 
 
 class Sink:
-    """A file for FFmpeg to write into. What goes wrong is kept for `check`: PyAV would print a traceback of it."""
+    """A file for FFmpeg to write to. Errors are kept for `check`, because PyAV would print a traceback of them."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._error = file, None
 
     def write(self, data: bytes) -> int:
-        """Write, or do nothing once something went wrong."""
+        """Write, or do nothing after an error."""
         self._try(self._file.write, data)
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place; also tells where that is."""
+        """Move to a position. Also returns the position."""
         return self._try(self._file.seek, offset, whence) or 0
 
     def tell(self) -> int:
-        """The place to write at."""
+        """The position to write at."""
         return self._try(self._file.tell) or 0
 
     def check(self) -> None:
-        """Raise the OSError that came up."""
+        """Raise the OSError that occurred, if any."""
         if self._error:
             raise self._error
 
@@ -112,11 +112,11 @@ class Sink:
 def open_for_writing(
     sink: Any, container: str, *, any_codec: bool = False, options: dict[str, str] | None = None
 ) -> Any:
-    """A container of FFmpeg to write.
+    """Open an FFmpeg container for writing.
 
-    With `any_codec` (Matroska) through FFmpeg's tee: PyAV asks the muxer what it takes by the strict rule, by which
-    Matroska has no sound of Windows Media or ADPCM, and the tee has no rule. It passes on everything but chapters, and
-    encoders must be told to write a header (`global_header`).
+    With `any_codec` (Matroska) it is written through FFmpeg's tee. PyAV asks the muxer, by its strict rule, what it
+    takes; by that rule Matroska has no sound of Windows Media or ADPCM, while the tee has no such rule. The tee passes
+    on everything except chapters, and encoders must be told to write a header (`global_header`).
     """
     import av
 
@@ -126,19 +126,19 @@ def open_for_writing(
 
 
 def is_cover(stream: Any) -> bool:
-    """Whether a stream of video is a picture beside the film."""
+    """Whether a video stream is a picture beside the actual video."""
     from av.stream import Disposition
 
     return stream.type == "video" and bool(stream.disposition & Disposition.attached_pic)
 
 
 def film_of(file: Any) -> Any:
-    """The stream of video that is not a cover; None if there is none."""
+    """The first video stream that is not a cover; None if there is none."""
     return next((stream for stream in file.streams.video if not is_cover(stream)), None)
 
 
 def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
-    """Whether FFmpeg writes a file's beginning with such a stream."""
+    """Whether FFmpeg can write the header of a file with such a stream."""
     import av
     from av.error import FFmpegError
 
@@ -147,20 +147,20 @@ def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
         made = open_for_writing(Sink(io.BytesIO()), container, any_codec=any_codec)
         new = made.add_stream_from_template(stream, opaque=True)
         made.start_encoding()
-        if pcm:  # MP4 says only at the end that it takes none whose channels have no places, as in AVI
+        if pcm:  # MP4 says only at the end that it refuses channels without positions, as AVI has them
             silence = av.Packet(bytes(1 << 10))
             silence.stream, silence.pts, silence.dts, silence.time_base = new, 0, 0, stream.time_base
             made.mux(silence)
             made.close()
     except (ValueError, RuntimeError, FFmpegError):
         return False
-    with contextlib.suppress(FFmpegError):  # others want packets, which would be of no use here
+    with contextlib.suppress(FFmpegError):  # some formats want packets, which does not matter here
         made.close()
     return True
 
 
 def plan(film: Any, container: str) -> tuple[list[Along], bool]:
-    """What becomes of each stream of a film's file in a container, and whether it must be written with `any_codec`."""
+    """What becomes of each stream of a video's file in a container, and whether `any_codec` is needed to write it."""
     import av.stream
 
     result, any_codec = [], False
@@ -170,7 +170,7 @@ def plan(film: Any, container: str) -> tuple[list[Along], bool]:
         if stream is film or stream.index == film.index:
             stream, how = film, "film"
         elif stream.discard == av.stream.Discard.all:
-            continue  # chapters, as MP4 has them
+            continue  # chapters, in the form that MP4 uses
         elif stream.type == "attachment":
             how = "attachment" if container == "matroska" else "no"
         elif is_cover(stream):
@@ -178,7 +178,7 @@ def plan(film: Any, container: str) -> tuple[list[Along], bool]:
                 how = {"matroska": "attachment", "webm": "no"}.get(container, "cover")
         elif stream.type == "data":
             if stream.metadata.get("timecode"):
-                continue  # the film has its tag
+                continue  # the video stream has the same tag
             how = "copy" if _holds(container, stream) else "no"
         elif codec is not None:
             if _holds(container, stream):
@@ -188,12 +188,12 @@ def plan(film: Any, container: str) -> tuple[list[Along], bool]:
             elif stream.type == "subtitle" and codec.codec.text_sub:
                 how = _TEXT_CODECS[container]
         result.append(Along(stream, how))
-    # FFmpeg's files have covers and attachments behind the tracks.
+    # FFmpeg's files have covers and attachments after the tracks.
     return sorted(result, key=lambda one: one.how in ("attachment", "cover")), any_codec
 
 
 def refuse(source: Path, target: Path, film: Any, planned: list[Along], containers: dict[str, str]) -> None:
-    """Raise SerpentError where sound or subtitles have no place in this container, but in another one."""
+    """Raise SerpentError if sound or subtitles have no place in this container but have one in another."""
 
     def without(ways: list[Along]) -> list[Along]:
         return [one for one in ways if one.how == "no" and one.stream.type in ("audio", "subtitle")]
@@ -227,7 +227,7 @@ def add_stream(made: Any, one: Along, container: str) -> None:
     elif one.goes:
         one.made = made.add_stream(one.how)
         one.made.time_base = Fraction(1, 1000)
-        stream.codec_context.open(strict=False)  # the header is there from then on
+        stream.codec_context.open(strict=False)  # after this its header is there
         one.made.codec_context.subtitle_header = stream.codec_context.subtitle_header
         describe(one.made, stream, container)
 
@@ -236,7 +236,7 @@ def describe(new: Any, old: Any, container: str) -> None:
     """Give a stream the tags and flags of another."""
     new.disposition = old.disposition
     tags: dict[str, Any] = tags_of(old.metadata)
-    if title := old.metadata.get("title") or old.metadata.get("name"):  # FFmpeg reads "name" where it wrote a title
+    if title := old.metadata.get("title") or old.metadata.get("name"):  # FFmpeg reads back "name" if it wrote a title
         tags["title"] = title
     if language := old.metadata.get("language"):
         tags["language"] = _MAC_LANGUAGES.get(language, language) if container == "mov" else language
@@ -247,7 +247,7 @@ def describe(new: Any, old: Any, container: str) -> None:
 
 
 def tags_of(metadata: dict[str, str]) -> dict[str, str]:
-    """The tags that hold for a restored file too, classic ones in lower case."""
+    """The tags that still hold for a restored file; classic ones in lower case."""
     kept = {}
     for key, value in metadata.items():
         plain = key.lower()
@@ -257,7 +257,7 @@ def tags_of(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def file_tags(file: Any) -> dict[str, str]:
-    """The tags of a file that its restored version has, too."""
+    """The tags of a file that its restored version has too."""
     tags = tags_of(file.metadata)
     if title := file.metadata.get("title") or file.metadata.get("TITLE"):
         tags["title"] = title
@@ -265,7 +265,7 @@ def file_tags(file: Any) -> dict[str, str]:
 
 
 def options_for(tags: dict[str, str], planned: list[Along], container: str) -> dict[str, str]:
-    """What FFmpeg's muxer is told: tags of any key need another list, which has no covers."""
+    """Options for FFmpeg's muxer: tags with arbitrary keys need another list, which has no covers."""
     any_key = not all(key in _CLASSIC or key.startswith("location-") for key in tags)
     if container in ("mp4", "mov") and any_key and not any(one.how == "cover" for one in planned):
         return {"movflags": "use_metadata_tags"}
@@ -282,7 +282,7 @@ def chapters_of(file: Any, shift: Fraction) -> list[dict[str, Any]]:
 
 
 def _picture(stream: Any) -> bytes:
-    """The bytes of a cover, which FFmpeg gives as its stream's packet."""
+    """The bytes of a cover, which FFmpeg delivers as its stream's packet."""
     import av
 
     with av.open(str(stream.container.name), "r") as again:
@@ -290,7 +290,7 @@ def _picture(stream: Any) -> bytes:
 
 
 def packets_for(one: Along, packet: Any, shift: Fraction, container: str) -> Iterator[Any]:
-    """The packets that become of one of the old file's, with its times `shift` seconds earlier."""
+    """The new packets for a packet of the old file, with times `shift` seconds earlier."""
     new = packet
     new.stream = one.made
     if one.how == "cover":
@@ -305,7 +305,7 @@ def packets_for(one: Along, packet: Any, shift: Fraction, container: str) -> Ite
             return
         new = one.made.codec_context.encode_subtitle(subtitle)
         new.stream, new.time_base, new.duration = one.made, packet.time_base, packet.duration
-    # What an edit list cuts off is marked so in MP4; Matroska would play it, and the film later.
+    # MP4 marks what an edit list cuts off. Matroska would play it, and start the video later.
     elif packet.is_discard and container in ("matroska", "webm") and start - by + (packet.duration or 0) < 0:
         return
     if one.stream.type == "subtitle":

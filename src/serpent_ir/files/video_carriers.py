@@ -1,7 +1,7 @@
-"""What a video carries beside its pixels: one table of it, by which a new file is compared with the old one.
+"""The one table of what a video carries beside its pixels, by which a new file is compared with the old one.
 
-A carrier is kept, converted or told: `video_along` and `video_frames` write what FFmpeg's muxers can hold, and whatever
-cannot be read from the new file again is named, for a muxer drops in silence what its format has no place for.
+A carrier is kept, converted or reported. `video_along` and `video_frames` write what FFmpeg's muxers can hold. Whatever
+cannot be read back from the new file is reported, because a muxer silently drops what its format has no place for.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,21 +28,21 @@ FRAME_DATA = {
     "ICC_PROFILE": "ICC profile",
     "AMBIENT_VIEWING_ENVIRONMENT": "ambient viewing environment",
 }
-"""Side data of frames, by PyAV's names, in words."""
+"""Side data of frames: PyAV's names and what each is called in messages."""
 
-_SAID = "color_primaries", "color_trc", "colorspace"  # with these names in PyAV; 2 is unspecified
+_SAID = "color_primaries", "color_trc", "colorspace"  # PyAV's names; a value of 2 means unspecified
 
 
 @dataclass
 class Seen:
-    """What frames carry: words -> the number of the first one that does."""
+    """What frames carry: its name in messages -> the number of the first frame that carries it."""
 
     first: dict[str, int] = field(default_factory=dict)
     turned: tuple[int, ...] = ()
     said: dict[str, int] = field(default_factory=dict)
 
     def look(self, frame: Any, number: int) -> None:
-        """Note what a frame carries."""
+        """Record what a frame carries."""
         data = side_data(frame)
         for name in data.keys() & FRAME_DATA.keys():
             self.first.setdefault(FRAME_DATA[name], number)
@@ -56,7 +56,7 @@ class Seen:
 
 @dataclass
 class Reading:
-    """A file, its film, its other streams in the order of the new file's, and what its frames carry."""
+    """A file, its video stream, its other streams in the order of the new file's, and what its frames carry."""
 
     file: Any
     film: Any
@@ -65,7 +65,7 @@ class Reading:
 
     @property
     def tracks(self) -> Iterable[tuple[str, Any]]:
-        """Film and others, by name."""
+        """The video stream and the others, by name."""
         yield "video", self.film
         for number, stream in enumerate(self.others, 1):
             yield f"{stream.type} {number}", stream
@@ -103,7 +103,7 @@ CARRIERS: dict[str, Callable[[Reading], Facts]] = {
     "side data of frames": lambda read: dict.fromkeys(read.seen.first, True),
     "Dolby Vision": lambda read: {"Dolby Vision": _codec_tag(read.film).startswith(("dvh", "dva", "dav"))},
 }
-"""Each carrier: name -> what a file has of it, in words, with a value that the new file should have, too."""
+"""Each carrier: name -> what a file has of it, in words, each with a value that the new file should have too."""
 
 
 def lost(before: Reading, after: Reading) -> list[str]:
@@ -116,7 +116,7 @@ def lost(before: Reading, after: Reading) -> list[str]:
 
 
 def told(planned: list[Along], frames: list[str], gone: list[str]) -> str:
-    """The one line on what became of a file; empty where all was kept."""
+    """The one line on what became of a file; empty if everything was kept."""
     left = dict.fromkeys([one.name for one in planned if one.how == "no"] + frames + gone)
     parts = [f"without {', '.join(left)}"] if left else []
     parts += [f"its {one.name} became {one.how}" for one in planned if one.converted]
@@ -131,5 +131,5 @@ def _shape(film: Any) -> Any:
 def _codec_tag(film: Any) -> str:
     try:
         return str(film.codec_context.codec_tag)
-    except UnicodeDecodeError:  # four bytes of any kind
+    except UnicodeDecodeError:  # the tag is four arbitrary bytes
         return ""

@@ -1,4 +1,4 @@
-"""A network over an image: whole or in tiles, on a device, in a precision."""
+"""Runs a network over an image: whole or in tiles, on a device, in a precision."""
 
 from serpent_ir.inference.network import run_network as run_network
 from serpent_ir.inference.restorer import Restorer as Restorer

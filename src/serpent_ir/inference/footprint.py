@@ -1,4 +1,7 @@
-"""How much memory a network needs for an image."""
+"""Predicts how much memory a network needs for an image. This decides between whole images and tiles.
+
+The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py`: `benchmarks/results/memory.*.json`.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -8,11 +11,11 @@ if TYPE_CHECKING:
 
 
 IMAGE = 72
-"""Bytes for each pixel of a network's input that hold the image itself: its pixels, the input and output in float32 and
-what turns one into the other."""
+"""Bytes per pixel of a network's input for the image itself: its pixels, the float32 input and output, and what
+converts one into the other."""
 
-# Peak bytes for each pixel of the network's input, beyond the weights and `IMAGE`: (in any case, for each channel of
-# the first level and pixel). A patch of P x P pixels is one position of Serpent's first level.
+# Peak bytes per pixel of the network's input, beyond the weights and `IMAGE`: (always, per channel of the first level
+# and pixel). One position of Serpent's first level is a patch of P x P pixels.
 BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
     ("Serpent", "cpu"): (0, 40),
     ("Serpent", "cuda"): (0, 25),
@@ -25,18 +28,18 @@ BYTES_PER_PIXEL: dict[tuple[str, str], tuple[float, float]] = {
 }
 
 _ENLARGED = {"cpu": 520, "cuda": 260}
-"""Bytes for each pixel of the output of a network that makes images larger: two maps of SwinIR's 64 channels there.
+"""Bytes per output pixel of a network that enlarges images, for two maps of SwinIR's 64 channels at that size.
 
-Measured on a CPU 480 (`pixelshuffle`), 320 (`nearest+conv`).
+Measured on a CPU: 480 (`pixelshuffle`) and 320 (`nearest+conv`).
 """
 
-_UNKNOWN = (0, 128)  # a network that nobody measured, 32 channels wide: 4 KB a pixel
+_UNKNOWN = (0, 128)  # for a network that nobody measured, taken to be 32 channels wide: 4 KB per pixel
 
 
 def network_bytes(model: "nn.Module", pixels: int, device: "torch.device", dtype: "torch.dtype") -> int:
-    """Predicted peak memory on `device` of one pass of `model` over an input of so many pixels (images counted in).
+    """Predicted peak memory on `device`, in bytes, of one pass of `model` over an input of `pixels` (over the batch).
 
-    `dtype` is what the network computes in: on CUDA the table holds bfloat16, and float32 takes twice as much.
+    `dtype` is what the network computes in. On CUDA the table is for bfloat16, and float32 takes twice as much.
     """
     import torch
 

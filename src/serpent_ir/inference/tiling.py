@@ -1,8 +1,8 @@
-"""Cutting a large image into overlapping tiles, and putting the restored tiles together without a seam.
+"""Cuts a large image into overlapping tiles, and puts the restored tiles together without seams.
 
-Where tiles overlap each pixel is a weighted mean of them. A weight falls towards the edge of its tile as a raised
-cosine and the weights of a pixel sum to one. Tiles are made in one order, row by row, and rows of the image are handed
-on as soon as no other tile touches them, so that the result neither depends on who asks nor has to fit in memory.
+Where tiles overlap, each pixel is a weighted mean of them. A weight falls towards the edge of its tile as a raised
+cosine, and the weights of a pixel sum to one. Tiles are made in a fixed order, row by row. Rows of the image are handed
+on as soon as no other tile touches them. So the result neither depends on the caller nor has to fit in memory.
 """
 
 import math
@@ -24,7 +24,10 @@ class Axis:
     spans: tuple[Span, ...]
 
     def weights(self) -> list[Tensor]:
-        """Of each span the weight of its pixels, (end - start,) float32; over all spans they sum to one everywhere."""
+        """For each span the weights of its pixels, (end - start,) float32.
+
+        Over all spans they sum to one everywhere.
+        """
         raw = []
         for index, (start, end) in enumerate(self.spans):
             weight = torch.ones(end - start, dtype=torch.float64)
@@ -47,11 +50,11 @@ def _rise(count: int) -> Tensor:
 
 
 def cut(size: int, tile: int, overlap: int, multiple: int) -> Axis:
-    """Spans of at most `tile` pixels that cover `size`, neighbours sharing `overlap` pixels or more.
+    """Spans of at most `tile` pixels that cover `size`. Neighbours share at least `overlap` pixels.
 
     They start at multiples of `multiple` and are about equally long, so that no sliver is left at the end.
 
-    Raises UsageError: a tile that is no positive multiple of `multiple`, or an overlap that leaves too little of it.
+    Raises UsageError: `tile` is not a positive multiple of `multiple`, or `overlap` leaves too little of it.
     """
     if tile < multiple or tile % multiple:
         raise UsageError(f"a tile of {tile} px; this network needs a multiple of {multiple}")
@@ -77,10 +80,10 @@ def _up(value: int, multiple: int) -> int:
 def blend(rows: Axis, columns: Axis, tile: Callable[[Span, Span], Tensor]) -> Iterator[Tensor]:
     """Make every tile and yield the image from top to bottom, in strips (B, C, strip's rows, W) float32 on the CPU.
 
-    `tile(rows, columns)` gives (B, C, rows, columns) on any device. One row of tiles is in memory at a time.
+    `tile(rows, columns)` returns (B, C, rows, columns) on any device. One row of tiles is in memory at a time.
     """
     row_weights, column_weights = rows.weights(), columns.weights()
-    carried: Tensor | None = None  # rows begun by earlier tiles, the first of them at the start of this row of tiles
+    carried: Tensor | None = None  # rows begun by earlier tiles; the first one is where this row of tiles starts
     for index, (top, bottom) in enumerate(rows.spans):
         strip: Tensor | None = None
         for span, across in zip(columns.spans, column_weights, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that keeps the dtype of its input, with statistics in float32.
 
-    Autocast would make a float32 copy of the map before it and hand one on.
+    Under autocast PyTorch's would make a float32 copy of the map and return a float32 map.
     """
 
     def forward(self, input: Tensor) -> Tensor:

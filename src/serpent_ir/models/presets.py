@@ -28,7 +28,7 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
 }
 
 FAMILIES = {SerpentConfig: "Serpent", UNetConfig: "U-Net", SwinIRConfig: "SwinIR", RestormerConfig: "Restormer"}
-"""What people call the networks of a kind of configuration, whatever their sizes."""
+"""What people call the networks of each kind of configuration, whatever their sizes."""
 
 TASK_CHANNELS = {"inpaint": 4}
-"""Input channels that a task brings, where they are not the image's three."""
+"""Input channels for tasks that need others than the image's three."""

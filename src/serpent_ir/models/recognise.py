@@ -1,7 +1,7 @@
-"""From the tensors of a file to the configuration of the network that they are for.
+"""Finds, from the tensors of a file, the configuration of the network that they are for.
 
-Names and shapes decide: each reader raises KeyError, IndexError, ValueError or ZeroDivisionError where a file is nearly
-one of its network's. What no shape tells is that of the public releases.
+Names and shapes decide. Each reader raises KeyError, IndexError, ValueError or ZeroDivisionError if a file is almost
+one for its network. What no shape tells is taken from the public releases.
 """
 
 import math
@@ -19,11 +19,11 @@ from serpent_ir.models.swinir import SwinIRConfig
 from serpent_ir.models.unet import UNetConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of the tensors of a state dict, by name."""
+"""Shapes of the tensors in a state dict, by name."""
 
 JPEG_WINDOW, JPEG_RANGE = 7, 255.0
-"""The released weights of SwinIR against JPEG, which works in blocks of 8, alone have this window, and images of this
-range."""
+"""Window and image range of the released SwinIR weights against JPEG, which works in blocks of 8. No other release has
+this window."""
 
 FROM_FILE: dict[type, tuple[str, ...]] = {
     SerpentConfig: ("in_channels",),
@@ -31,7 +31,7 @@ FROM_FILE: dict[type, tuple[str, ...]] = {
     SwinIRConfig: ("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
     RestormerConfig: ("norm_bias", "dual_pixel", "in_channels", "out_channels"),
 }
-"""What a file of weights decides where nobody asks for another; the rest makes the size of a preset."""
+"""The fields that a file of weights decides unless the caller asks for others. The other fields make up a preset."""
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -39,7 +39,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def numbered(shapes: Shapes, prefix: str) -> int:
-    """How many modules `prefix`0., `prefix`1., ... there are."""
+    """The number of modules called `prefix`0., `prefix`1., ... in a row."""
     found = {key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)}
     return next(i for i in count() if str(i) not in found)
 
@@ -66,7 +66,7 @@ def _unet(shapes: Shapes) -> UNetConfig | None:
 def _swinir(shapes: Shapes) -> SwinIRConfig | None:
     """The configuration that a state dict of these shapes is for; None if it is no SwinIR.
 
-    `img_range` stands in no shape: it is that of the releases.
+    No shape tells `img_range`, so that of the releases is taken.
     """
     first = "layers.0.residual_group.blocks.0"
     if f"{first}.attn.relative_position_bias_table" not in shapes:
@@ -125,22 +125,22 @@ READERS: dict[type, Callable[[Shapes], Any]] = {
     SwinIRConfig: _swinir,
     RestormerConfig: _restormer,
 }
-"""The configuration that a state dict of these shapes is for, by kind; None if it is of another network."""
+"""By kind: finds the configuration that a state dict of these shapes is for; None if it is for another network."""
 
 
 def recognise(shapes: Shapes) -> Any:
-    """The configuration of the network that has parameters of these names and shapes; None for no known network."""
+    """The configuration of the network with parameters of these names and shapes; None if no known network fits."""
     for read in READERS.values():
         try:
             if found := read(shapes):
                 return found
-        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # much is missing, or of shapes that cannot be
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # much is missing, or shapes are impossible
             return None
     return None
 
 
 def unknown(shapes: Shapes) -> str:
-    """Why `recognise` finds no network: the one that it nearly is, or the first names."""
+    """Why `recognise` finds no network: it names the network that almost fits, or the first tensors."""
     for kind, family in FAMILIES.items():
         try:
             READERS[kind](shapes)
@@ -153,7 +153,7 @@ def unknown(shapes: Shapes) -> str:
 
 
 def preset_of(config: Any) -> str:
-    """Name of the preset with this configuration but for what weights decide; "" for none."""
+    """Name of the preset with this configuration, apart from the fields that weights decide; "" if there is none."""
     for name, (_, preset) in reversed(PRESETS.items()):
         if type(preset) is type(config):
             decided = {field: getattr(preset, field) for field in ("task", *FROM_FILE[type(preset)])}

@@ -1,6 +1,6 @@
-"""Restormer (Zamir et al., arXiv 2111.09881): a U-Net whose attention is between channels, one of the paper's rivals.
+"""Restormer (Zamir et al., arXiv 2111.09881), one of the paper's rivals: a U-Net with attention between channels.
 
-Parameter names and shapes are those of the public release, so that its state dicts load strictly; the function is the
+Parameter names and shapes are those of the public release, so its state dicts load strictly. The function is the
 release's too. Maps are (B, c, H, W), channels-last in memory.
 """
 
@@ -23,18 +23,18 @@ FFN_EXPANSION = 2.66
 
 @dataclass(frozen=True)
 class RestormerConfig:
-    dim: int = 48  # of the first level; each of the other three has twice as many as the one before
-    blocks: tuple[int, ...] = (4, 6, 6, 8)  # of each level; the decoder mirrors the encoder
+    dim: int = 48  # channels of the first level; each of the other three has twice as many as the one before
+    blocks: tuple[int, ...] = (4, 6, 6, 8)  # blocks of each level; the decoder mirrors the encoder
     refinement: int = 4  # blocks at the end, at full size
     heads: tuple[int, ...] = (1, 2, 4, 8)
     norm_bias: bool = True  # False is the release's "BiasFree", which its denoisers have
-    dual_pixel: bool = False  # two views of one photo come in (6 channels), and nothing is added to the output
+    dual_pixel: bool = False  # the input is two views of one photo (6 channels), and nothing is added to the output
     in_channels: int = 3
     out_channels: int = 3
-    task: str = ""  # the degradation that the weights undo, "" for none
+    task: str = ""  # the degradation that the weights undo; "" for none
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON has a list
         object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.blocks) != 4 or len(self.heads) != 4:
             raise UsageError("restormer: blocks and heads are of four levels")
@@ -57,7 +57,7 @@ class ChannelNorm(nn.Module):
 
 
 class BiasFreeNorm(nn.Module):
-    """x / standard deviation over the last axis, times a weight: unlike LayerNorm it leaves the mean in."""
+    """x / standard deviation over the last axis, times a weight. Unlike LayerNorm it does not subtract the mean."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -72,9 +72,9 @@ class BiasFreeNorm(nn.Module):
 class TransposedAttention(nn.Module):
     """Attention between the channels of each head, over all positions (paper, section 3.1, "MDTA").
 
-    Not through scaled_dot_product_attention: channels are its sequence here and the H W positions its head's width,
-    and no fused kernel takes more than a few hundred. What it does without a kernel is less than what stands here: the
-    logits are a small matrix, so q and k are normalised there, not as maps.
+    It does not use scaled_dot_product_attention. Here channels are the sequence and the H W positions are the head's
+    width, and no fused kernel takes a width of more than a few hundred. Without a fused kernel that function does less
+    than this code: the logits are a small matrix, so the norms of q and k are divided out there, not in the maps.
     """
 
     def __init__(self, c: int, heads: int):
@@ -96,7 +96,7 @@ class TransposedAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Two halves of a widened, locally mixed map; GELU of one gates the other (paper, section 3.2, "GDFN")."""
+    """Two halves of a widened, locally mixed map; the GELU of one gates the other (paper, section 3.2, "GDFN")."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -124,7 +124,7 @@ class TransformerBlock(nn.Module):
 
 
 def resampled(c_in: int, c_out: int, shuffle: str) -> nn.Sequential:
-    """A convolution, and the pixel (un)shuffle that `shuffle` describes, which leaves the map channels-last."""
+    """A convolution, then the pixel (un)shuffle that `shuffle` describes. It leaves the map channels-last."""
     body = nn.Sequential(
         nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
         Rearrange(shuffle, p=2, q=2),
@@ -144,15 +144,15 @@ def upsample(c: int) -> nn.Sequential:
 
 
 class Restormer(nn.Module, PyTorchModelHubMixin):
-    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
+    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
 
-    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
     size_multiple = 8
     scale = 1
     layer_norm_macs = 0
-    """The release writes its LayerNorm out, so that the counter of the paper's tables does not see it."""
+    """The release writes LayerNorm out as single operations, so the counter of the paper's tables does not see it."""
 
     def __init__(self, config: RestormerConfig):
         super().__init__()

@@ -1,4 +1,7 @@
-"""Hashes of safetensors files, whose format has no checksum: one in the metadata of those that this program writes."""
+"""Hashes for safetensors files, whose format has no checksum.
+
+Files that this program writes have one in the metadata.
+"""
 
 import hashlib
 import json
@@ -7,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 KEY = "serpent_sha256"
-"""Of the metadata. It is the SHA-256 of [header, metadata] without it, as sorted JSON, and of the bytes that follow."""
+"""The key in the metadata. Its value is the SHA-256 of [header, metadata] without it, as sorted JSON, and of the bytes
+that follow."""
 
 
 def sealed(content: bytes) -> bytes:
-    """A safetensors file's bytes with its hash, and with its metadata in the order of their names.
+    """A safetensors file's bytes, with its hash, and with its metadata sorted by name.
 
-    The library writes them in an order that differs from call to call, and runs of the same weights should leave files
-    of the same hash.
+    The library writes metadata in an order that differs from call to call, but runs with the same weights should give
+    files with the same hash.
     """
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), memoryview(content)[8 + size :]
@@ -29,9 +33,9 @@ def sealed(content: bytes) -> bytes:
 
 
 def why_damaged(path: Path, shipped: Path) -> str:
-    """Why a safetensors file that the library reads is not as it was written; "" where it is, or nothing tells.
+    """Why a safetensors file that the library can read is not as it was written; "" if it is, or if nothing tells.
 
-    A file in the folder `shipped` is compared with the hash in the JSON of its name there, any other with that in its
+    A file in the folder `shipped` is compared with the hash in its JSON card there, any other file with the hash in its
     metadata. Raises OSError.
     """
     with path.open("rb") as file:
@@ -57,5 +61,5 @@ def _why_not_as_written(file: BufferedReader) -> str:
 
 
 def _hash_of(header: dict[str, Any], metadata: dict[str, str]) -> Any:
-    """The hash so far, of what stands before the numbers."""
+    """The hash object after everything that precedes the tensors' bytes."""
     return hashlib.sha256(json.dumps([header, metadata], sort_keys=True, separators=(",", ":")).encode())

@@ -1,11 +1,11 @@
-"""SwinIR (Liang et al., arXiv 2108.10257): residual groups of Swin Transformer layers, one of the paper's rivals.
+"""SwinIR (Liang et al., arXiv 2108.10257), one of the paper's rivals: residual groups of Swin Transformer layers.
 
-Parameter names and shapes are those of the public release, so that its state dicts load strictly. The function is the
-release's too, stochastic depth excepted, which only its training knew. Maps are channels-last, (B, H, W, channels).
+Parameter names and shapes are those of the public release, so its state dicts load strictly. The function is the
+release's too, except for stochastic depth, which only its training used. Maps are channels-last, (B, H, W, channels).
 
-Attention runs through scaled_dot_product_attention. What is added to its logits is the learned bias and, in shifted
-windows, a mask; the mask has only four patterns (inside, last column, last row, corner), so that neither is ever
-written out window by window.
+Attention runs through scaled_dot_product_attention. The learned bias and, in shifted windows, a mask are added to its
+logits. The mask has only four patterns (inside, last column, last row, corner), so neither is ever written out window
+by window.
 """
 
 from collections import OrderedDict
@@ -24,17 +24,17 @@ from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.padding import pad_to_multiple
 
 SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
-"""The upsamplers of the public releases, and how many times larger each makes an image."""
+"""The upsamplers of the public releases, and the factor by which each enlarges an image."""
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
-"""Of the photos of DIV2K; the release takes it off colour images."""
+"""Mean colour of the DIV2K photos. The release subtracts it from colour images."""
 RECONSTRUCTION_DIM = 64
 """Channels of the maps that `pixelshuffle` and `nearest+conv` upsample."""
 MASKED = -100.0
 """What the release adds to the logit of a pair that must not see each other."""
 WINDOWS_TRAINED_ON = 8
-"""Windows a side of the images that state dicts hold masks for: the release's are of 64 pixels where not said."""
+"""Windows per side of the images that the masks in state dicts are for. The release's are of 64 pixels by default."""
 MOST_WINDOWS = 65535
-"""For one call: the grid of a CUDA kernel has no more."""
+"""Most windows per call, since the grid of a CUDA kernel holds no more."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class SwinIRConfig:
     upsampler: str = "none"
     scale: int = 1
     img_range: float = 1.0  # images are multiplied by it inside
-    in_channels: int = 3  # one or three of the image, which come out; a task may add more (a mask)
-    task: str = ""  # the degradation that the weights undo, "" for none
+    in_channels: int = 3  # one or three image channels, which are also the output's; a task may add more (a mask)
+    task: str = ""  # the degradation that the weights undo; "" for none
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON brings a list
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON has a list
         object.__setattr__(self, "upsampler", self.upsampler or "none")  # the release says ""
         if self.upsampler not in SCALES:
             raise UsageError(f"no upsampler {self.upsampler!r}; valid: {', '.join(SCALES)}")
@@ -76,10 +76,10 @@ def named(**modules: nn.Module) -> nn.Sequential:
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows of a map (B, H, W, c), both sides multiples of the window; keeps the shape.
+    """Self-attention within windows of a map (B, H, W, c), both sides multiples of the window. Keeps the shape.
 
-    A shifted layer's windows lie half a window further down and right, and go on at the other end of the map; pixels
-    that are no neighbours there are masked.
+    The windows of a shifted layer lie half a window further down and right, and wrap around at the ends of the map.
+    Pixels that are not neighbours in the image are masked there.
     """
 
     relative_position_index: Tensor
@@ -94,8 +94,8 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
         apart = [axis[:, None] - axis + window - 1 for axis in (y, x)]
-        # No file decides on either. State dicts have them as the release's have (`_put_in_derived`), and
-        # `load_state_dict` takes one with them or without.
+        # No file decides these two. State dicts contain what the release's contain (`_put_in_derived`), and
+        # `load_state_dict` takes a state dict with or without them.
         self.register_buffer("relative_position_index", apart[0] * (2 * window - 1) + apart[1], persistent=False)
         from_above, from_left = y >= window - self.shift, x >= window - self.shift
         none = torch.zeros_like(from_above)
@@ -110,7 +110,7 @@ class WindowAttention(nn.Module):
         """`forward` by another projection (B, H, W, c) -> (B, H, W, 3 heads d), whose heads may end with zeros."""
         heads_dim = x.shape[-1] // self.heads
         bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m heads -> heads n m")
-        bias = bias.contiguous()  # the fused kernels of a GPU take no other
+        bias = bias.contiguous()  # the fused kernels of a GPU take no other layout
         if not self.shift:
             return self.proj(self._attend_windows(qkv(x), bias, heads_dim))
         projected = qkv(x.roll((-self.shift, -self.shift), (1, 2)))
@@ -127,7 +127,7 @@ class WindowAttention(nn.Module):
         return self.proj(torch.cat(rows, 1)).roll((self.shift, self.shift), (1, 2))
 
     def _attend_windows(self, qkv: Tensor, bias: Tensor, heads_dim: int) -> Tensor:
-        """Windows of qkv (B, h, w, 3 heads d), bias (heads, n, n) for each -> (B, h, w, c)."""
+        """Attention in the windows of qkv (B, h, w, 3 heads d), with bias (heads, n, n) for each -> (B, h, w, c)."""
         batch, height, width, _ = qkv.shape
         most = max(1, MOST_WINDOWS // max(1, batch * (width // self.window))) * self.window
         if height > most:
@@ -158,7 +158,7 @@ class SwinLayer(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """Swin Transformer layers, every second one shifted, a convolution and a skip (paper, section 3.2, "RSTB")."""
+    """Swin Transformer layers, every second one shifted; a convolution; and a skip (paper, section 3.2, "RSTB")."""
 
     def __init__(self, config: SwinIRConfig, count: int):
         super().__init__()
@@ -185,7 +185,7 @@ def on_channels_last(convolution: nn.Module, x: Tensor) -> Tensor:
 class SwinIR(nn.Module, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, and makes them `scale` times larger.
 
-    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
     mean: Tensor
@@ -225,7 +225,7 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
 
     @staticmethod
     def is_derived(key: str) -> bool:
-        """Whether the releases save what can be computed under this name."""
+        """Whether the releases save something under this name that can be computed."""
         return key.endswith((".relative_position_index", ".attn_mask"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
 
 
 def pixel_shuffles(c_in: int, factors: tuple[int, ...], c_out: int) -> nn.Sequential:
-    """(B, c_in, H, W) -> (B, c_out, H, W), times the product of the factors."""
+    """(B, c_in, H, W) -> (B, c_out, H, W), enlarged by the product of the factors."""
     pairs = ((nn.Conv2d(c_in, c_out * p * p, 3, padding=1), nn.PixelShuffle(p)) for p in factors)
     return nn.Sequential(*(module for pair in pairs for module in pair))
 
@@ -266,7 +266,7 @@ def _leave_out_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, 
 
 
 def _put_in_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """What the release saves besides parameters; readers of its layout know a SwinIR by it, and load strictly."""
+    """Add what the release saves besides parameters. Readers of its layout expect it, and load strictly."""
     first = state.get(f"{prefix}conv_first.weight")
     if isinstance(first, nn.Parameter) or first is None or first.is_meta:  # `keep_vars`, or nothing to write to a file
         return
@@ -279,7 +279,7 @@ def _put_in_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_:
 
 
 def _mask(attention: WindowAttention, dtype: torch.dtype) -> Tensor:
-    """Of a shifted layer for an image of `WINDOWS_TRAINED_ON` windows a side: (windows, n, n)."""
+    """The mask of a shifted layer for an image of `WINDOWS_TRAINED_ON` windows per side: (windows, n, n)."""
     side, strangers = WINDOWS_TRAINED_ON, attention.strangers
     masked = strangers[0, 0].repeat(side, side, 1, 1)
     masked[-1], masked[:, -1], masked[-1, -1] = strangers[1, 0], strangers[0, 1], strangers[1, 1]

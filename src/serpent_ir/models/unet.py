@@ -1,9 +1,10 @@
 """U-Net of the fastMRI benchmark, the paper's convolutional baseline (section 4; Zbontar et al., arXiv 1811.08839).
 
-Parameter names and shapes are those of the public release, so that its state dicts load strictly. The function is the
-release's too, with what its data transform does around the network: it sees images of mean 0 and deviation 1, and what
-it makes of them is put back. Without, a network that normalises every map has to guess how bright an image is, and is
-worse than its input where images are larger than the crops it was trained on. There is no residual to the output.
+Parameter names and shapes are those of the public release, so its state dicts load strictly. The function is the
+release's too, together with its data transform: the network sees images of mean 0 and deviation 1, and mean and
+deviation are put back in the output. Without that, a network that normalises every map has to guess how bright an image
+is, and gives worse images than its input if they are larger than the crops that it was trained on. The input is not
+added to the output.
 """
 
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ from serpent_ir.models.padding import pad_to_multiple
 
 @dataclass(frozen=True)
 class UNetConfig:
-    channels: int = 32  # of the first level; each pooling doubles them
+    channels: int = 32  # channels of the first level; each pooling doubles them
     in_channels: int = 3
     out_channels: int = 3
     pools: int = 4
-    task: str = ""  # the degradation that the weights undo, "" for none
+    task: str = ""  # the degradation that the weights undo; "" for none
 
 
 def normalised(convolution: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:
-    """The convolution, instance norm without parameters, leaky ReLU."""
+    """The convolution, instance norm without parameters, and leaky ReLU."""
     return [convolution, nn.InstanceNorm2d(convolution.out_channels), nn.LeakyReLU(0.2, inplace=True)]
 
 
@@ -37,7 +38,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             *normalised(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)),
-            nn.Identity(),  # the release has a dropout here, off in its weights: the next convolution is `layers.4`
+            nn.Identity(),  # the release has a dropout here, which is off; so the next convolution is `layers.4`
             *normalised(nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)),
         )
 
@@ -57,9 +58,9 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module, PyTorchModelHubMixin):
-    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, returns (B, out_channels, H, W).
+    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
 
-    Input of other sizes is reflect-padded on the right and bottom to a multiple of `size_multiple`, and cropped after.
+    Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
     scale = 1
@@ -80,7 +81,7 @@ class UNet(nn.Module, PyTorchModelHubMixin):
         height, width = x.shape[-2:]
         image, more = x.split([images := min(self.config.out_channels, x.shape[1]), x.shape[1] - images], dim=1)
         mean = image.mean((1, 2, 3), keepdim=True)
-        deviation = image.std((1, 2, 3), correction=0, keepdim=True) + 1e-6  # of a plain image it is 0
+        deviation = image.std((1, 2, 3), correction=0, keepdim=True) + 1e-6  # it is 0 for a uniform image
         x = torch.cat([(image - mean) / deviation, more], dim=1)
         # Twice the multiple, because instance norm cannot work on a bottleneck of one pixel.
         x = pad_to_multiple(x, self.size_multiple, least=2 * self.size_multiple)

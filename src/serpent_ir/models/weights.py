@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and what torch.save writes, of which nothing but tensors is taken."""
+"""Files of weights: safetensors, and what torch.save writes. Only tensors are taken from them."""
 
 import json
 import os
@@ -17,10 +17,11 @@ from serpent_ir.errors import SerpentError, is_out_of_memory
 from serpent_ir.models import seals
 
 WRAPPERS = ("params_ema", "params", "state_dict")
-"""Under which of these public releases keep a state dict, if not bare; the first that is there counts."""
+"""Keys under which public releases keep a state dict, if it is not bare. The first one that is there counts."""
 
 PREFIXES = ("module.", "_orig_mod.", "unet.")
-"""What training may put before every name: DataParallel and its kin, torch.compile, fastMRI's Lightning module."""
+"""Prefixes that training may put before every name: DataParallel's and the like, torch.compile's, fastMRI's Lightning
+module's."""
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 """The folder of the weights that ship."""
@@ -29,7 +30,7 @@ FREE_WEIGHTS = {"serpent_l.photo": "CC BY-SA 4.0"}
 """Licences of weights that were trained on images with free licences alone."""
 
 NAMED = 20
-"""Keys that a message names where most differ: more would fill the screen, and tell no more than that."""
+"""How many keys a message names if most differ. More would fill the screen without telling more."""
 
 
 def licence_of(weights: str) -> str:
@@ -38,12 +39,12 @@ def licence_of(weights: str) -> str:
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has. Of a
-    `model.safetensors` the task may stand in the `config.json` beside it, as `save_pretrained` writes it.
+    """Tensors of a file of weights, and its metadata (`network`, `task`), which only safetensors has.
 
-    Safetensors that this program wrote are compared with their hash (`seals`); files of others have none.
+    For a `model.safetensors` the task may be in the `config.json` beside it, as `save_pretrained` writes it.
+    Safetensors that this program wrote are compared with their hash (`seals`); other files have none.
 
-    Raises SerpentError: no such file, not readable, damaged, values that are not finite, or one that would run code
+    Raises SerpentError: no such file, not readable, damaged, values that are not finite, or a file that would run code
     when loaded.
     """
     path = Path(path)
@@ -58,7 +59,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise SerpentError(f"{path}: no such weights file") from None
     except OSError as error:
         raise SerpentError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
-    if not head:  # as a download that failed at once
+    if not head:  # for example after a download that failed at once
         raise SerpentError(f"{path}: is empty; get the file again")
     if head[8:] == b"{":
         try:
@@ -71,11 +72,11 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         if damage:
             raise SerpentError(f"{path}: is damaged ({damage}); get the file again")
         told = {**_task_beside(path), **(metadata or {})}
-        told.pop(seals.KEY, None)  # which would be wrong for whatever is made of this
+        told.pop(seals.KEY, None)  # it would be wrong for whatever is made from these tensors
         return _checked(tensors, path), told
     if head[:2] == b"PK":
         _check_archive(path)
-    elif head[:1] != b"\x80":  # as pickles begin that torch.save writes
+    elif head[:1] != b"\x80":  # the first byte of a pickle that torch.save writes
         raise SerpentError(
             f"{path}: is no weights file, neither safetensors nor of torch.save (a web page saved by mistake, or a "
             "pointer of Git LFS?); get the file itself"
@@ -84,7 +85,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def _task_beside(path: Path) -> dict[str, str]:
-    """The task of what `save_pretrained` wrote, which stands in the configuration beside the weights."""
+    """The task of a file that `save_pretrained` wrote, from the configuration beside it."""
     try:
         task = json.loads((path.parent / "config.json").read_bytes())["task"] if path.name == HUB_NAME else ""
     except (OSError, ValueError, KeyError, TypeError):
@@ -93,18 +94,18 @@ def _task_beside(path: Path) -> dict[str, str]:
 
 
 def _check_archive(path: Path) -> None:
-    """SerpentError where a zip archive is not what torch.save writes, or not as it was written."""
+    """Raise SerpentError if a zip archive is not what torch.save writes, or not as it was written."""
     damaged = ""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            # torch.load checks none of them; it is a third of the time that it takes. All are zero where the writer
-            # left them out (torch.serialization.set_crc32_options).
+            # torch.load checks no checksums. Checking takes a third of the time of loading. All checksums are zero if
+            # the writer left them out (torch.serialization.set_crc32_options).
             if any(entry.CRC for entry in archive.infolist()):
                 damaged = archive.testzip() or ""
     except (zipfile.BadZipFile, OSError, ValueError, EOFError):
         raise SerpentError(f"{path}: is damaged or cut short (the end of it is missing); get the file again") from None
-    except Exception as error:  # damaged entries may ask for any unpacking, or for a password
+    except Exception as error:  # damaged entries may ask for any compression, or for a password
         raise SerpentError(f"{path}: is damaged ({str(error).splitlines()[0]}); get the file again") from None
     if not any(name.endswith("data.pkl") for name in names):
         raise SerpentError(f"{path}: is a zip archive that torch.save did not write; unpack it and name the file in it")
@@ -114,16 +115,16 @@ def _check_archive(path: Path) -> None:
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
-        # A file, because of a path torch.load would go by the suffix. It warns of other versions of pickle.
+        # An open file, because with a path torch.load would go by the suffix. It warns about other pickle versions.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged or hostile bytes ends in any type of error
+    except Exception as error:  # unpickling damaged or hostile bytes can raise any type of error
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise SerpentError(
                 f"{path}: holds more than tensors, which could run code, and is refused; "
                 "ask for its state dict alone, or for safetensors"
             ) from None
-        if is_out_of_memory(error):  # which the sizes in a damaged file bring about, too
+        if is_out_of_memory(error):  # the sizes in a damaged file can cause this too
             raise SerpentError(
                 f"{path}: does not fit in memory, or is damaged; make room, or get the file again"
             ) from None
@@ -140,9 +141,9 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same without what training put before every name; SerpentError where no network could work with it."""
+    """The same without prefixes from training. Raises SerpentError if no network could work with it."""
     for key, value in state.items():
-        shown = value.float() if value.element_size() == 1 else value  # float8 knows no `isfinite`
+        shown = value.float() if value.element_size() == 1 else value  # float8 has no `isfinite`
         if not _kind(value) and not shown.isfinite().all():
             raise SerpentError(f"{path}: {key} is not finite: the training failed, or the file is damaged; get another")
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
@@ -153,8 +154,8 @@ def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = "") -> None:
     """Load a state dict strictly. What the model calls derived (`is_derived`) may be there or not.
 
-    Raises SerpentError that begins with `label`, names the keys that differ (the first `NAMED` where most do, as with
-    weights of another network) and ends with `hint`.
+    Raises SerpentError that begins with `label`, names the keys that differ (only the first `NAMED` if most differ, as
+    for weights of another network) and ends with `hint`.
     """
     is_derived: Any = getattr(model, "is_derived", lambda key: False)
     state = {key: value for key, value in state.items() if not is_derived(key)}
@@ -176,7 +177,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = 
 
 
 def _kind(value: Tensor) -> str:
-    """What a tensor holds that no parameter can be filled with; "" where it can."""
+    """What a tensor holds with which no parameter can be filled; "" if it can."""
     if value.is_meta or value.layout != torch.strided:
         return "nothing" if value.is_meta else str(value.layout).removeprefix("torch.")
     return "" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")

@@ -1,9 +1,9 @@
-"""Networks inside of other modules: what trains, compiles, averages or shares them out.
+"""Networks inside other modules that train, compile, average or shard them.
 
-Such a module has no `config`, `scale` or `size_multiple` of its own, or another thing by that name, so that a network
-of `sr8` in it would be run without upsampling. The rules are therefore read from the network inside (`network_of`).
-What only shares out work is taken off (`unwrapped`); anything else that holds a network is called as it is, since it
-may do more. What cannot be run for one image is refused by name.
+Such a module has no `config`, `scale` or `size_multiple` of its own, or something else by that name, so a network of
+`sr8` inside it would be run without upsampling. Therefore the rules are read from the network inside (`network_of`).
+Wrappers that only distribute work are removed (`unwrapped`). Anything else that holds a network is called as it is,
+since it may do more. What cannot be run for one image is refused by name.
 """
 
 import torch
@@ -12,20 +12,21 @@ from torch import nn
 from serpent_ir.errors import UsageError
 from serpent_ir.models.presets import NETWORKS
 
-# Names of classes, so that none is imported: where a network is in use its wrapper's module is loaded anyway.
+# Names of classes, so that nothing is imported: if a network uses a wrapper, the wrapper's module is already loaded.
 _TAKEN_OFF = ("DataParallel", "DistributedDataParallel", "AveragedModel")
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 _COMPILED = "OptimizedModule"
 
 
 def unwrapped(model: nn.Module, *, compiled: bool = False) -> nn.Module:
-    """The module inside of DataParallel, DistributedDataParallel and AveragedModel, however deep; others as they are.
+    """The module inside DataParallel, DistributedDataParallel and AveragedModel, however deep. Others are returned as
+    is.
 
-    What `torch.compile` returned is taken off if `compiled`, or around another wrapper. What holds a network otherwise,
-    as a LightningModule does, is returned as it is; `network_of` tells its rules.
+    The result of `torch.compile` is unwrapped if `compiled`, or if it is around another wrapper. A module that holds a
+    network in another way, as a LightningModule does, is returned as it is; `network_of` finds its rules.
 
     Raises:
-        UsageError: a wrapper that holds only a share of the weights (FSDP, DeepSpeed), or TorchScript of a network.
+        UsageError: a wrapper that holds only a share of the weights (FSDP, DeepSpeed), or a network as TorchScript.
     """
     names = [kind.__name__ for kind in type(model).__mro__]
     if wrapper := next((name for name in names if name in _SHARDED), ""):
@@ -50,12 +51,12 @@ def _sharded(wrapper: str) -> str:
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network whose `config`, `scale` and `size_multiple` are the rules of a module: itself, or the one inside.
+    """The network whose `config`, `scale` and `size_multiple` are the rules of a module: the module or one inside it.
 
-    A module that has a `scale` or `size_multiple` of its own is a network in its own right.
+    A module that has its own `scale` or `size_multiple` is a network in its own right.
 
     Raises:
-        UsageError: networks of several rules are inside; it names them.
+        UsageError: there are networks with different rules inside; the message names them.
     """
     if isinstance(model, NETWORKS):
         return model

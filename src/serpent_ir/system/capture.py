@@ -1,4 +1,4 @@
-"""CUDA graphs: a function is captured whole, or nothing is left of the attempt."""
+"""Capture of CUDA graphs: a function is captured whole, or nothing is left of the attempt."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,28 +10,29 @@ from serpent_ir.system.forks import Lock
 
 Result = TypeVar("Result")
 
-_capturing = Lock()  # PyTorch's generator of random numbers knows one capture at a time
-# PyTorch's allocator of pinned memory goes on asking the graphs that failed, and takes no more captures of their pools.
+_capturing = Lock()  # PyTorch's random number generator supports one capture at a time
+# PyTorch's allocator of pinned memory keeps asking failed graphs, and accepts no more captures with their pools.
 _failed: list[torch.cuda.CUDAGraph] = []
 _spoilt: set[Any] = set()
 
 
 def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of all that `run` queues on the current stream, and what `run` returned. It has not run by then.
+    """Capture all that `run` queues on the current stream. Returns the graph and what `run` returned; it has not run
+    yet.
 
-    Other threads may allocate and launch meanwhile, and nothing is waited for. Memory that the allocator keeps for
-    others does not serve the graph.
+    Other threads may allocate and launch meanwhile, and nothing is waited for. The graph does not use memory that the
+    allocator has cached for others.
 
     Args:
-        run: what to capture. What it returns lies in the graph's memory, and every replay writes over it.
-        pool: that of a graph that still exists (`graph.pool()`), to share its memory; None for a new one, which also
-            is taken where a capture with this one has failed.
+        run: what to capture. Its result lies in the graph's memory, and every replay overwrites it.
+        pool: the memory pool of a graph that still exists (`graph.pool()`), to share its memory; None for a new pool. A
+            new one is also used if a capture with this pool has failed before.
 
     Raises:
-        Exception: what `run` raised, or a RuntimeError of the capture. The stream, PyTorch's allocator and its
-            generator of random numbers are as before.
+        Exception: what `run` raised, or a RuntimeError from the capture. The stream, PyTorch's allocator and its random
+            number generator are as before.
     """
-    # Not torch.cuda.graph, which empties the cache, and leaves open what failed.
+    # torch.cuda.graph is not used, because it empties the cache and leaves a failed capture open.
     graph = torch.cuda.CUDAGraph()
     if pool is None or pool in _spoilt:
         pool = torch.cuda.graph_pool_handle()
@@ -47,18 +48,18 @@ def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUD
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End what PyTorch ends only after a capture that succeeds."""
-    with suppress(RuntimeError):  # says again that it failed
+    """End what PyTorch only ends after a successful capture."""
+    with suppress(RuntimeError):  # it reports again that the capture failed
         graph.capture_end()
-    # While the allocator waits for the end of a capture, memory that two streams use, as batches, is never free again.
-    with suppress(RuntimeError):  # where it did end
+    # While the allocator waits for the end of a capture, memory that two streams use, such as batches, is never freed.
+    with suppress(RuntimeError):  # raised if the capture did end
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
     graph.reset()
     _failed.append(graph)
     _spoilt.add(pool)
-    # The generator waits until some capture succeeds.
+    # The random number generator waits until some capture succeeds.
     number, other = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     other.capture_begin(capture_error_mode="thread_local")
     number.zero_()

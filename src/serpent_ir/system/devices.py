@@ -1,4 +1,4 @@
-"""The devices of this machine, and the precision that a network computes in on each."""
+"""The devices of this machine, and the precision in which a network computes on each."""
 
 import torch
 
@@ -8,7 +8,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def available_devices() -> list[str]:
-    """Names of the devices of this machine, as `cuda:0` or `cpu`; the one that `auto` takes comes first."""
+    """Names of this machine's devices, such as `cuda:0` or `cpu`. The one that `auto` takes comes first."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -16,9 +16,9 @@ def available_devices() -> list[str]:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: `auto` (CUDA, then Apple's MPS, then the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+    """The device called `name`: `auto` (CUDA, else Apple's MPS, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
 
-    Raises UsageError for one that is unknown or not in this machine; it lists those that are.
+    Raises UsageError for a device that is unknown or not in this machine; the message lists those that are.
     """
     available = available_devices()
     if name == "auto":
@@ -29,12 +29,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What figures are said to come from: the GPU's product name, or the kind of device."""
+    """The name of a device in tables of figures: the GPU's product name, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """What a network computes in: `auto` is bfloat16 (autocast) on CUDA and float32 elsewhere."""
+    """The dtype in which a network computes. `auto` is bfloat16 (autocast) on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in PRECISIONS:

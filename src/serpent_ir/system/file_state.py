@@ -1,4 +1,4 @@
-"""Whether a file is still the one that was read: somebody may save a photo anew while its old version is at work."""
+"""Tells whether a file is still the one that was read: a photo may be saved again while its old version is at work."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from serpent_ir.errors import SourceChangedError
 
 
 class FileState(NamedTuple):
-    """What tells a file from another, or from a later version of itself, that has its name."""
+    """What distinguishes a file from another one of the same name, or from a later version of itself."""
 
     device: int
     inode: int
@@ -16,7 +16,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileState | None":
-        """That of a file now, to be taken before it is opened; None where there is none."""
+        """The state of a file now; None if there is none. Take it before the file is opened."""
         try:
             status = path.stat()
         except OSError:
@@ -24,7 +24,7 @@ class FileState(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check(self, path: Path) -> None:
-        """Raise SourceChangedError unless the file is as it was: what was read may be a half of each version."""
+        """Raise SourceChangedError unless the file is as it was. Otherwise what was read may mix two versions."""
         if FileState.of(path) != self:
             raise SourceChangedError(
                 f"{path}: changed after it was read; nothing was written for it: run the same command again"

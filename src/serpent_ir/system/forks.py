@@ -1,6 +1,6 @@
 """Locks, and other state of a process, for programs that fork while their threads are at work.
 
-A forked child has one thread. What others held when it was made is held for ever there, unless it is made anew.
+A forked child has one thread. A lock that another thread held at the fork is held forever there, unless it is renewed.
 """
 
 import os
@@ -13,9 +13,9 @@ Function = TypeVar("Function", bound=Callable[[], None])
 
 
 class Lock:
-    """A `threading.Lock` for `with`. In a forked child it is free, but for the thread that forked inside of it.
+    """A `threading.Lock` for `with`. In a forked child it is free, except for the thread that forked while holding it.
 
-    A copy made by `copy.deepcopy` or `pickle` is a new one, so that objects which hold a lock can be copied.
+    A copy made by `copy.deepcopy` or `pickle` is a new lock, so that objects that hold a lock can be copied.
     """
 
     def __init__(self):
@@ -35,9 +35,9 @@ class Lock:
         return Lock, ()
 
     def renew(self) -> None:
-        """Make it anew, in a child."""
+        """Replace the lock, in a child."""
         self._lock = threading.Lock()
-        if self._owner == threading.get_ident():  # the thread that forked, which goes on inside
+        if self._owner == threading.get_ident():  # this thread forked while holding it, and still does
             self._lock.acquire()
         else:
             self._owner = None
@@ -47,7 +47,10 @@ _locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
 def in_child(function: Function) -> Function:
-    """Call a function in every forked child, after the locks were made anew; where there are no forks, never."""
+    """Call a function in every forked child, after the locks were renewed.
+
+    On systems without forks it is never called.
+    """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
     return function

@@ -1,6 +1,6 @@
 """Ctrl-C for the command `serpent`: one line and status 130, from the first moment to the last.
 
-While Python imports, a KeyboardInterrupt may be swallowed, or be printed by whoever met it, so it is not raised there.
+While Python imports, a KeyboardInterrupt may be swallowed or printed by whatever code meets it. So none is raised then.
 """
 
 import os
@@ -16,14 +16,14 @@ _working = False
 
 
 def install() -> None:
-    """From now on Ctrl-C ends this process at once, but for what is inside `working`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
+    """From now on Ctrl-C ends this process at once, except inside `working`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in a shell's background it is ignored
         signal.signal(signal.SIGINT, _stop)
 
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that what is half done is cleared away."""
+    """Inside this context Ctrl-C raises KeyboardInterrupt, so that unfinished work is cleaned up."""
     global _working
     _working = True
     try:
@@ -33,7 +33,7 @@ def working() -> Iterator[None]:
 
 
 def _stop(_: int, frame: FrameType | None) -> None:
-    # Other threads may be writing files; where there are none, nothing is begun before its imports are done.
+    # Other threads may be writing files. If there are none, nothing was begun before the imports are done.
     if _working and not (threading.active_count() == 1 and _importing(frame)):
         raise KeyboardInterrupt
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{LINE}\n".encode())

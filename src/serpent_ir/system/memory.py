@@ -1,26 +1,23 @@
-"""How much memory there is, and how much a network needs for an image: what decides between whole images and tiles.
-
-The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py`: `benchmarks/results/memory.*.json`.
-"""
+"""How much memory this process can still take, on the host and on a GPU, limits included."""
 
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what asks whether there is memory to load PyTorch should not load it
+if TYPE_CHECKING:  # code that asks whether there is memory to load PyTorch should not load it
     import torch
 
 SHARE = 0.8
-"""Of the available memory, what an image may take by prediction; the rest is for what a prediction does not see."""
+"""Share of the available memory that an image may take by prediction. The rest is for what predictions do not cover."""
 
 WORK = 64 << 20
-"""Bytes that Python's threads and a small network take, at the least."""
+"""Bytes that Python's threads and a small network take at least."""
 
 
 def available(device: "torch.device") -> int:
     """Bytes that this process can still allocate on a device."""
-    if device.type != "cuda":  # Apple's GPU shares the memory of the host
+    if device.type != "cuda":  # Apple's GPU shares the host's memory
         return host_available()
     import torch
 
@@ -31,7 +28,7 @@ def available(device: "torch.device") -> int:
 def host_available() -> int:
     """Bytes of main memory that this process can still take without swapping.
 
-    Limits count: those of control groups (containers, systemd, Slurm), and of the process (`ulimit -v`).
+    Limits count: those of control groups (containers, systemd, Slurm), and those of the process (`ulimit -v`).
     """
     if sys.platform == "win32":
         return _available_on_windows()
@@ -39,15 +36,15 @@ def host_available() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS does not say: half of all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS does not tell: half of all memory
     return min(free, free_in_groups(Path("/proc/self")), free_of_process())
 
 
 def free_in_groups(process: Path) -> int:
-    """What the control groups of a process leave it, the least of its own and all above, in either version of Linux's
-    control groups; `sys.maxsize` where none has a limit.
+    """The memory that the control groups of a process leave it; `sys.maxsize` if none has a limit.
 
-    `process` is its folder of /proc, whose `cgroup` says in which groups it is and `mountinfo` where their files are.
+    It is the least of its own group and all groups above, in either version of Linux's control groups. `process` is the
+    process's folder in /proc; its `cgroup` says in which groups it is, and its `mountinfo` where their files are.
     """
     try:
         groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
@@ -62,7 +59,7 @@ def free_in_groups(process: Path) -> int:
         root, mount = (Path(field.replace("\\040", " ")) for field in where.split(" ")[3:5])
         controller = "" if kind == "cgroup2" else "memory"
         own = next((Path(path) for _, names, path in groups if controller in names.split(",")), root)
-        # A container may see its own group as the root of what is mounted, and yet hear its name on the host.
+        # A container may see its own group as the root of what is mounted, but under the name that the host uses.
         below = own.relative_to(root) if own.is_relative_to(root) else Path()
         for folder in (mount / below, *(mount / below).parents):
             if folder.is_relative_to(mount):
@@ -70,7 +67,7 @@ def free_in_groups(process: Path) -> int:
     return free
 
 
-# Of each version: limits, usage, and of memory.stat the cache of files, which the system gives back when asked.
+# For each version: limits, usage, and the entry of memory.stat for cached files, which the system releases on demand.
 _FILES = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -90,7 +87,7 @@ def _free_in_group(folder: Path, limits: tuple[str, ...], used: str, cache: str)
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or it says "max"."""
+    """The number in a file; None if there is no such file, or if it says "max"."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -98,7 +95,7 @@ def _number(file: Path) -> int | None:
 
 
 def free_of_process() -> int:
-    """What `ulimit -v` and `-d` leave; `sys.maxsize` where they are unlimited, or nobody says."""
+    """What `ulimit -v` and `-d` leave; `sys.maxsize` if they are unlimited or unknown."""
     if sys.platform != "linux":
         return sys.maxsize
     import resource
@@ -113,7 +110,7 @@ def free_of_process() -> int:
 
 
 def check_process(least: int) -> None:
-    """Raise MemoryError where the limits of this process leave it less than so many bytes."""
+    """Raise MemoryError if the limits of this process leave it less than `least` bytes."""
     if (free := free_of_process()) < least:
         raise MemoryError(f"{free >> 20} MB of it are left to this process")
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: the one place where they are made."""
+"""The one place where files are made that exist whole or not at all."""
 
 import contextlib
 import glob
@@ -22,20 +22,20 @@ if os.name == "posix":
 else:
     fcntl = None
 
-# Of another host nothing can be known: its locks may not be seen here, on a disk that both write to.
+# The host's name is included because another host's locks may not be seen here, on a disk that both write to.
 _PREFIX = f".serpent-{re.sub('[^A-Za-z0-9_.]', '_', platform.node())[:32]}-"
 _SUFFIX = ".tmp"
-_REST = 100  # so many times as long as a search took, none comes after it: of large folders it takes 1 % of the time
+_REST = 100  # the pause after a search, in lengths of it; so searches of large folders take 1 % of the time
 _searched: dict[Path, float] = {}
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` once it is on the disk; after an error `path` is as it was.
+    """Open a new file that takes the place of `path` once it is on the disk. After an error `path` is as it was.
 
-    Until then it has a name of its own in the same folder, and a lock: of several writers of one path each makes a
-    whole file, and the last to end counts. What a kill left in the folder, whose lock is gone, is removed. A symbolic
-    link of the name `path` is replaced, not followed. Raises OSError where the system does not let it.
+    Until then the file has another name in the same folder, and a lock. If several writers write the same path, each
+    makes a whole file, and the last one to finish counts. What killed writers left in the folder, whose locks are gone,
+    is removed. If `path` is a symbolic link, it is replaced, not followed. Raises OSError if the system refuses.
     """
     remove_left_behind(path.parent)
     file, temporary = _create(path.parent)
@@ -44,9 +44,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if fcntl:  # while it is locked: an unlocked one may be taken for what a kill left
+            if fcntl:  # renamed while it is locked, since an unlocked file may be taken for the rest of a killed writer
                 temporary.replace(path)
-        if not fcntl:  # Windows renames no open file
+        if not fcntl:  # Windows cannot rename an open file
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
-    """A folder among the system's temporary ones, removed at the end; and those that killed calls of this name left."""
+    """A temporary folder of the system, removed at the end. Also removes those that killed calls of this name left."""
     parent = Path(tempfile.gettempdir())
     prefix = f"{_PREFIX[1:]}{name}-"
     if fcntl:
@@ -63,14 +63,14 @@ def temporary_folder(name: str) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder, contextlib.ExitStack() as stack:
         if fcntl:
-            with contextlib.suppress(OSError):  # on a disk without locks it stays when this is killed
+            with contextlib.suppress(OSError):  # on a disk without locks the folder stays if this process is killed
                 stack.enter_context(_locked_folder(Path(folder)))
         yield Path(folder)
 
 
 @contextmanager
 def _locked_folder(path: Path) -> Iterator[None]:
-    """Lock a folder of this user; OSError where somebody else holds it, or it is none."""
+    """Lock a folder of this user. OSError if somebody else holds it, or if it is not a folder."""
     folder = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     try:
         if os.fstat(folder).st_uid != os.getuid():
@@ -82,14 +82,14 @@ def _locked_folder(path: Path) -> Iterator[None]:
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove the unfinished files of writers of this host that are no more; nothing where there are no locks."""
+    """Remove the unfinished files of this host's writers that are gone. Does nothing on systems without locks."""
     start = time.monotonic()
     if not fcntl or start < _searched.get(folder, 0.0):
         return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
-                with contextlib.suppress(OSError):  # another one was quicker, or it is not ours to remove
+                with contextlib.suppress(OSError):  # another process was faster, or the file is not ours to remove
                     _remove_if_unlocked(Path(entry.path))
     end = time.monotonic()
     if len(_searched) > 1000:
@@ -98,7 +98,7 @@ def remove_left_behind(folder: Path) -> None:
 
 
 def _create(folder: Path) -> tuple[BinaryIO, Path]:
-    """A new file, open and locked, by a name that nobody else has."""
+    """A new file, open and locked, with a name that nobody else uses."""
     while True:
         temporary = folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}{_SUFFIX}"
         file = temporary.open("x+b")
@@ -109,12 +109,12 @@ def _create(folder: Path) -> tuple[BinaryIO, Path]:
             file.close()
             temporary.unlink(missing_ok=True)
             raise
-        file.close()  # somebody who cleans up came between creation and lock
+        file.close()  # another process removed it between creation and lock
         temporary.unlink(missing_ok=True)
 
 
 def _lock(file: int) -> bool:
-    """Lock a new file; False where another process holds or removed it. Without a lock where the disk has none."""
+    """Lock a new file. False if another process holds or has removed it. On disks without locks it stays unlocked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -135,9 +135,9 @@ def _remove_if_unlocked(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is always whole: the old content or the new.
+    """Write a file that is always whole: it has either the old content or the new.
 
-    Raises SerpentError where it cannot be written; the old file stays.
+    Raises SerpentError if it cannot be written; the old file stays.
     """
     try:
         with whole_file(path) as file:
