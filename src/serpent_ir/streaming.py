@@ -4,4 +4,6 @@ import warnings
 
 from serpent_ir.files import Source as Source
 
-warnings.warn("serpent_ir.streaming goes; import Source from serpent_ir.files", DeprecationWarning, stacklevel=2)
+warnings.warn(
+    "serpent_ir.streaming will be removed; import Source from serpent_ir.files", DeprecationWarning, stacklevel=2
+)

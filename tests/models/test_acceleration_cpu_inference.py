@@ -1,4 +1,4 @@
-"""Inference on the CPU goes through a block in strips of rows; the numbers are those of the definition in float64."""
+"""Inference on the CPU goes through a block in bands of rows; the numbers are those of the definition in float64."""
 
 import copy
 
@@ -28,10 +28,10 @@ def exact(block: VSSBlock, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 14, 100])
 @pytest.mark.parametrize("shape", [(1, 7, 5), (3, 7, 4), (2, 1, 9), (5, 2, 3)])
-def test_strips_give_the_numbers_of_the_definition(block, shape, rows, monkeypatch):
+def test_bands_give_the_numbers_of_the_definition(block, shape, rows, monkeypatch):
     x = torch.randn(*shape, 8)
     expected = exact(block, x)
-    monkeypatch.setattr(cpu_inference, "STRIP", rows * shape[2] * 16)
+    monkeypatch.setattr(cpu_inference, "BAND", rows * shape[2] * 16)
     with torch.no_grad():
         assert cpu_inference.block.serves(block, x)
         turned = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -39,8 +39,8 @@ def test_strips_give_the_numbers_of_the_definition(block, shape, rows, monkeypat
             assert (value - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_strips_under_autocast(block, monkeypatch):
-    monkeypatch.setattr(cpu_inference, "STRIP", 1)
+def test_bands_under_autocast(block, monkeypatch):
+    monkeypatch.setattr(cpu_inference, "BAND", 1)
     x = torch.randn(2, 6, 5, 8)
     expected = exact(block, x)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from serpent_ir.train import Trainer
 from serpent_ir.training.checkpoints import Checkpoints
-from serpent_ir.training.log import Report
+from serpent_ir.training.log import RunLog
 from serpent_ir.training.recipe import load_recipe
 from training_files import draw_folders, logged, quiet_trainer, recipe_file
 
@@ -38,7 +38,7 @@ def test_crops_from_much_larger_images_are_told_of(folders):
 @pytest.mark.parametrize("lost", ["row", "pictures", "score"])
 def test_a_validation_that_a_kill_cut_short_is_made_again(folders, monkeypatch, lost):
     file, out = recipe_file(folders), folders / "run"
-    owner, name = (Checkpoints, "score") if lost == "score" else (Report, lost)
+    owner, name = (Checkpoints, "score") if lost == "score" else (RunLog, lost)
     write, left = getattr(owner, name), [3 if lost == "row" else 1]
 
     def die(*args, **kwargs):

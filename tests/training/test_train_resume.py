@@ -18,7 +18,7 @@ from safetensors.torch import load
 
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.train import Trainer, train
-from serpent_ir.training import log as report
+from serpent_ir.training import log
 from serpent_ir.training.checkpoints import Checkpoints
 from serpent_ir.training.lock import own_folder
 from serpent_ir.training.recipe import load_recipe
@@ -173,7 +173,7 @@ def test_pictures_on_a_full_disk_stop_training_too(folders, monkeypatch):
     def refuse(path, picture):
         raise ImageError(f"{path}: cannot be written: No space left on device")
 
-    monkeypatch.setattr(report, "write_image", refuse)
+    monkeypatch.setattr(log, "write_image", refuse)
     with pytest.raises(SerpentError, match=r"4\.png: cannot be written: No space left on device; make room and go on"):
         quiet_trainer(recipe_file(folders)).run()
 

@@ -20,6 +20,16 @@ from serpent_ir.errors import ImageError
 _APART = ("cpu",)
 
 
+class Column:
+    """The columns of `Windows.numbers`: everything that differs between the windows of a batch."""
+
+    KEY = 0  # of the sample's generator
+    BEGIN = slice(1, 3)  # the window's first row and column in the degraded image
+    SIZE = slice(3, 5)  # the degraded image's height and width
+    ORIENTATION = slice(5, 8)  # the crop in the flattened window: first pixel, steps down and across
+    PLACE = slice(8, None)  # where the pixels lie, for `ImageStore.gather`; only with images on the device
+
+
 @dataclass(frozen=True)
 class Windows:
     """The part of a batch whose windows have one shape. A window holds a crop and what the crop depends on."""
@@ -28,7 +38,7 @@ class Windows:
     shape: tuple[int, int]
     kind: int  # number of the degradation
     pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None if the images are on the device
-    numbers: np.ndarray  # (B, 8) int64, taken apart in `_make`; with images on the device also for `ImageStore.gather`
+    numbers: np.ndarray  # (B, 8 or more) int64, with the columns of `Column`
 
 
 class TrainingSet:
@@ -141,7 +151,7 @@ class TrainingSet:
             return self._make(group.pixels(), to_device(group.numbers, self.device), group.kind, crop)
 
         def make(table: Tensor) -> tuple[Tensor, Tensor]:
-            return self._make(self.store.gather(table[:, 8:], *group.shape), table, group.kind, crop)
+            return self._make(self.store.gather(table[:, Column.PLACE], *group.shape), table, group.kind, crop)
 
         if captured is None:
             return make(to_device(group.numbers, self.device))
@@ -149,8 +159,8 @@ class TrainingSet:
 
     def _make(self, pixels: Tensor, numbers: Tensor, kind: int, crop: int) -> tuple[Tensor, Tensor]:
         """Input and target from windows (B, h, w, 3). Everything that differs between batches is in `numbers`."""
-        keys, begins, sizes = numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5]
-        first, down, across = numbers[:, 5:8, None, None].unbind(1)
+        keys, begins, sizes = numbers[:, Column.KEY], numbers[:, Column.BEGIN], numbers[:, Column.SIZE]
+        first, down, across = numbers[:, Column.ORIENTATION, None, None].unbind(1)
         clean = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
         degradation = self.degradations[kind]
         degraded, target = degradation.pair(clean, generator=ImageGenerators(keys, begins, sizes))

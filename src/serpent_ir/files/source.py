@@ -1,4 +1,4 @@
-"""From image file to restored image file; a large TIFF by rows, so that neither image has to fit in memory."""
+"""From image file to restored image file. A large TIFF goes by rows, so that neither image has to fit in memory."""
 
 import io
 import warnings
@@ -23,11 +23,11 @@ from serpent_ir.inference.restorer import Samples
 from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25
-"""Pixels from which an image is not read ahead of its turn, and a TIFF is read and written by rows."""
+"""From this many pixels on an image is not read ahead of its turn, and a TIFF is read and written by rows."""
 
 
 class Source:
-    """An image file that is about to be restored; `load` reads it unless it is large.
+    """An image file that is about to be restored. `load` reads it, unless it is large.
 
     Attributes:
         large: it has `LARGE` pixels or more.
@@ -50,21 +50,21 @@ class Source:
                 self._tiff = file.read(4) in TIFFS
                 file.seek(0)
                 header = open_header(file)
-                # Of a TIFF that Pillow does not know nothing is known yet: by rows it goes whatever its size.
+                # The size of a TIFF that Pillow does not know is unknown here, so such a TIFF is taken for a large one.
                 self.large = self._tiff if header is None else header.width * header.height >= LARGE
-        except Exception:  # `picture` meets it again and gives it its name
+        except Exception:  # `picture` will meet the problem again and report it
             self.large = False
 
     def _count(self) -> int:
-        """How many pages or frames there are; 1 where that cannot be told."""
+        """The number of pages or frames; 1 if it cannot be determined."""
         try:
             with self.path.open("rb") as file:
                 return len(TiffPages(file)) if self._tiff else getattr(open_header(file), "n_frames", 1)
-        except Exception:  # `picture` gives it its name
+        except Exception:  # `picture` reports it
             return 1
 
     def load(self, pages: str = "first") -> "Source":
-        """Read the file now, if it is not large; or all pages of it are wanted, which are read one by one."""
+        """Read the file now, unless it is large, or all its pages are wanted: those are read one by one."""
         if not self.large and (pages == "first" or self._count() == 1):
             self._picture = read_image(self.path)
         return self
@@ -84,7 +84,7 @@ class Source:
         *,
         pages: str = "first",
     ) -> "Restored":
-        """Restore the image; what `Restored` still has to write is written by its `write`.
+        """Restore the image. Whatever `Restored` has not written yet is written by its `write`.
 
         `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all":
         each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
@@ -109,18 +109,18 @@ class Source:
             check_sides(width, height, target.suffix.lower())
         except ImageError as error:
             raise ImageError(f"{self.path}: {error}") from None
-        self._picture = None  # the pixels are not needed longer than the restoration takes
+        self._picture = None  # the pixels are not needed after the restoration
         restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
         return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
 
     def check_unchanged(self) -> None:
-        """Raise SourceChangedError where the file is no longer the one that this began with."""
+        """Raise SourceChangedError if the file is no longer the one that this object began with."""
         if self._state is not None:
             self._state.check(self.path)
 
 
 def _read_mask(path: Path | None) -> np.ndarray | None:
-    """(H, W), in the depth of the file: the mean of its channels."""
+    """The mask (H, W) in the depth of the file: the mean of its channels."""
     if path is None:
         return None
     pixels = read_image_pixels(path)
@@ -128,7 +128,7 @@ def _read_mask(path: Path | None) -> np.ndarray | None:
 
 
 class Restored:
-    """A restored image on its way to its file: `width` and `height` are those that came in."""
+    """A restored image on its way to its file. `width` and `height` are those of the input."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Restored:
         self._check_source = check_source
 
     def write(self) -> None:
-        """Write what has not been written yet. Raises SourceChangedError where it is of a source that is no more."""
+        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile."""
         if self._picture is not None:
             self._check_source()
             write_image(self.target, self._picture)

@@ -1,4 +1,4 @@
-"""Frames of a video: from what the decoder gives through the network to what an encoder takes."""
+"""Frames of a video: from what the decoder delivers, through the network, to what an encoder takes."""
 
 import functools
 import os
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder of FFmpeg and what it takes.
+    """An FFmpeg encoder, and what it takes.
 
     Attributes:
         name: FFmpeg's name.
-        options: close to what cannot be told from the original, for restored detail must survive the encoder.
-        chroma: its kinds of colour sampling.
-        bits: its bits a sample.
+        options: high-quality settings, almost indistinguishable from the original, since restored detail must survive.
+        chroma: the chroma subsamplings that it takes.
+        bits: the bits per sample that it takes.
         alpha: whether this entry is for frames with alpha.
         grey: whether it takes frames without colour.
         fields: whether it marks and codes interlaced frames.
@@ -42,7 +42,7 @@ _H264 = Encoder("libx264", {"crf": "16", "preset": "medium"}, bits=(8, 10), grey
 _PRORES = Encoder("prores_ks", {"profile": "4444"}, ("444",), (10,), alpha=True, fields=True)
 _FFV1 = Encoder("ffv1", {"level": "3"}, bits=(8, 10, 12, 16), alpha=True, fields=True)
 _VP9 = Encoder("libvpx-vp9", {"crf": "20", "b": "0", "row-mt": "1"})
-# libvpx refuses alpha beside its alternate reference frames.
+# libvpx refuses alpha together with its alternate reference frames.
 _VP9_ALPHA = Encoder("libvpx-vp9", {**_VP9.options, "auto-alt-ref": "0"}, ("420",), alpha=True)
 _AV1 = Encoder("libsvtav1", {"crf": "18", "preset": "6"}, ("420",), (10,))
 ENCODERS = {
@@ -53,24 +53,24 @@ ENCODERS = {
 }
 """FFmpeg's names of formats -> the encoders for them, the usual one first."""
 
-_ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of matrices from YUV to RGB
-_MATRICES = {1, 4, 5, 6, 7, 9, 10}  # those that swscale converts
+_ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of YUV-to-RGB matrices
+_MATRICES = {1, 4, 5, 6, 7, 9, 10}  # the matrices that swscale converts
 _LIMITED, _FULL = 1, 2  # FFmpeg's numbers of ranges
-_FIELD_ORDERS = {2, 3, 4, 5}  # FFmpeg's numbers of the orders of fields; 1 is progressive, 0 unknown
+_FIELD_ORDERS = {2, 3, 4, 5}  # FFmpeg's numbers of field orders; 1 is progressive, 0 unknown
 _GREY = {"gray": 8, "gray9le": 9, "gray10le": 10, "gray12le": 12, "gray14le": 14, "gray16le": 16}
 
 
 class Frames:
-    """Frames to RGB, through the network, and back to what they were, in the format of an encoder.
+    """Converts frames to RGB, restores them, and converts them back to what they were, in an encoder's format.
 
     Args:
         first: the first frame.
-        stream: its stream.
-        container: FFmpeg's name of the format that is written, a key of `ENCODERS`.
-        restorer: what each frame goes through, alone.
+        stream: the stream of that frame.
+        container: FFmpeg's name of the format to write, a key of `ENCODERS`.
+        restorer: restores each frame, separately.
 
     Attributes:
-        encoder: the one that takes most of what the frames hold.
+        encoder: the encoder that takes most of what the frames hold.
         told: what could not be kept, in words.
     """
 
@@ -98,15 +98,15 @@ class Frames:
         self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
 
     def _encoder(self, form: "av.VideoFormat", encoders: tuple[Encoder, ...]) -> tuple[Encoder, str]:
-        """The encoder that loses least, and the name of the pixels that it gets."""
+        """The encoder that loses least, and the name of the pixel format that it receives."""
         bits = form.components[0].bits
-        wide, high = 8 // form.chroma_width(8), 8 // form.chroma_height(8)  # pixels to a sample of colour
+        wide, high = 8 // form.chroma_width(8), 8 // form.chroma_height(8)  # pixels per chroma sample
         chroma = "444" if self.grey or wide == 1 else "422" if high == 1 else "420"
         own = {(4, 1): "411", (4, 4): "410"}.get((wide, high), chroma)  # which no encoder here takes
         odd = any(side % 2 for side in self.size)
         if chroma != "444" and odd:  # encoders would lose a line
             chroma = "444"
-        if chroma == "420" and self.fields and self.size[1] % 4:  # as above, of a field
+        if chroma == "420" and self.fields and self.size[1] % 4:  # the same, for a field
             chroma = "422"
 
         def lost(encoder: Encoder) -> tuple[bool, bool, bool, bool]:
@@ -131,7 +131,7 @@ class Frames:
         return encoder, f"yuv{'a' if self.alpha and encoder.alpha else ''}{kept}p{deep}"
 
     def _colours(self, first: "av.VideoFrame") -> None:
-        """Matrix and range: what the frames are read as, what is written, and what the file says."""
+        """Find the matrix and range with which frames are read, those that are written, and what the file says."""
         space = int(first.colorspace)
         rgb = first.format.is_rgb
         said = not rgb and not self.grey and space not in (0, _UNSPECIFIED)
@@ -139,7 +139,7 @@ class Frames:
         self.matrix = space if said else after if rgb else before
         self.tag = space if said else self.matrix if rgb else _UNSPECIFIED
         if not said and not rgb and not self.grey and before != after:
-            # Players would guess by the new size; what was not said must be said, or colours change.
+            # Players would guess the matrix by the new size, so what was not said must now be said, or colours change.
             self.tag = before
             self.told.append("that the matrix of its colours was not said (players would guess another now)")
         if said and space not in _MATRICES:
@@ -147,7 +147,7 @@ class Frames:
         if rgb:
             self.told.append("RGB (now YUV 4:4:4)" if "444" in self.yuv else "RGB (now YUV)")
         range_ = int(first.color_range)
-        # FFmpeg takes grey without a range for full, but finds YUV of 16 to 235 in a grey stream of H.264.
+        # FFmpeg takes grey without a range for full range, but finds YUV of 16 to 235 in a grey stream of H.264.
         self.range_tag = range_ or (_FULL if self.grey else _LIMITED if rgb else 0)
         if rgb:
             self.range_tag = _LIMITED
@@ -155,13 +155,13 @@ class Frames:
         self.source_range = _FULL if range_ == _FULL else _LIMITED
 
     def add_to(self, made: Any, old: Any, *, bframes: bool, header: bool) -> Any:
-        """The stream that the frames are encoded into, with all that is said of their colours.
+        """The stream into which the frames are encoded, with all information on their colours.
 
         Args:
-            made: the container, not begun.
+            made: the container, which has not been started.
             old: the stream that the frames came from.
-            bframes: False where the times of decoding must be those of showing.
-            header: whether the encoder's parameters belong into the file's header, which `made` does not say.
+            bframes: False if decoding times must equal display times.
+            header: whether the encoder's parameters belong in the file's header, which `made` does not tell.
         """
         from av.codec.context import Flags
 
@@ -169,13 +169,13 @@ class Frames:
         x264, av1 = self._hdr if self._hdr else ("", "")
         if self.encoder.name == "libx264":
             if self.fields:
-                options["weightp"] = "0"  # what interlaced coding lacks
+                options["weightp"] = "0"  # not available in interlaced coding
             if not bframes:
                 options["bf"] = "0"
             if x264:
                 options["x264-params"] = x264
         if self.encoder.name == "libsvtav1":
-            os.environ.setdefault("SVT_LOG", "1")  # errors alone: it prints by itself
+            os.environ.setdefault("SVT_LOG", "1")  # errors only, since it prints by itself
             if av1:
                 options["svtav1-params"] = av1
         video = made.add_stream(self.encoder.name, rate=old.average_rate or 25, options=options)
@@ -195,7 +195,7 @@ class Frames:
         return video
 
     def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
-        """The frame restored, in the format of the encoder, with the side data of the old one; it has no time yet."""
+        """The restored frame in the encoder's format, with the side data of the old frame. It has no time yet."""
         if frame.interlaced_frame and frame.height > 1:
             self._late_fields |= not self.fields
             halves = [self._restored(_half(frame, parity)) for parity in (0, 1)]
@@ -208,7 +208,7 @@ class Frames:
         else:
             made = self._restored(frame)
         made.colorspace, made.color_range = self.tag, self.range_tag
-        made.pict_type = 0  # the old file's would be forced on the encoder
+        made.pict_type = 0  # the old file's type would be forced on the encoder
         return made
 
     def _restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
@@ -256,7 +256,7 @@ class Frames:
         return made
 
     def lost(self) -> list[str]:
-        """What the frames lost on their way, once all have gone it."""
+        """What the frames have lost, once all of them are done."""
         lost = list(self.told)
         if self._transparent and not self.encoder.alpha:
             lost.append("transparency (.mov, .mkv and .webm can hold it)")
@@ -266,25 +266,25 @@ class Frames:
 
 
 def side_data(frame: Any) -> dict[str, bytes]:
-    """What a frame carries beside its pixels, by PyAV's names of it."""
+    """What a frame carries beside its pixels, by PyAV's names."""
     try:
         return {one.type.name: bytes(one) for one in frame.side_data}
-    except ValueError:  # of a kind that this PyAV has no name for
+    except ValueError:  # a kind for which this PyAV has no name
         return {}
 
 
 def _guess(width: int, height: int) -> int:
-    """The matrix of a video that does not say it, as players guess it: by its size."""
+    """The matrix of a video that does not specify one, guessed by its size as players do."""
     return _ITU709 if width >= 1280 or height > 576 else _ITU601
 
 
 def _rows(plane: Any) -> np.ndarray:
-    """The bytes of a plane, (rows, bytes to a row); they can be written if the frame can."""
+    """The bytes of a plane, (rows, bytes per row). They are writable if the frame is."""
     return np.asarray(memoryview(plane)).view(np.uint8)[: plane.height * plane.line_size].reshape(plane.height, -1)
 
 
 def _fill(rows: np.ndarray, others: np.ndarray) -> None:
-    """Write rows of another plane; the last of them goes on where there are fewer."""
+    """Write another plane's rows. If it has fewer rows, its last one is repeated."""
     width = min(rows.shape[1], others.shape[1])
     count = min(len(rows), len(others))
     rows[:count, :width] = others[:count, :width]
@@ -292,7 +292,7 @@ def _fill(rows: np.ndarray, others: np.ndarray) -> None:
 
 
 def _half(frame: "av.VideoFrame", parity: int) -> "av.VideoFrame":
-    """A field of a frame: its even rows (parity 0) or its odd ones (1), of each plane."""
+    """A field of a frame: of each plane its even rows (parity 0) or its odd rows (1)."""
     import av
 
     half = av.VideoFrame(frame.width, (frame.height + 1 - parity) // 2, frame.format.name)
@@ -317,7 +317,7 @@ def _samples(frame: "av.VideoFrame", depth: int = 0) -> np.ndarray:
 
 
 def _put(frame: "av.VideoFrame", pixels: np.ndarray, depth: int = 0) -> None:
-    """Write what `_samples` read."""
+    """Write back what `_samples` read."""
     full = np.iinfo(pixels.dtype).max
     if depth and 2**depth - 1 != full:
         pixels = np.rint(pixels * ((2**depth - 1) / full)).astype(np.uint8 if depth == 8 else "<u2")
@@ -326,7 +326,7 @@ def _put(frame: "av.VideoFrame", pixels: np.ndarray, depth: int = 0) -> None:
 
 
 def _colour_planes(frame: "av.VideoFrame") -> list[np.ndarray]:
-    """The samples of colour of planar YUV, a plane each; none for other formats."""
+    """The chroma samples of planar YUV, one array per plane; none for other formats."""
     form = frame.format
     if not form.name.startswith("yuv") or not form.is_planar or form.is_big_endian:
         return []
@@ -338,7 +338,7 @@ def _colour_planes(frame: "av.VideoFrame") -> list[np.ndarray]:
 
 
 def _without_colour(frame: "av.VideoFrame") -> bool:
-    """Whether planes of colour hold none: a film in black and white, or grey H.264 as FFmpeg decodes it."""
+    """Whether chroma planes hold no colour: a black-and-white film, or grey H.264 as FFmpeg decodes it."""
     planes = _colour_planes(frame)
     return bool(planes) and all((plane == 1 << frame.format.components[1].bits - 1).all() for plane in planes)
 
@@ -349,11 +349,11 @@ def _take_colour_out(frame: "av.VideoFrame") -> None:
 
 
 def _light(frame: "av.VideoFrame") -> tuple[str, str] | None:
-    """The mastering display and light levels of HDR10, as parameters of x264 and of SVT-AV1; None without them."""
+    """HDR10's mastering display and light levels as parameters for x264 and SVT-AV1; None if there are none."""
     data = side_data(frame)
     x264, av1 = [], []
     if len(display := data.get("MASTERING_DISPLAY_METADATA", b"")) >= 88:
-        # AVMasteringDisplayMetadata: fractions of x and y of red, green, blue, white; of the darkest, the brightest
+        # AVMasteringDisplayMetadata: fractions of x and y of red, green, blue and white; of the darkest and brightest
         numbers = struct.unpack_from("=22i", display)
         if numbers[20] and numbers[21] and all(numbers[1:20:2]):  # both halves are there
             *places, dark, bright = (numbers[i] / numbers[i + 1] for i in range(0, 20, 2))

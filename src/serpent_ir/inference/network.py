@@ -17,20 +17,20 @@ from serpent_ir.system.forks import Lock, in_child
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's parameters are; the CPU for one that has none."""
+    """The device of a network's parameters; the CPU if it has none."""
     return next(model.parameters(), torch.empty(0)).device
 
 
 def undone_by(model: nn.Module) -> Degradation | None:
-    """The degradation that a network's weights undo, None where it names none. One inside of a wrapper counts."""
+    """The degradation that a network's weights undo; None if it names none. A network inside a wrapper counts."""
     task = getattr(getattr(network_of(model), "config", None), "task", "")
     return create_degradation(task) if task else None
 
 
 def check_task(model: nn.Module, weights: Path | None) -> None:
-    """Raise UsageError where weights are of no task that is known: `sr8`'s would be run without upsampling.
+    """Raise UsageError if weights name no known task: those of `sr8` would be run without upsampling.
 
-    Not for the rivals, which take an image as it is, and whose `scale` says what size they return.
+    Not for the rival networks, which take an image as it is and whose `scale` gives the size they return.
     """
     if undone_by(model) is None and not hasattr(model, "scale"):
         known = preset_of(model.config)
@@ -39,7 +39,7 @@ def check_task(model: nn.Module, weights: Path | None) -> None:
 
 
 def scale_of(model: nn.Module) -> int:
-    """How many times larger than its image a restored one is: the task may ask for it, or the network do it itself."""
+    """How many times larger than its input a restored image is. Either the task asks for it or the network enlarges."""
     degradation = undone_by(model)
     return own_scale(model) * (1 if degradation is None else degradation.scale)
 
@@ -47,10 +47,11 @@ def scale_of(model: nn.Module) -> int:
 def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
     """One pass of a network over its input (B, C, H, W), without gradients: float32 (B, 3, H, W), not clamped.
 
-    The result is `model.scale` times larger where a network has that. A network for grey images gets each of three
-    channels as an image of its own. Runs on the model's device, in evaluation mode (put back after), by default in
-    float32 and under bfloat16 autocast on a CUDA device. Of what wraps a network see `models.wrappers`. Raises
-    SerpentError where the memory of the device does not suffice, or the result has another size.
+    The result is `model.scale` times larger if the network has a scale. A network for grey images gets each of three
+    channels as a separate image. The pass runs on the model's device and in evaluation mode (restored afterwards), by
+    default in float32, or with bfloat16 autocast on a CUDA device. For wrapped networks see `models.wrappers`.
+
+    Raises SerpentError if the device has too little memory, or if the result has an unexpected size.
     """
     model = unwrapped(model)
     parameter = next(model.parameters(), torch.empty(0))
@@ -69,14 +70,14 @@ def takes_grey(model: nn.Module) -> bool:
 
 
 def _each_channel(model: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, H, W) through a network for grey images; a grey one goes through it once."""
+    """Pass (B, 3, H, W) through a network for grey images, channel by channel. A grey image goes through it once."""
     x = x[:, :1] if bool((x == x[:, :1]).all()) else x
     restored = model(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])[:, :, 0]
     return restored.repeat(1, 3 // x.shape[1], 1, 1)
 
 
 class OutOfMemoryError(SerpentError):
-    """A pass that did not fit in the memory of its device."""
+    """A pass did not fit in the memory of its device."""
 
 
 _modes_lock = Lock()
@@ -86,7 +87,7 @@ _modes: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDicti
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after, each module has its own flag again. Several threads may be inside at once."""
+    """Evaluation mode inside. Afterwards each module has its own flag again. Several threads may be inside at once."""
     with _modes_lock:
         inside, training = _modes.get(model, (0, []))
         if not inside:
@@ -98,7 +99,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _modes_lock:
-            inside, training = _modes.pop(model, (1, []))  # none in a child that was forked in here
+            inside, training = _modes.pop(model, (1, []))  # missing in a child that was forked in here
             if inside > 1:
                 _modes[model] = inside - 1, training
             else:
@@ -132,14 +133,14 @@ def _check_size(model: nn.Module, x: Tensor, restored: Tensor) -> None:
 
 @contextmanager
 def says_what_is_too_large(shape: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Turn every way in which PyTorch and numpy run out of memory into one line that names the remedy."""
+    """Turn all ways in which PyTorch and numpy run out of memory into one line that names the remedy."""
     try:
         yield
         return
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-    # Raised out here, or its context would hold the failed pass's tensors for as long as the error is looked at.
+    # Raised out here, since otherwise its context would keep the failed pass's tensors alive.
     raise OutOfMemoryError(
         f"not enough memory on {device} for an image of {shape[-1]}x{shape[-2]} px; "
         "make it smaller, or choose tiles, another device or a network that needs less (serpent_b)"

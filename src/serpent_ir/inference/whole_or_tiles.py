@@ -1,4 +1,4 @@
-"""A network over an image: on which device, in which precision, whole or in tiles."""
+"""Runs a network over an image, whole or in tiles: the one place that decides which."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ from serpent_ir.system.forks import in_child
 from serpent_ir.system.memory import SHARE, available
 
 LARGEST_TILE = 4096
-"""Side of the largest tile that is chosen, in pixels: far beyond what training showed the networks."""
+"""Side in pixels of the largest tile that is chosen. It is far beyond what the networks saw in training."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Work:
     """What `restored_strips` is to do.
 
     Attributes:
-        read: gives the rows and columns (in pixels of the image that comes in) as (B, C, h, w) float in [0, 1].
-        height, width: of that image.
+        read: returns rows and columns (in pixels of the input image) as (B, C, h, w) float in [0, 1].
+        height, width: size of that image.
         batch: B.
         tile: "auto", "none" or None, or the side of a tile in pixels of the output.
-        overlap: pixels of the output that neighbouring tiles share, at least.
+        overlap: pixels of the output that neighbouring tiles share at least.
         precision: as `pick_precision` takes it.
-        label: the image's name for the line that says why tiles were chosen; may be empty.
-        progress: called with (tiles done, tiles in all).
+        label: the image's name for the warning that says why tiles were chosen; may be empty.
+        progress: called with (tiles done, all tiles).
     """
 
     read: Callable[[Span, Span], Tensor]
@@ -61,7 +61,7 @@ class Work:
 
 
 def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
-    """Raise UsageError for a tile or an overlap that `Work` cannot have with this network."""
+    """Raise UsageError for a tile or an overlap that is impossible with this network."""
     if isinstance(tile, int) and not isinstance(tile, bool):
         cut(1, tile, overlap, _multiple(model))
     elif tile not in ("auto", "none", None):
@@ -73,12 +73,12 @@ def check_tiles(model: nn.Module, tile: str | int | None, overlap: int) -> None:
 def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
     """The restored image from top to bottom, in strips (B, 3, rows, W) float32 in [0, 1].
 
-    A whole image is one strip, on the model's device; strips made of tiles are on the CPU. The image is taken whole
-    where its predicted memory fits in `SHARE` of what is available, else in the largest tiles that do, and where a
-    prediction was too low, in smaller ones; a UserWarning says so and why.
+    A whole image is one strip, on the model's device. Strips made of tiles are on the CPU. The image is taken whole if
+    its predicted memory fits in `SHARE` of what is available; otherwise in the largest tiles that fit. If a prediction
+    was too low, it continues in smaller tiles. A UserWarning tells of tiles and says why.
 
-    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, for the least tile otherwise),
-    or values that are not finite. What `check_tiles` refuses must not come here.
+    Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, otherwise for the smallest
+    tile), or values that are not finite. `check_tiles` must have been called before.
     """
     model = unwrapped(model)
     degradation, scale, multiple = undone_by(model), scale_of(model), _multiple(model)
@@ -94,7 +94,7 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
             with says_what_is_too_large((height, width), torch.device("cpu") if side else device_of(model)):
                 for strip in _strips(model, work, degradation, rows, columns):
                     begun = True
-                    # A new tensor where it comes from inference mode, so that callers may change it in place.
+                    # If it comes from inference mode, a new tensor, so that callers may change it in place.
                     yield strip.clamp(0, 1) if strip.is_inference() else strip.clamp_(0, 1)
             return
         except OutOfMemoryError as error:
@@ -118,9 +118,9 @@ def fits(model: nn.Module, work: Work) -> bool:
 def network_block(
     read: Callable[[Span, Span], Tensor], size: Span, rows: Span, columns: Span, degradation: Degradation | None
 ) -> Tensor:
-    """What a network sees of some rows and columns of its map: `read`, upsampled where the degradation shrinks.
+    """What a network sees of some rows and columns of its map: `read`, upsampled if the degradation shrinks.
 
-    `size` is that of the image that `read` reads. Upsampled blocks are those of the upsampled whole.
+    `size` is the size of the image that `read` reads. Upsampled blocks equal those of the upsampled whole image.
     """
     if degradation is None or degradation.scale == 1:
         block = read(rows, columns)
@@ -147,7 +147,7 @@ def _strips(
         size = (work.height, work.width)
         shape = across[1] - across[0], along[1] - along[0]
         with says_what_is_too_large(shape, device), torch.inference_mode():
-            # Moved while it is small: the device upsamples it.
+            # Moved to the device while it is small; the device upsamples it.
             given = network_block(
                 lambda r, c: work.read(r, c).to(device, torch.float32),
                 size,
@@ -158,7 +158,7 @@ def _strips(
             restored = run_network(model, given, precision=work.precision)
             if degradation is not None:
                 restored = degradation.combine(restored, given)
-            if not restored.isfinite().all():  # clamped it would pass for an image
+            if not restored.isfinite().all():  # clamped, it would pass for an image
                 raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
         done += 1
         if work.progress:
@@ -172,7 +172,7 @@ def _strips(
 
 
 def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) -> int | None:
-    """The side of the tiles, None for the whole image."""
+    """The side of the tiles; None for the whole image."""
     if work.tile is None or work.tile == "none":
         return None
     if isinstance(work.tile, int):
@@ -214,7 +214,7 @@ def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> in
 
 
 def _multiple(model: nn.Module) -> int:
-    """What tiles begin at multiples of, in pixels of the output."""
+    """The number of which tiles begin at multiples, in pixels of the output."""
     degradation = undone_by(model)
     own = getattr(network_of(model), "size_multiple", 1) * own_scale(model)
     return math.lcm(own, 1 if degradation is None else degradation.scale)
@@ -234,7 +234,7 @@ def _up(value: int, multiple: int) -> int:
 
 @in_child
 def _one_thread() -> None:
-    """Of GNU's OpenMP, PyTorch's on Linux, a child has no threads, and yet would wait for them for ever."""
+    """A child has none of the threads of GNU's OpenMP (PyTorch's on Linux), and would wait for them forever."""
     with suppress(OSError):
         if "libgomp" in Path("/proc/self/maps").read_text():
             torch.set_num_threads(1)

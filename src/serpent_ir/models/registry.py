@@ -1,4 +1,4 @@
-"""Networks by name: made, listed, loaded."""
+"""Networks by name: create, list and load them."""
 
 import fnmatch
 import json
@@ -26,7 +26,7 @@ hub.attach(*NETWORKS)
 def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
     """Names that `create_model` takes: networks, or with `pretrained` the weights that ship (network.task).
 
-    `filter` keeps the names that contain it, or that match it where it has wildcards (`serpent_*`).
+    `filter` keeps the names that contain it, or, if it has wildcards (`serpent_*`), those that match it.
     """
     names = sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors")) if pretrained else list(PRESETS)
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
@@ -41,14 +41,15 @@ def create_model(
     Args:
         name: a network (`serpent_l`), or a network and its task (`serpent_l.deblur`); see `list_models`.
         pretrained: load the weights that ship under this name.
-        checkpoint_path: load these weights instead: a file as `load_model` takes it. It also decides input channels,
-            kind of LayerNorm, upsampler and scale, where `config` does not, and of a network that `serpent train` made
-            under this name all that it was given (`model_options`).
+        checkpoint_path: load these weights instead: a file as `load_model` takes it. The file also decides input
+            channels, the kind of LayerNorm, upsampler and scale, unless `config` does. If `serpent train` made it for a
+            network of this name, it decides everything that the network was given (`model_options`).
         config: fields of the network's configuration that differ from the preset.
 
     Raises:
-        UsageError: an unknown name or configuration field, or no such weights; it lists the valid ones.
-        SerpentError: a weights file that is missing, damaged or made for another network; it names what differs.
+        UsageError: an unknown name or configuration field, or no such weights; the message lists the valid ones.
+        SerpentError: a weights file that is missing, damaged or made for another network; the message says what
+            differs.
     """
     network, _, task = name.partition(".")
     if pretrained and checkpoint_path is None and name not in list_models(pretrained=True):
@@ -75,18 +76,18 @@ def _loaded(
     metadata: dict[str, str],
     path: str | os.PathLike[str],
 ) -> nn.Module:
-    """The network of a preset with these fields, what else the file says, and the file's weights."""
+    """The network of a preset with these fields, whatever else the file decides, and the file's weights."""
     build, preset = PRESETS[network]
     _take_task(fields, metadata, path, network)
     found = recognise(shapes_of(state))
     of_file = {field: getattr(found, field) for field in FROM_FILE[type(preset)]} if type(found) is type(preset) else {}
-    if metadata.get("network") == network and "options" in metadata:  # nothing has to be guessed
+    if metadata.get("network") == network and "options" in metadata:  # nothing has to be inferred from shapes
         of_file = _options(metadata, path)
         _check_fields(network, of_file, preset)
     model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), path)
     other = ""
     known = preset_of(found) if found is not None else ""
-    if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some have two names
+    if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some presets have two names
         own = known or f"{FAMILIES[type(found)]} in sizes without a name: leave the name out, or load_model(FILE)"
         other = f"; they are of {own}"
     fill(model, state, f"{path}: not weights of {network}", other)
@@ -94,20 +95,20 @@ def _loaded(
 
 
 def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
-    """The network that a file of weights is for, with them, in evaluation mode, on the CPU, in float32.
+    """The network that a file of weights is for, with these weights, in evaluation mode, on the CPU, in float32.
 
     Which network it is, its sizes, input channels, kind of LayerNorm, upsampler and scale are read from the names and
-    shapes of the tensors: those of Serpent, and of the public releases of fastMRI's U-Net, SwinIR and Restormer.
+    shapes of the tensors. It recognises Serpent and the public releases of fastMRI's U-Net, SwinIR and Restormer.
 
     Args:
         path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
-            `state_dict`. Nothing but tensors is loaded from it.
-        config: fields of the network's configuration that shapes cannot tell (`task`; SwinIR's `img_range`, taken to
-            be that of the releases unless `serpent train` made the file, which notes what it was given).
+            `state_dict`. Only tensors are loaded from it.
+        config: fields of the network's configuration that shapes cannot tell: `task`, and SwinIR's `img_range`, which
+            is taken to be that of the releases unless `serpent train` made the file, which records it.
 
     Raises:
-        UsageError: an unknown configuration field; it lists the valid ones.
-        SerpentError: a file that is missing, damaged, refused, or of no network that is known; it names what differs.
+        UsageError: an unknown configuration field; the message lists the valid ones.
+        SerpentError: a file that is missing, damaged, refused, or for no known network; the message says what differs.
     """
     state, metadata = load_weights(path)
     if "options" in metadata and metadata.get("network") in PRESETS:
@@ -128,7 +129,7 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
 
 
 def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str]) -> nn.Module:
-    """A network in the sizes that a file claims, whose tensors are compared with it only then."""
+    """A network in the sizes that a file claims. The file's tensors are compared with it only afterwards."""
     try:
         return build(config)
     except (MemoryError, RuntimeError) as error:
@@ -145,7 +146,7 @@ def _check_fields(network: str, fields: dict[str, Any], config: Any) -> None:
 
 
 def _options(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of its network's configuration that a file of `serpent train` was trained with: `model_options`."""
+    """The configuration fields (`model_options`) that the network of a file of `serpent train` was trained with."""
     try:
         options = json.loads(metadata["options"])
         return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
@@ -154,7 +155,7 @@ def _options(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str
 
 
 def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.PathLike[str], network: str) -> None:
-    """Set the task that a file says it is for; UsageError where another was asked for."""
+    """Set the task that a file says it is for. UsageError if another one was asked for."""
     trained_for = metadata.get("task", "")
     if trained_for and fields.setdefault("task", trained_for) != trained_for:
         raise UsageError(f"{path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}")

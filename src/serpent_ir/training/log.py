@@ -32,7 +32,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Report:
+class RunLog:
     """The log of a run in its folder, and the lines that it prints.
 
     Args:

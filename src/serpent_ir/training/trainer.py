@@ -21,11 +21,10 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models.seals import sealed
 from serpent_ir.system.devices import pick_precision
 from serpent_ir.system.whole_file import replace_file
-from serpent_ir.training import log as report
-from serpent_ir.training import room, stopping
+from serpent_ir.training import log, room, stopping
 from serpent_ir.training.checkpoints import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors
 from serpent_ir.training.lock import own_folder
-from serpent_ir.training.log import Report
+from serpent_ir.training.log import RunLog
 from serpent_ir.training.losses import create_loss
 from serpent_ir.training.networks import starting_network
 from serpent_ir.training.recipe import Recipe, RecipeError, of_key
@@ -58,7 +57,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        say: report.Say = report.say,
+        say: log.Say = log.say,
         *,
         workers: Workers | None = None,
         tensorboard: bool = False,
@@ -67,7 +66,7 @@ class Trainer:
         self.workers = workers or Workers(recipe.device)
         self.device = self.workers.device
         self.say = say if self.workers.first else lambda line: None
-        self.with_bar, self.tensorboard = self.workers.first and say is report.say, tensorboard
+        self.with_bar, self.tensorboard = self.workers.first and say is log.say, tensorboard
         parts = self.workers.world * recipe.accumulate
         for number, stage in enumerate(recipe.stages):
             if stage.batch % parts:
@@ -82,7 +81,7 @@ class Trainer:
         of = {"val": recipe.val, "val_images": len(val_files)}
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep, of)
         if tensorboard and self.workers.first:
-            report.event_writer()
+            log.event_writer()
         # If there are checkpoints, their weights count, and the weights to start from may be gone.
         begun = self.workers.from_first(bool(self.checkpoints.paths()))
         network = starting_network(recipe, fresh=begun)
@@ -162,7 +161,7 @@ class Trainer:
                 told = f"crops of {crop} px are cut from images of {side} px and more, which are not reduced"
                 self.say(f"{told}; to reduce them: serpent data pack --size")
             try:
-                with stop.listening(), self.report.showing(self.schedule.steps, self.with_bar):
+                with stop.listening(), self.log.showing(self.schedule.steps, self.with_bar):
                     if again is not None:
                         self._validate(again)
                     self._loop(stop)
@@ -173,7 +172,7 @@ class Trainer:
                 self.workers.leave()
                 raise
             finally:
-                self.report.close()
+                self.log.close()
         return self.out / "weights.safetensors"
 
     def _loop(self, stop: Stop) -> None:
@@ -188,7 +187,7 @@ class Trainer:
                 with room.room_for(lambda: room.training(self.recipe, self.workers, self.schedule.place(self.step)[0])):
                     self.train_step(*next(batches))
                 self.step += 1
-                self.report.at(self.step)
+                self.log.at(self.step)
                 due = self.schedule.validates(self.step)
             if ends or asked or due or self.step % LOG_EVERY == 0:
                 self.workers.catch_up()
@@ -297,11 +296,11 @@ class Trainer:
         # If so, the run was killed before the validation was complete.
         again = found is not None and self.validated != self.step and self.schedule.validates(self.step)
         since = 0 if found is None else self.step + (not again)
-        self.report = Report(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
+        self.log = RunLog(self.out, self.say, first=first, tensorboard=self.tensorboard, since=since)
         if first:
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=2, ensure_ascii=False) + "\n"
             replace_file(self.out / "recipe.json", recipe.encode())
-        self.report.cut(self.step, validated=not again)
+        self.log.cut(self.step, validated=not again)
         return found.path if found is not None and again else None
 
     def _check_folder(self, resume: bool) -> None:
@@ -309,7 +308,7 @@ class Trainer:
         checkpoints, weights = self.checkpoints.paths(), self.out / "weights.safetensors"
         if resume and weights.exists() and not checkpoints:
             raise UsageError(f"{self.out}: holds weights, and no checkpoint to go on from; choose another out=")
-        if not resume and (checkpoints or weights.exists() or report.read_rows(self.out / "log.jsonl")):
+        if not resume and (checkpoints or weights.exists() or log.read_rows(self.out / "log.jsonl")):
             raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
 
     def _go_on(self, found: Checkpoint) -> None:
@@ -374,22 +373,22 @@ class Trainer:
             "skipped": skipped,
             "seconds": round(self.seconds, 1),
         }
-        left = f"{report.duration(self.schedule.seconds_left(self.step, seconds))} left"
+        left = f"{log.duration(self.schedule.seconds_left(self.step, seconds))} left"
         texts = [f"{rate:.4g} images/s", f"loss {loss:.4g}"]
         texts += [f"PSNR {self.score['psnr']:.2f}"] if self.score else []
         texts += [f"{skipped} skipped"] if skipped else []
         stage_told = f"stage {number + 1}/{len(self.recipe.stages)}"
         told = [f"step {self.step}/{self.schedule.steps}", f"{stage_told} ({stage.batch} x {stage.crop} px)", *texts]
         told += [f"{share:.1%} waiting for data", left]
-        self.report.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
+        self.log.row(self.step, "  ".join(told), row, now="  ".join([stage_told, *texts, left]))
 
     def _validate(self, path: Path | None) -> None:
         means, pictures = validate(self.average, self.val, self.recipe.precision)
         self.score, self.validated = means, self.step
         line = "step {}/{}  validation: PSNR {psnr:.2f} (input {input_psnr:.2f}), SSIM {ssim:.4f}"
         told = line.format(self.step, self.schedule.steps, **means)
-        self.report.row(self.step, told, {**means, "seconds": round(self.seconds, 1)})
-        self.report.pictures(self.step, pictures)
+        self.log.row(self.step, told, {**means, "seconds": round(self.seconds, 1)})
+        self.log.pictures(self.step, pictures)
         # The score is written last, because a validation without a score is repeated after a kill.
         if self.workers.first and path is not None and math.isfinite(means["psnr"]):
             self.checkpoints.score(path, means)
@@ -397,7 +396,7 @@ class Trainer:
     def _finish(self) -> None:
         # Written again, since a kill may have come between the weights and the last checkpoint.
         last = self._write_weights("weights", self.step, self.average.state_dict())
-        self.report.plot()
+        self.log.plot()
         told = f"the averaged weights are in {last}"
         (self.out / "best.safetensors").unlink(missing_ok=True)  # it holds what was the best before the run continued
         best = self.checkpoints.best_weights()

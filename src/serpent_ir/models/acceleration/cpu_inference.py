@@ -1,4 +1,4 @@
-"""A VSS block on the CPU without a tape: the map goes through in strips of rows that stay in the cache.
+"""A VSS block on the CPU without a tape: the map goes through in bands of rows that stay in the cache.
 
 Otherwise whole maps would be written to memory and read again between any two operations, into pages that the system
 clears first. At 2048x2048 that takes as long as the arithmetic. Only the normed input and the scan's input and output
@@ -21,7 +21,7 @@ from serpent_ir.ops.dense import on_one_device
 if TYPE_CHECKING:
     from serpent_ir.models.serpent import VSSBlock
 
-STRIP = 1 << 18  # numbers of the inner map per strip, about: 1 MB, a second-level cache
+BAND = 1 << 18  # numbers of the inner map per band, about: 1 MB, a second-level cache
 
 
 def _refuses(block: "VSSBlock", x: Tensor) -> str:
@@ -39,7 +39,7 @@ def _run(block: "VSSBlock", x: Tensor) -> Tensor:
     x = x.contiguous()
     normed = block.norm(x)
     weight_u, weight_z = inner.in_proj.weight.chunk(2)
-    images, rows = _strip_size(x.shape, len(weight_u))
+    images, rows = _band_size(x.shape, len(weight_u))
     u, proj = _Whole(x.shape), _Whole(x.shape)
     for first in range(0, len(x), images):
         for row, padding, piece in _with_neighbours(normed[first : first + images], rows, weight_u):
@@ -62,17 +62,17 @@ def _run(block: "VSSBlock", x: Tensor) -> Tensor:
 block = Way("cpu_inference.block", "cpu", False, _refuses, _run)
 
 
-def _strip_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
-    """Images and rows of a strip: whole images if one fits, otherwise rows of one image."""
+def _band_size(shape: torch.Size, d_inner: int) -> tuple[int, int]:
+    """Images and rows of a band: whole images if one fits, otherwise rows of one image."""
     _, height, width, _ = shape
-    rows = max(1, STRIP // max(1, width * d_inner))
+    rows = max(1, BAND // max(1, width * d_inner))
     return (max(1, rows // max(1, height)), height) if rows >= height else (1, rows)
 
 
 def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The inner map before the convolution, in strips.
+    """The inner map before the convolution, in bands.
 
-    Yields the first row, how many rows of zeros each end still needs, and the strip with the rows above and below it.
+    Yields the first row, how many rows of zeros each end still needs, and the band with the rows above and below it.
     """
     height = x.shape[1]
     if rows >= height:
@@ -80,7 +80,7 @@ def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int
         return
     edge = above = None
     for row in range(0, height, rows):
-        ready = row + 1 if row else 0  # the previous strip went one row further
+        ready = row + 1 if row else 0  # the previous band went one row further
         new = product(x[:, ready : row + rows + 1], weight)
         if edge is None or above is None:
             edge = above = torch.zeros_like(new[:, :1])
@@ -90,7 +90,7 @@ def _with_neighbours(x: Tensor, rows: int, weight: Tensor) -> Iterator[tuple[int
 
 
 class _Whole:
-    """A map that is put together from strips. A strip that is the whole map is not copied."""
+    """A map that is put together from bands. A band that is the whole map is not copied."""
 
     def __init__(self, shape: torch.Size):
         self.shape = shape[:3]
