@@ -216,6 +216,7 @@ def test_degrade_and_restore_tells_the_gain(page, tmp_path):
 
 
 def test_an_example_is_taken_by_a_click(page):
+    """With its task, for which the page takes the network that the command takes."""
     page.get_by_text("chelsea-sr8.png").click()
     page.locator(".photo .download-link").wait_for()
     page.get_by_role("button", name="Restore", exact=True).click()

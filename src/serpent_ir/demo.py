@@ -26,7 +26,7 @@ from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
 from serpent_ir.inference import Restorer
 from serpent_ir.metrics import psnr
-from serpent_ir.models import list_models
+from serpent_ir.models import DEFAULT_WEIGHTS, list_models
 from serpent_ir.system.forks import Lock
 from serpent_ir.system.whole_file import temporary_folder
 
@@ -137,7 +137,11 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
     samples = make_samples(folder / "samples", set(tasks))
 
     def networks(task: str) -> list[str]:
-        return [name.partition(".")[0] for name in weights if name.endswith(f".{task}")]
+        """The networks with weights for a task; the one that the command takes comes first."""
+        usual = DEFAULT_WEIGHTS.partition(".")[0]
+        return sorted(
+            (name.partition(".")[0] for name in weights if name.endswith(f".{task}")), key=lambda name: name != usual
+        )
 
     def answer(function: Callable[..., Result], path: str | None, *args: Any) -> Any:
         if not path:

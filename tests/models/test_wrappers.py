@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.networks import small_network
 from torch import Tensor, nn
 
+from networks import small_network
 from serpent_ir import create_model, restore
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
