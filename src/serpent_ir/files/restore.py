@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -184,7 +184,7 @@ class Restoration(Iterator[RestoredFile]):
         self._results.close()
 
     def _restore(self) -> Generator[RestoredFile]:
-        with closing(self._record or _Nothing()):
+        with closing(self._record) if self._record else nullcontext():
             for job in self.skipped:
                 yield self._told(self._done_before(job))
             make_folders(self.todo)  # before any work, or each file would fail for this one reason
@@ -248,13 +248,6 @@ class Restoration(Iterator[RestoredFile]):
         if self._report:
             self._report(result)
         return result
-
-
-class _Nothing:
-    """Stands for a manifest that nobody asked for."""
-
-    def close(self) -> None:
-        pass
 
 
 def _path(path: str | Path | None) -> Path | None:
