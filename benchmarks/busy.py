@@ -22,7 +22,7 @@ VARIANTS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "two threads": {"OMP_NUM_THREADS": "2"},
     "two, passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
-    "two, short spin": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "10000"},
+    "two, short spin": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "3000"},
 }
 CELLS = [("serpent_b", 256), ("serpent_b", 512), ("serpent_l", 256), ("serpent_l", 512)]
 

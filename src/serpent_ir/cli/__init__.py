@@ -31,17 +31,18 @@ from serpent_ir.cli.report import report as report
 from serpent_ir.errors import is_out_of_memory, memory_line
 
 # The variables that set how OpenMP threads wait. By default they spin for milliseconds after every operation, and on a
-# busy machine they take the cores from threads that have work. Measured with serpent_b at 256 px on two cores at a load
-# of 7 to 9 (benchmarks/busy.py): two spinning threads take 0.5 to 1.5 s, two sleeping ones 0.12 to 0.15 s, and one
-# thread 0.17 to 0.38 s.
+# busy machine they take the cores from threads that have work. Threads that sleep at once lose time where the machine
+# is idle, since each operation wakes them anew. A short spin is nearly the best of both (benchmarks/busy.py measures).
 _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+SPINS = "3000"
+"""How often a waiting thread of GNU's OpenMP looks again before it sleeps: some microseconds."""
 
 
 def main() -> None:
     """What the console script runs, once `serpent_ir.__main__` has imported this."""
     interrupts.install()
     if not _WAITING & os.environ.keys():  # PyTorch reads this when it is loaded, which happens later
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder and everything in it
         say("serpent: error: an argument is empty; is a variable unset?")
         sys.exit(2)

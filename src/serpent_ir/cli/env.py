@@ -11,7 +11,14 @@ from typing import Any
 from serpent_ir import __version__
 from serpent_ir.cli.shell import Json, shell_command
 
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "SERPENT_CPU_LEVEL", "TRITON_INTERPRET")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "SERPENT_CPU_LEVEL",
+    "TRITON_INTERPRET",
+)
 """Environment variables that change how the package runs."""
 
 
