@@ -14,12 +14,14 @@ from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.picture import Span
+from serpent_ir.image.tensors import as_floats, as_samples, torch_dtype
 from serpent_ir.inference.network import device_of, run_network, says_what_is_too_large, scale_of, undone_by
 from serpent_ir.inference.whole_or_tiles import Work, check_tiles, fits, network_block, restored_strips
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
 from serpent_ir.system.devices import available_devices, pick_device, pick_precision
 from serpent_ir.system.forks import Lock
+from serpent_ir.system.transfers import converts, download, upload
 
 __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_picture", "run_network"]
 
@@ -181,13 +183,15 @@ class Restorer:
         `read` gives some rows and columns, uint8 or uint16, always of the same kind; rows are asked for from top to
         bottom, some of them twice. The strips are of that kind.
         """
-
+        where = self._converting()
         missing = self._missing(mask, height, width)
 
         def tensor(rows: Span, columns: Span) -> Tensor:
             colours, alpha = read(rows, columns)
-            x = to_tensor(_grey_to_rgb(colours) if colours.ndim == 2 else colours)
-            x = x if alpha is None else fill_transparent(x, to_tensor(alpha[..., None]))
+            x = _floats(colours, where)
+            x = x.expand(-1, 3, -1, -1).contiguous()
+            if alpha is not None and not alpha.all():
+                x = fill_transparent(x, _floats(alpha, where))
             return x if missing is None else erase(x, missing[..., slice(*rows), slice(*columns)])
 
         kind, first_alpha = read((0, 1), (0, 1))
@@ -196,19 +200,25 @@ class Restorer:
             for strip in self._strips(Work(tensor, height, width, label=label, progress=progress)):
                 rows = (top, top + strip.shape[2])
                 top = rows[1]
-                pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2)
+                samples = as_samples(strip, torch_dtype(kind.dtype), grey=kind.ndim == 2)[0]
                 del strip  # while the next one is made
-                yield pixels, None if first_alpha is None else self._alpha(read, (height, width), rows, pixels)
+                alpha = None
+                if first_alpha is not None and self.scale == 1:
+                    colours, alpha = read(rows, (0, width))
+                    samples = _hidden_as_before(samples, colours, alpha)
+                elif first_alpha is not None:
+                    alpha = self._alpha(read, (height, width), rows)
+                pixels = download(samples).numpy() if converts(samples.device) else samples.cpu().numpy()
+                del samples
+                yield pixels, alpha
 
-    def _alpha(
-        self, read: Callable[[Span, Span], Samples], size: Span, rows: Span, pixels: np.ndarray
-    ) -> np.ndarray | None:
-        """The alpha of some rows of the restored image; where it is 0 `pixels` get back the colours that it hid."""
-        if self.scale == 1:
-            colours, alpha = read(rows, (0, size[1]))
-            assert alpha is not None
-            pixels[alpha == 0] = colours[alpha == 0]
-            return alpha
+    def _converting(self) -> torch.device:
+        """The device on which samples become floats and floats samples."""
+        device = device_of(self.model)
+        return device if converts(device) else _CPU
+
+    def _alpha(self, read: Callable[[Span, Span], Samples], size: Span, rows: Span) -> np.ndarray:
+        """The alpha of some rows of an image that was made larger."""
 
         def tensor(rows: Span, columns: Span) -> Tensor:
             some = read(rows, columns)[1]
@@ -217,7 +227,8 @@ class Restorer:
 
         upsampling = Degradation("", scale=self.scale)  # where the network does it itself, too
         block = network_block(tensor, size, rows, (0, size[1] * self.scale), upsampling)
-        return np.ascontiguousarray(to_pixels(block, pixels.dtype)[..., 0])
+        kind = read((0, 1), (0, 1))[0].dtype
+        return np.ascontiguousarray(to_pixels(block, kind)[..., 0])
 
     def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
         """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
@@ -233,6 +244,7 @@ class Restorer:
             size = "x".join(map(str, reversed(array.shape)))
             raise UsageError(f"restore: the mask is {size} px and the image {width}x{height}; they must be the same")
         whole = 1 if array.is_floating_point() or array.dtype == torch.bool else torch.iinfo(array.dtype).max
+        array = upload(array, where) if converts(where := self._converting()) else array.cpu()
         return (array.double() > whole / 2).float()[None, None]
 
     def _strips(self, work: Work) -> Iterator[Tensor]:
@@ -280,26 +292,31 @@ class Restorer:
         if not pixels.size:
             raise UsageError(f"restore: the image is empty, {pixels.shape}")
         if floating:
-            x = torch.from_numpy((_grey_to_rgb(pixels) if grey else pixels).astype(np.float32)).permute(2, 0, 1)
-            restored = self._tensor(x, mask, progress)
-            if grey:
-                return restored.mean(0).numpy().astype(pixels.dtype), None
-            return np.ascontiguousarray(restored.permute(1, 2, 0).numpy().astype(pixels.dtype)), None
+            x = torch.from_numpy(np.require(pixels, np.float32, ["C", "W"]))
+            x = x.expand(3, -1, -1) if grey else x.permute(2, 0, 1)
+            restored = self._floats(x[None], mask, progress)[0]
+            restored = restored.mean(0) if grey else restored.permute(1, 2, 0)
+            return download(restored).numpy().astype(pixels.dtype, copy=False), None
 
         def read(rows: Span, columns: Span) -> Samples:
             here = slice(*rows), slice(*columns)
             return pixels[here], None if alpha is None else alpha[here]
 
         height, width = pixels.shape[:2]
-        whole = np.empty((height * self.scale, width * self.scale, *pixels.shape[2:]), pixels.dtype)
-        whole_alpha = None if alpha is None else np.empty(whole.shape[:2], pixels.dtype)
+        whole: Samples | None = None
         top = 0
         for strip, strip_alpha in self.strips(read, height, width, mask=mask, label=label, progress=progress):
-            whole[top : top + len(strip)] = strip
-            if whole_alpha is not None:
-                whole_alpha[top : top + len(strip)] = strip_alpha
+            if len(strip) == height * self.scale:
+                return strip, None if strip_alpha is None else np.array(strip_alpha)
+            if whole is None:
+                shape = height * self.scale, *strip.shape[1:]
+                whole = np.empty(shape, strip.dtype), None if alpha is None else np.empty(shape[:2], strip.dtype)
+            for made, part in zip(whole, (strip, strip_alpha), strict=True):
+                if made is not None:
+                    made[top : top + len(strip)] = part
             top += len(strip)
-        return whole, whole_alpha
+        assert whole is not None
+        return whole
 
     def _tensor(self, image: Tensor, mask: Mask | None, progress: Progress | None) -> Tensor:
         if image.ndim not in (3, 4) or image.shape[-3] != 3:
@@ -308,26 +325,35 @@ class Restorer:
             raise UsageError(f"restore: expected a tensor of uint8 or float in [0, 1]; got {image.dtype}")
         if not image.numel():
             raise UsageError(f"restore: the image is empty, {tuple(image.shape)}")
-        batch = (image if image.ndim == 4 else image[None]).detach()
-        if image.dtype != torch.uint8:
-            _check_scale(batch)
+        restored = self._floats((image if image.ndim == 4 else image[None]).detach(), mask, progress)
+        restored = restored if image.ndim == 4 else restored[0]
+        if image.dtype == torch.uint8:
+            restored = restored.mul_(255).round_().to(torch.uint8)
+        if image.dtype != torch.float64:  # the fewer bytes are moved
+            restored = restored.to(image.dtype)
+        restored = download(restored) if image.device == _CPU != restored.device else restored.to(image.device)
+        return restored.to(image.dtype)
 
+    def _floats(self, batch: Tensor, mask: Mask | None, progress: Progress | None) -> Tensor:
+        """(B, 3, H, W), uint8 or float -> the restored images in float32, of the caller's own, where they were made."""
         missing = self._missing(mask, *batch.shape[-2:])
+        device = device_of(self.model)
 
         def read(rows: Span, columns: Span) -> Tensor:
             here = slice(*rows), slice(*columns)
-            block = batch[(..., *here)].float()
-            block = block / 255 if image.dtype == torch.uint8 else block
+            block = upload(batch[(..., *here)], device) if batch.device == _CPU else batch[(..., *here)].to(device)
+            if batch.dtype == torch.uint8:
+                block = as_floats(block.movedim(-3, -1))
+            else:
+                _check_scale(block)
+                block = block.float()
             return block if missing is None else erase(block, missing[(..., *here)].expand(len(block), -1, -1, -1))
 
         work = Work(read, *batch.shape[-2:], batch=len(batch), progress=progress)
         if len(batch) > 1 and not fits(self.model, work):  # one by one is better than in tiles
-            return torch.stack([self._tensor(one, mask, progress) for one in image])
-        restored = torch.cat([strip.to(image.device) for strip in self._strips(work)], 2)
-        if image.dtype == torch.uint8:
-            restored = restored.mul_(255).round_()
-        restored = restored.to(image.dtype)
-        return restored[0] if image.ndim == 3 else restored
+            return torch.cat([self._floats(one, mask, progress) for one in batch.split(1)])
+        strips = list(self._strips(work))
+        return strips[0] if len(strips) == 1 else torch.cat(strips, 2)
 
 
 def _channels_of(model: nn.Module) -> int:
@@ -337,17 +363,22 @@ def _channels_of(model: nn.Module) -> int:
     return getattr(getattr(network_of(model), "config", None), "in_channels", 3) - brought
 
 
-def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool) -> np.ndarray:
-    """(1, 3, H, W) -> (H, W, 3), or (H, W) of their mean, as integers; a part at a time, since it takes floats."""
-    result = np.empty((*strip.shape[2:], 3)[: 2 if grey else 3], dtype)
-    step = max(1, (1 << 22) // strip.shape[3])
-    for top in range(0, strip.shape[2], step):
-        part = strip[:, :, top : top + step].cpu()
-        if grey:
-            part = part.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        pixels = to_pixels(part, dtype)
-        result[top : top + step] = pixels[..., 0] if grey else pixels
-    return result
+def _floats(samples: np.ndarray, device: torch.device) -> Tensor:
+    """(h, w, 3) or (h, w), uint8 or uint16 -> (1, 3, h, w) or (1, 1, h, w) float32 in [0, 1] on a device."""
+    samples = samples[..., None] if samples.ndim == 2 else samples
+    return as_floats(upload(samples, device))[None] if converts(device) else to_tensor(samples)
+
+
+def _hidden_as_before(samples: Tensor, colours: np.ndarray, alpha: np.ndarray | None) -> Tensor:
+    """Restored samples, (h, w, 3) or (h, w), but where alpha is 0 the colours that it hides."""
+    assert alpha is not None
+    if alpha.all():
+        return samples
+    signed = {torch.uint8: torch.uint8, torch.uint16: torch.int16}[samples.dtype]  # which PyTorch computes with
+    shown = upload(alpha != 0, samples.device)
+    before = upload(colours, samples.device)
+    shown = shown if samples.ndim == 2 else shown[..., None]
+    return torch.where(shown, samples.view(signed), before.view(signed)).view(samples.dtype)
 
 
 def _grey_to_rgb(grey: Pixels | np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from serpent_ir.degradations import Degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image.picture import Span
+from serpent_ir.image.tensors import all_finite
 from serpent_ir.inference.footprint import network_bytes
 from serpent_ir.inference.network import (
     OutOfMemoryError,
@@ -158,7 +159,9 @@ def _strips(
             restored = run_network(model, given, precision=work.precision)
             if degradation is not None:
                 restored = degradation.combine(restored, given)
-            if not restored.isfinite().all():  # clamped, it would pass for an image
+            if restored.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+                restored = restored.clone()  # of a network that does nothing; it may be the caller's own image
+            if not all_finite(restored):  # clamped, it would pass for an image
                 raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
         done += 1
         if work.progress:
