@@ -40,6 +40,16 @@ def told(model: nn.Module, x: Tensor | None = None) -> str:
     return one
 
 
+def test_what_was_begun_before_the_check_counts_only_if_the_way_serves() -> None:
+    begun, refusals = torch.zeros(1), ["", "not today"]
+    way = replace(WAYS[Serpent][0], device="cpu", refuses=lambda module, x: refusals[0], ahead=lambda module, x: begun)
+    model, x = Serpent(SMALL), image()
+    with torch.no_grad(), only({Serpent: (way,)}):
+        assert model(x) is begun
+        refusals.reverse()
+        torch.testing.assert_close(model(x), Serpent.forward.__wrapped__(model, x))  # type: ignore[attr-defined]
+
+
 class Louder(Serpent):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)

@@ -64,6 +64,10 @@ Many are TIFFs whose first page is a small preview, which must not pass for the 
 """
 
 
+_LARGE = 1 << 24
+"""Bytes of a file up to which nobody asks whether it fits in memory, since asking takes as long as a small image."""
+
+
 def read_image(path: str | Path) -> Picture:
     """Read an image file with all that `Picture` keeps. Of an animation or multi-page file, read the first frame.
 
@@ -91,7 +95,7 @@ def _read(path: Path) -> tuple[Picture, list[str]]:
     try:
         if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, and a device never does
             raise ImageError(f"{path}: is not a regular file; write it to one first")
-        if path.stat().st_size > host_available():
+        if (size := path.stat().st_size) > _LARGE and size > host_available():
             raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
         data, planes, left = _first_page(path)
     except (OSError, MemoryError) as error:

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import preset_of
-from serpent_ir.models.wrappers import network_of, unwrapped
+from serpent_ir.models.wrappers import first_parameter, network_of, unwrapped
 from serpent_ir.system.devices import pick_precision
 from serpent_ir.system.forks import Lock, in_child
+
+_CPU = torch.device("cpu")
 
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of a network's parameters; the CPU if it has none."""
-    return next(model.parameters(), torch.empty(0)).device
+    parameter = first_parameter(model)
+    return _CPU if parameter is None else parameter.device
 
 
 def undone_by(model: nn.Module) -> Degradation | None:
@@ -54,7 +57,8 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     Raises SerpentError if the device has too little memory, or if the result has an unexpected size.
     """
     model = unwrapped(model)
-    parameter = next(model.parameters(), torch.empty(0))
+    parameter = first_parameter(model)
+    parameter = torch.empty(0) if parameter is None else parameter
     device = parameter.device
     dtype = pick_precision(precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -91,7 +95,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     with _modes_lock:
         inside, training = _modes.get(model, (0, []))
         if not inside:
-            training = [module for module in model.modules() if module.training]
+            training = [module for module in _modules_of(model) if module.training]
             for module in training:
                 module.training = False
         _modes[model] = inside + 1, training
@@ -105,6 +109,17 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             else:
                 for module in training:
                     module.training = True
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """`model.modules()` in a third of the time, which counts beside a small image on a GPU."""
+    found, seen = [model], {id(model)}
+    for module in found:  # it grows
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 @in_child

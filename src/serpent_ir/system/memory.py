@@ -1,5 +1,6 @@
 """How much memory this process can still take, on the host and on a GPU, limits included."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -15,13 +16,15 @@ WORK = 64 << 20
 """Bytes that Python's threads and a small network take at least."""
 
 
-def available(device: "torch.device") -> int:
-    """Bytes that this process can still allocate on a device."""
+def available(device: "torch.device", *, enough: int = sys.maxsize) -> int:
+    """Bytes that this process can still allocate on a device. If they are `enough`, there may be more."""
     if device.type != "cuda":  # Apple's GPU shares the host's memory
         return host_available()
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
+    if free >= enough:  # counting what PyTorch holds takes as long as a small image
+        return free
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -47,12 +50,18 @@ def free_in_groups(process: Path) -> int:
     process's folder in /proc; its `cgroup` says in which groups it is, and its `mountinfo` where their files are.
     """
     try:
-        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
-        mounts = [line.split(" - ", 1) for line in (process / "mountinfo").read_text().splitlines()]
+        folders = _groups((process / "cgroup").read_text(), (process / "mountinfo").read_text())
     except OSError:
         return sys.maxsize
-    free = sys.maxsize
-    for where, what in mounts:
+    return min((_free_in_group(folder, *_FILES[kind]) for folder, kind in folders), default=sys.maxsize)
+
+
+@functools.lru_cache(8)
+def _groups(cgroup: str, mountinfo: str) -> list[tuple[Path, str]]:
+    """The folders of the control groups that a process is in, and of those above, with their version."""
+    groups = [line.split(":", 2) for line in cgroup.splitlines()]
+    found = []
+    for where, what in (line.split(" - ", 1) for line in mountinfo.splitlines()):
         kind, _, options = what.split(" ", 2)
         if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
@@ -61,10 +70,9 @@ def free_in_groups(process: Path) -> int:
         own = next((Path(path) for _, names, path in groups if controller in names.split(",")), root)
         # A container may see its own group as the root of what is mounted, but under the name that the host uses.
         below = own.relative_to(root) if own.is_relative_to(root) else Path()
-        for folder in (mount / below, *(mount / below).parents):
-            if folder.is_relative_to(mount):
-                free = min(free, _free_in_group(folder, *_FILES[kind]))
-    return free
+        above = (mount / below, *(mount / below).parents)
+        found += [(folder, kind) for folder in above if folder.is_relative_to(mount)]
+    return found
 
 
 # For each version: limits, usage, and the entry of memory.stat for cached files, which the system releases on demand.

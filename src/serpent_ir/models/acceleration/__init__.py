@@ -154,8 +154,9 @@ def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Calla
         # This comes first, since compilers take the answer for a constant: tracing sees only this and the definition.
         candidates = traced if torch.compiler.is_compiling() else _in_force.get().get(kind, ())
         for way in candidates:
+            begun = way.ahead(self, x) if way.ahead else None
             if way.serves(self, x):
-                return way.run(self, x)
+                return way.run(self, x) if begun is None else begun
         return definition(self, x)
 
     return forward

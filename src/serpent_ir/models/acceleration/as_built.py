@@ -208,8 +208,11 @@ class _Parts:
         """Where each parameter lies, and what else shows that it was given other data."""
         if not self.readable:
             return []
-        looks = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
-        return list(chain.from_iterable(map(look, self.parameters) for look in looks))
+        looks = (Tensor.numel, Tensor.is_contiguous)
+        return self.addresses() + list(chain.from_iterable(map(look, self.parameters) for look in looks))
+
+    def addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.parameters))
 
     def _forwards(self) -> list[bool]:
         return list(map(contains, self.own, repeat("forward")))
@@ -302,6 +305,12 @@ def dtypes(root: nn.Module) -> set[torch.dtype]:
 def places(root: nn.Module) -> list[Any]:
     """Where the parameters of a checked module lie. It is another list if one of them was given other data."""
     return _parts[root].places
+
+
+def lies_as_checked(root: nn.Module) -> bool:
+    """Whether a module was found to be as built, and the parameters that it had then lie where they lay."""
+    parts = _parts.get(root)
+    return parts is not None and not parts.difference and parts.addresses() == parts.places[: len(parts.parameters)]
 
 
 def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:

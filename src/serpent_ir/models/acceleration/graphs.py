@@ -67,12 +67,11 @@ class Graphs:
 
     def __call__(self, run: Run, x: Tensor, *, key: Hashable, weights: list[Any]) -> Tensor:
         """run(x). `key` holds what run depends on besides x's shape and dtype; `weights` where what it reads lies."""
-        precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
-        key = (x.shape, x.dtype, x.device, precisions, key)
+        key = self._key(x, key)
         with self.lock, torch.cuda.device_of(x):
             if weights != self.weights:
                 self._clear()
-                self.weights = weights
+            self.weights = weights
             if key not in self.graphs:
                 self.graphs[key] = None
                 if len(self.graphs) > SHAPES:
@@ -82,6 +81,20 @@ class Graphs:
             if graph is not None:
                 return self._replay(graph, x)
         return run(x)
+
+    def again(self, x: Tensor, *, key: Hashable, weights: list[Any]) -> Tensor | None:
+        """What a graph that is there makes of x. None if there is none, or if `weights` is not the last call's list."""
+        key = self._key(x, key)
+        with self.lock, torch.cuda.device_of(x):
+            if weights is not self.weights or (graph := self.graphs.get(key)) is None:
+                return None
+            self.graphs.move_to_end(key)
+            return self._replay(graph, x)
+
+    @staticmethod
+    def _key(x: Tensor, key: Hashable) -> Hashable:
+        precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
+        return x.shape, x.dtype, x.device, precisions, key
 
     def _clear(self) -> None:
         if self.done is not None:

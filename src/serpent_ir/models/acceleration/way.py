@@ -18,6 +18,9 @@ class Way:
         tape: whether gradients may be wanted: never (False), always (True), or either (None).
         refuses: returns why it may not take a module and its input, in words; "" if it may.
         run: returns what the module would return.
+        ahead: starts on what the module would return before it is known whether the way may take it, which costs no
+            time on a GPU: the check goes on beside it. None where it does not. If the check fails, it was in vain, so
+            it must be safe for any module and input.
         traced: whether it consists of PyTorch's operators only, so that compilers may look into it.
     """
 
@@ -27,6 +30,7 @@ class Way:
     refuses: Callable[[Any, Tensor], str]
     run: Callable[[Any, Tensor], Tensor]
     traced: bool = False
+    ahead: Callable[[Any, Tensor], Tensor | None] | None = None
 
     def serves(self, module: Any, x: Tensor) -> bool:
         return x.device.type == self.device and self.in_mode() and not self.refuses(module, x)
