@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from serpent_ir import ops
+from serpent_ir.ops import backends
 from serpent_ir.ops.cuda import nvrtc
 
 CODE = b"\x7fELF" + bytes(range(200))
@@ -153,11 +154,11 @@ def test_code_that_does_not_load_is_compiled_once_more(cache: Path, compiler: Co
 
 @pytest.fixture
 def fresh_choices() -> Iterator[None]:
-    ops._fast_backend.cache_clear()
-    ops._warn_once.cache_clear()
+    backends.fast_backend.cache_clear()
+    backends.warn_once.cache_clear()
     yield
-    ops._fast_backend.cache_clear()
-    ops._warn_once.cache_clear()
+    backends.fast_backend.cache_clear()
+    backends.warn_once.cache_clear()
 
 
 def test_each_gpu_of_a_host_is_asked_what_it_can(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:

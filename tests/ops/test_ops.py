@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from serpent_ir import create_model, ops
-from serpent_ir.ops import chunked, ss2d
+from serpent_ir.ops import backends, chunked, ss2d
 
 
 def make_leaves(*sizes: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -176,7 +176,7 @@ def test_bad_arguments_are_named():
 
 
 def test_the_fallback_says_so_once():
-    ops._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="no scan kernel for xpu devices; the slower PyTorch scan serves xpu"):
         assert ops.default_backend(torch.device("xpu")) == "torch"
     with warnings.catch_warnings():

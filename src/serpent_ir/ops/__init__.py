@@ -1,13 +1,12 @@
-"""One operator: the selective scan of an image in four directions (Serpent, section 2.3; VMamba's SS2D).
+"""Two operators: the selective scan of an image in four directions, and that of sequences (`selective_scan_fn`).
 
-`ss2d` checks its arguments and calls the custom operator `serpent_ir::ss2d`. That has a fake (shapes without data), an
-autograd formula and a FLOP formula. The backend that does the work is chosen by device, or by name.
+The first is Serpent's (section 2.3) and VMamba's SS2D. `ss2d` checks its arguments and calls the custom operator
+`serpent_ir::ss2d`. That has a fake (shapes without data), an autograd formula and a FLOP formula. The backend that does
+the work is chosen by device, or by name. The second is in `serpent_ir.ops.sequence`, built alike.
 """
 
 import functools
 import importlib
-import importlib.util
-import warnings
 from types import ModuleType
 
 import torch
@@ -16,7 +15,20 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
+from serpent_ir.ops.backends import BACKENDS, DTYPES, check_backend, default_backend, why_not
 from serpent_ir.ops.dense import dense
+from serpent_ir.ops.sequence import selective_scan_fn, selective_scan_macs
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "default_backend",
+    "selective_scan_fn",
+    "selective_scan_macs",
+    "ss2d",
+    "ss2d_macs",
+    "why_not",
+]
 
 _MODULES = {
     "cpu": "serpent_ir.ops.cpu",
@@ -24,10 +36,6 @@ _MODULES = {
     "triton": "serpent_ir.ops.triton",
     "torch": "serpent_ir.ops.chunked",
 }
-BACKENDS = ("reference", *_MODULES)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_KERNELS = ("cpu", "cuda", "triton")  # these hold float32 states
-_LABELS = {"triton": "Triton", "torch": "PyTorch"}
 
 
 def ss2d(
@@ -95,7 +103,7 @@ def ss2d(
     if u.dtype != proj.dtype:
         raise ValueError(f"ss2d: u is {u.dtype} but proj is {proj.dtype}; give both the same dtype")
     if backend is not None:
-        _check_backend(backend, u)
+        check_backend("ss2d", backend, u.dtype)
     if backend == "reference" and not u.is_meta:
         wide = torch.promote_types(u.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
@@ -107,70 +115,6 @@ def ss2d(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _module("torch").composed(u, proj, dt_weight, dt_bias, A_log, D)
     return torch.ops.serpent_ir.ss2d(u, proj, dt_weight, dt_bias, A_log, D, backend or "auto")
-
-
-def _check_backend(name: str, u: Tensor) -> None:
-    """Raise if the named backend does not take u. The device is checked by the backend itself, when it runs."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; valid: {', '.join(BACKENDS)}")
-    if name not in _KERNELS:
-        return
-    if u.dtype == torch.float64:
-        raise ValueError(
-            f"ss2d: backend {name!r} computes in float32; for float64 give backend='torch', or none to choose"
-        )
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        raise RuntimeError("ss2d: backend 'triton' needs Triton: pip install triton")
-
-
-def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves tensors of this device and dtype: `cuda` or `cpu`.
-
-    Where these cannot run it is `triton` (on CUDA devices, AMD's too) or `torch`. Such a fallback gives one
-    RuntimeWarning per process, which says why.
-    """
-    if dtype == torch.float64:
-        return "torch"  # the kernels hold float32 states; only tests ask for float64
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    name, missing = _fast_backend(device)
-    if missing:
-        _warn_once(f"serpent_ir: {missing}; the slower {_LABELS[name]} scan serves {device.type} tensors")
-    return name
-
-
-def why_not(backend: str, device: torch.device) -> str:
-    """The reason, in one line, why a backend cannot serve float32 tensors of a device; empty if it can."""
-    wanted = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}.get(backend, (device.type,))
-    if device.type not in wanted:
-        return f"for {', '.join(wanted)} devices"
-    if backend == "triton":
-        return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
-    if backend == "cuda":
-        return _module("cuda").unavailable(device)
-    return _module("cpu").unavailable() if backend == "cpu" else ""
-
-
-@functools.cache
-def _fast_backend(device: torch.device) -> tuple[str, str]:
-    """The backend of a device, and what is missing if it is not the fastest for the device.
-
-    A host may have several kinds of GPU, so each one is asked.
-    """
-    if device.type == "cuda":
-        reason = _module("cuda").unavailable(device)
-        if not reason:
-            return "cuda", ""
-        return ("triton" if importlib.util.find_spec("triton") is not None else "torch"), reason
-    if device.type == "cpu":
-        reason = _module("cpu").unavailable()
-        return ("torch", reason) if reason else ("cpu", "")
-    return "torch", f"no scan kernel for {device.type} devices"
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

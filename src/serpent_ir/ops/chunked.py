@@ -19,19 +19,33 @@ from serpent_ir.ops.reference import DIRECTIONS, scan_order
 MAX_STATES = 1 << 27
 
 
-def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """y = C . h with h <- exp(A dt) h + dt u B. u, dt (batch, L, d), A (d, N), B and C (batch, L, N); y is like u."""
-    batch, length, _ = u.shape
+def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """y = C . h with h <- exp(A dt) h + dt u B, and the last h.
+
+    u and dt (batch, L, d), A (d, N) or (batch, 1, d, N), B and C (batch, L, d, N), whose L and d
+    may be 1. Returns y like u, and (batch, d, N).
+    """
+    _, length, _ = u.shape
     chunk = math.isqrt(length - 1) + 1
     count = -(-length // chunk)
-    # At a padded position dt = 0, so the state stays and nothing is added.
-    u, dt, B, C = (F.pad(x, (0, 0, 0, count * chunk - length)).unflatten(1, (count, chunk)) for x in (u, dt, B, C))
+
+    def cut(x: Tensor) -> Tensor:
+        # At a padded position dt = 0, so the state stays and nothing is added.
+        if x.shape[1] < length:
+            return x[:, :, None]
+        padding = [0, 0] * (x.ndim - 2)
+        return F.pad(x, (*padding, 0, count * chunk - length)).unflatten(1, (count, chunk))
+
+    def at(x: Tensor, t: int) -> Tensor:
+        return x[:, :, t if x.shape[2] > 1 else 0]
+
+    u, dt, B, C = map(cut, (u, dt, B, C))
     du = dt * u
 
     def step(h: Tensor, t: int) -> Tensor:
-        return torch.exp(dt[:, :, t, :, None] * A) * h + du[:, :, t, :, None] * B[:, :, t, None, :]
+        return torch.exp(dt[:, :, t, :, None] * A) * h + du[:, :, t, :, None] * at(B, t)
 
-    ends = u.new_zeros(batch, count, *A.shape)
+    ends = u.new_zeros(*u.shape[:2], *A.shape[-2:])
     for t in range(chunk):
         ends = step(ends, t)
     decay = torch.exp(dt.sum(2)[..., None] * A)
@@ -42,8 +56,8 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     y = []
     for t in range(chunk):
         h = step(h, t)
-        y.append((h * C[:, :, t, None, :]).sum(-1))
-    return torch.stack(y, 2).flatten(1, 2)[:, :length]
+        y.append((h * at(C, t)).sum(-1))
+    return torch.stack(y, 2).flatten(1, 2)[:, :length], h[:, -1]
 
 
 def _one_direction(
@@ -54,7 +68,7 @@ def _one_direction(
     u_walk = u[:, order]
     with torch.autocast(u.device.type, enabled=False):
         dt = F.softplus(dt_low @ dt_weight.T + dt_bias)
-    y = _scan(u_walk, dt, -A_log.exp(), B, C) + D * u_walk
+    y = scan(u_walk, dt, -A_log.exp(), B[:, :, None], C[:, :, None])[0] + D * u_walk
     return torch.empty_like(y).index_copy(1, order, y)
 
 

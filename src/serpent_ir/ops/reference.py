@@ -1,4 +1,4 @@
-"""The selective scan in four directions, written like its definition: one plain loop over positions.
+"""The selective scan, of an image and of sequences, written like its definition: one plain loop over positions.
 
 Every other backend is tested against this one in float64. Nothing here is fast.
 """
@@ -6,6 +6,8 @@ Every other backend is tested against this one in float64. Nothing here is fast.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from serpent_ir.ops.backends import Sequences
 
 DIRECTIONS = 4
 
@@ -39,3 +41,31 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
             steps.append((h * C[:, t, None, :]).sum(-1) + D[k] * u_t)
         y_flat = y_flat.index_add(1, order, torch.stack(steps, 1))
     return y_flat.reshape(batch, height, width, d_inner)
+
+
+def _of_each_channel(x: Tensor, channels: int) -> Tensor:
+    """B or C as (batch or 1, D, N, L or 1), from any form that the operator takes."""
+    if x.ndim == 2:
+        return x[None, :, :, None]
+    return x.repeat_interleave(channels // x.shape[1], 1)
+
+
+def sequence(given: Sequences) -> tuple[Tensor, Tensor]:
+    """The operator of `serpent_ir.ops.selective_scan_fn`, differentiable by autograd: the output and the last state.
+
+    Computes in the dtype of its inputs.
+    """
+    u, delta, A, B, C, D, z, delta_bias, softplus = given
+    batch, channels, length = u.shape
+    B, C = _of_each_channel(B, channels), _of_each_channel(C, channels)
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    dt = F.softplus(dt) if softplus else dt
+    h = u.new_zeros(batch, channels, A.shape[1])
+    steps = []
+    for t in range(length):
+        dt_t, B_t, C_t = dt[:, :, t, None], B[..., min(t, B.shape[-1] - 1)], C[..., min(t, C.shape[-1] - 1)]
+        h = torch.exp(dt_t * A) * h + dt_t * u[:, :, t, None] * B_t
+        steps.append((h * C_t).sum(-1))
+    y = torch.stack(steps, -1) if steps else torch.zeros_like(u)
+    y = y if D is None else y + D[:, None] * u
+    return y if z is None else y * F.silu(z), h
