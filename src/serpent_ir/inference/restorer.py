@@ -200,16 +200,12 @@ class Restorer:
             for strip in self._strips(Work(tensor, height, width, label=label, progress=progress)):
                 rows = (top, top + strip.shape[2])
                 top = rows[1]
-                samples = as_samples(strip, torch_dtype(kind.dtype), grey=kind.ndim == 2)[0]
+                before = read(rows, (0, width)) if first_alpha is not None and self.scale == 1 else None
+                pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2, before=before)
                 del strip  # while the next one is made
-                alpha = None
-                if first_alpha is not None and self.scale == 1:
-                    colours, alpha = read(rows, (0, width))
-                    samples = _hidden_as_before(samples, colours, alpha)
-                elif first_alpha is not None:
+                alpha = None if before is None else before[1]
+                if first_alpha is not None and before is None:
                     alpha = self._alpha(read, (height, width), rows)
-                pixels = download(samples).numpy() if converts(samples.device) else samples.cpu().numpy()
-                del samples
                 yield pixels, alpha
 
     def _converting(self) -> torch.device:
@@ -369,16 +365,18 @@ def _floats(samples: np.ndarray, device: torch.device) -> Tensor:
     return as_floats(upload(samples, device))[None] if converts(device) else to_tensor(samples)
 
 
-def _hidden_as_before(samples: Tensor, colours: np.ndarray, alpha: np.ndarray | None) -> Tensor:
-    """Restored samples, (h, w, 3) or (h, w), but where alpha is 0 the colours that it hides."""
-    assert alpha is not None
-    if alpha.all():
-        return samples
-    signed = {torch.uint8: torch.uint8, torch.uint16: torch.int16}[samples.dtype]  # which PyTorch computes with
-    shown = upload(alpha != 0, samples.device)
-    before = upload(colours, samples.device)
-    shown = shown if samples.ndim == 2 else shown[..., None]
-    return torch.where(shown, samples.view(signed), before.view(signed)).view(samples.dtype)
+def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool, before: Samples | None = None) -> np.ndarray:
+    """(1, 3, H, W), which is used up -> (H, W, 3), or (H, W) of their mean, as integers.
+
+    Where the alpha of `before` is 0, its colours are kept.
+    """
+    samples = as_samples(strip, torch_dtype(dtype), grey=grey)[0]
+    if before is not None and before[1] is not None and not before[1].all():
+        shown, colours = (upload(part, samples.device) for part in (before[1] != 0, before[0]))
+        signed = torch.uint8 if samples.dtype == torch.uint8 else torch.int16  # which PyTorch chooses from
+        chosen = torch.where(shown if grey else shown[..., None], samples.view(signed), colours.view(signed))
+        samples = chosen.view(samples.dtype)
+    return download(samples).numpy() if converts(samples.device) else samples.cpu().numpy()
 
 
 def _grey_to_rgb(grey: Pixels | np.ndarray) -> np.ndarray:

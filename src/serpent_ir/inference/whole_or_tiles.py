@@ -206,7 +206,7 @@ def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tup
     device = device_of(model)
     pixels = _network_pixels(model, work.batch, height, width)
     need = network_bytes(network_of(model), pixels, device, pick_precision(work.precision, device))
-    return need, available(device, enough=math.ceil(need / SHARE))
+    return need, available(device)
 
 
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:

@@ -16,16 +16,16 @@ WORK = 64 << 20
 """Bytes that Python's threads and a small network take at least."""
 
 
-def available(device: "torch.device", *, enough: int = sys.maxsize) -> int:
-    """Bytes that this process can still allocate on a device. If they are `enough`, there may be more."""
+def available(device: "torch.device") -> int:
+    """Bytes that this process can still allocate on a device."""
     if device.type != "cuda":  # Apple's GPU shares the host's memory
         return host_available()
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    if free >= enough:  # counting what PyTorch holds takes as long as a small image
-        return free
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_stats_as_nested_dict(device)  # `memory_reserved` sorts all of it, a small image's time
+    reserved, allocated = (held[kind]["all"]["current"] for kind in ("reserved_bytes", "allocated_bytes"))
+    return free + reserved - allocated
 
 
 def host_available() -> int:

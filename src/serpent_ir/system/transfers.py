@@ -51,9 +51,9 @@ def _uploaded(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return result
 
 
-def download(source: Tensor, into: Tensor | None = None) -> Tensor:
-    """A contiguous copy of a tensor in main memory. `into` may be given: it has its shape and dtype, and is filled."""
-    into = torch.empty(source.shape, dtype=source.dtype) if into is None else into
+def download(source: Tensor) -> Tensor:
+    """A contiguous copy of a tensor in main memory."""
+    into = torch.empty(source.shape, dtype=source.dtype)
     if not converts(source.device):
         return into.copy_(source)
     moving: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
