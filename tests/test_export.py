@@ -16,7 +16,7 @@ from serpent_ir.cli import app
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, export_network, portable_ss2d
-from serpent_ir.models import PRESETS, TASK_CHANNELS
+from serpent_ir.models import PRESETS, TASK_CHANNELS, TASK_SCALES
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.ops import ss2d
 
@@ -27,8 +27,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'serpent-ir
 def small_network(task: str = "deblur", blocks: tuple[int, ...] = (1,)) -> Serpent:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        channels = TASK_CHANNELS.get(task, 3)
-        return Serpent(SerpentConfig(patch_size=2, dim=8, blocks=blocks, task=task, in_channels=channels)).eval()
+        told = {"in_channels": TASK_CHANNELS.get(task, 3), "scale": TASK_SCALES.get(task, 1)}
+        config = SerpentConfig(patch_size=2, dim=8, blocks=blocks, task=task, **told)
+        return Serpent(config).eval()
 
 
 def expected_of(model: Serpent, image: torch.Tensor) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_the_portable_scan_is_the_operator(size):
 
 
 # Exporting takes seconds a block: one has two levels, the others are as small as can be.
-@pytest.mark.parametrize(("task", "blocks"), [("sr8", (1, 1)), ("inpaint", (1,))])
+@pytest.mark.parametrize(("task", "blocks"), [("sr8", (1, 1)), ("inpaint", (1,)), ("sr4", (1,))])
 def test_onnx_of_any_size(task, blocks, tmp_path):
     file = tmp_path / "network.onnx"
     model = small_network(task, blocks)

@@ -38,6 +38,10 @@ TASKS = {
     "photo": "An everyday photo: a little blurred, noisy or compressed",
     "deblur": "Blurred: out of focus, a standard deviation of 3 pixels, with noise",
     "sr8": "Small: make it 8 times larger",
+    "photo_x4": "Small and not quite clean: make it 4 times larger",
+    "photo_x2": "Small and not quite clean: make it twice as large",
+    "sr4": "Small and clean: make it 4 times larger",
+    "sr2": "Small and clean: make it twice as large",
     "denoise": "Noisy",
     "jpeg": "JPEG artefacts",
 }
@@ -259,6 +263,7 @@ def degrade_and_restore(
     restored = restorer(y)
     seconds = time.perf_counter() - start
     given = degradation.network_input(y)
+    given = degradation.before(given)
     before, after = (psnr(image, clean).item() for image in (given, restored))
     file = folder / f"{_name_of(path)[0]}-restored.png"
     write_image(file, Picture(to_pixels(restored, np.uint8)))

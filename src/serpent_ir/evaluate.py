@@ -63,8 +63,9 @@ def evaluate(
         raise UsageError(
             f"{weights or model} undoes {trained_for}, not {task}; choose other weights, or the task {trained_for}"
         )
-    if (scale := getattr(network, "scale", 1)) != 1:
-        raise UsageError(f"{weights or model} makes images {scale} times larger: it undoes no task; use restore")
+    if (scale := getattr(network, "scale", 1)) != degradation.network_scale:
+        needed = degradation.network_scale
+        raise UsageError(f"{weights or model} makes images {scale} times larger, and {task} asks for {needed} times")
     channels, made = getattr(network.config, "in_channels", 3), degradation.channels
     if channels != made and (channels, made) != (1, 3):  # a network for grey images takes each colour separately
         raise UsageError(f"{weights or model} takes {channels} channels, and {task} makes {made}; choose other weights")
@@ -125,7 +126,7 @@ def _figures_of(
 ) -> dict[str, float]:
     row, given, restored = evaluate_image(network, clean, degradation, precision=precision, seed=seed, index=index)
     if lpips is not None:
-        row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(given[:, :3], clean).item()}
+        row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(degradation.before(given), clean).item()}
     return row
 
 
@@ -147,7 +148,7 @@ def evaluate_image(
     degraded, clean = degradation.pair(clean, generator=evaluation_generator(seed, index))
     given = degradation.network_input(degraded)
     restored = degradation.combine(run_network(network, given, precision=precision), given)
-    image = given[:, :3]
+    image = degradation.before(given)
     row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
     if not known:
         row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}

@@ -112,7 +112,7 @@ def export_network(
         raise UsageError(f"{output}: ends in .{suffix}, and the format is {format}; choose --format {suffix}")
     model = unwrapped(model, compiled=True)
     rules = network_of(model)
-    if (scale := getattr(rules, "scale", 1)) != 1:
+    if (scale := getattr(rules, "scale", 1)) != 1 and not isinstance(rules, Serpent):
         raise UsageError(f"a network that makes images {scale} times larger by itself cannot be exported")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
@@ -158,11 +158,13 @@ class _WholeTask(nn.Module):
         self.network = network
         self.task = str(getattr(config, "task", ""))
         self.degradation: Degradation | None = create_degradation(self.task) if self.task else None
-        self.scale = self.degradation.scale if self.degradation else 1
+        self.own_scale = int(getattr(rules, "scale", 1))
+        self.upsampling = self.degradation.upsampling if self.degradation else 1
+        self.scale = self.own_scale * self.upsampling
         self.channels = int(getattr(config, "in_channels", 3))
         self.multiple = int(getattr(rules, "size_multiple", 1))
         # PyTorch treats maps of one pixel specially, so the smallest map of a free size has two.
-        self.least = self.multiple // self.scale + 1
+        self.least = self.multiple // self.upsampling + 1
 
     def metadata(self) -> dict[str, str]:
         """What a person must know to use the file, except the sizes that it takes."""
@@ -179,7 +181,7 @@ class _WholeTask(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         given = self.degradation.network_input(image) if self.degradation else image
-        height, width = given.shape[-2:]
+        height, width = (side * self.own_scale for side in given.shape[-2:])
         restored = self.network(self._padded(self._padded(given, -2), -1))[..., :height, :width]
         if self.degradation:
             restored = self.degradation.combine(restored, given)

@@ -18,7 +18,9 @@ from commands import serpent, tree
 from networks import identity_network
 from serpent_ir.data import Pack, Prefetcher, TrainingSet, list_images, read_rgb8, write_pack
 from serpent_ir.data.pack import HEADER, footer_of
+from serpent_ir.data.training import more_saturated
 from serpent_ir.degradations import DEGRADATIONS, ImageGenerators, LinearDegradation, create_degradation, randomness
+from serpent_ir.degradations.downsampling import imresize_down
 from serpent_ir.degradations.randomness import image_keys, rand, rand_each
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
@@ -196,7 +198,8 @@ def test_a_sample_is_the_same_in_any_batch_and_cropped_from_the_whole(photos, pa
     crop = 24
     images = TrainingSet([photos], degradation, CPU)
     degraded, clean = images.batch(range(first, first + 12), crop, seed=seed)
-    assert degraded.shape == (12, degradation.channels, crop, crop)
+    given = crop // degradation.network_scale
+    assert degraded.shape == (12, degradation.channels, given, given)
     assert clean.shape == (12, 3, crop, crop)
     assert degraded.dtype == clean.dtype == torch.float32
     edges = [0, *sorted(cuts), 12]
@@ -234,6 +237,34 @@ def test_batches_are_crops_of_the_images(photos, task):
     for crop in (clean * 255).round().byte():
         turned = [torch.rot90(t, k, (1, 2)) for t in (crop, crop.flip(1)) for k in range(4)]
         assert any(t.contiguous().numpy().tobytes() in windows for t in turned)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_small_inputs_are_turned_and_cropped_as_their_targets(photos, scale):
+    """Away from its border a small crop is the reduction of its target."""
+    given, clean = TrainingSet([photos], create_degradation(f"sr{scale}"), CPU).batch(range(32), 32, seed=1)
+    reduced = imresize_down(clean, scale)
+    inside = (..., slice(2, -2), slice(2, -2))
+    assert torch.equal(given[inside], reduced[inside])
+    assert not torch.equal(given, reduced)  # a crop sees what lies beyond it
+
+
+def test_some_colours_are_made_stronger(photos):
+    """A share of samples, and of these target and input alike. Greys stay, and so do windows."""
+    task = create_degradation("real")
+    plain, vivid = (TrainingSet([photos], task, CPU, vivid=share) for share in (0.0, 0.5))
+    clean = [images.batch(range(60), 24, seed=1)[1] for images in (plain, vivid)]
+    spread = [x.std(1).mean((1, 2)) for x in clean]
+    stronger = spread[1] > spread[0] * 1.02
+    assert 15 <= stronger.sum() <= 35
+    assert (spread[1] > spread[0] * 0.98).all()
+    same = TrainingSet([photos], dataclasses.replace(task, margin=None), CPU, vivid=0.5).batch(range(60), 24, seed=1)
+    assert torch.equal(same[1], clean[1])
+    x = torch.rand(2, 3, 4, 5).mul(255).round() / 255
+    factors = torch.tensor([1.0, 3.0])
+    assert torch.equal(more_saturated(x, factors)[0], x[0])
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    assert torch.equal(more_saturated(grey, factors), grey)
 
 
 def test_crops_reach_all_places_and_orientations_alike(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from serpent_ir import create_model
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image import Picture
 from serpent_ir.inference import Restorer, restore, restore_picture
+from serpent_ir.inference.footprint import network_bytes
 from serpent_ir.inference.restorer import run_network
 from serpent_ir.system.devices import available_devices, pick_device
 
@@ -112,11 +114,22 @@ def test_sr8_returns_8_times_the_size():
     assert restored.getchannel("A").getextrema() == (255, 255)
 
 
+@pytest.mark.parametrize(("task", "scale"), [("sr2", 2), ("photo_x4", 4)])
+def test_networks_that_enlarge_make_images_as_many_times_larger(task, scale):
+    model = identity_network(task)
+    image = torch.rand(2, 3, 8, 10)
+    enlarged = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+    torch.testing.assert_close(restore(image, model), enlarged)
+    assert restore(random_array(3, 5, 3), model).shape == (3 * scale, 5 * scale, 3)
+    assert restore(torch.rand(3, 1, 2), model).shape == (3, scale, 2 * scale)
+    assert np.isclose(network_bytes(model, 100, torch.device("cpu"), torch.float32), 100 * (72 * (1 + scale**2) + 320))
+
+
 def test_deblur_keeps_the_size():
     assert restore(random_array(9, 5, 3), small_network("deblur")).shape == (9, 5, 3)
 
 
-@pytest.mark.parametrize(("task", "scale"), [("", 1), ("sr8", 8)])
+@pytest.mark.parametrize(("task", "scale"), [("", 1), ("sr8", 8), ("sr4", 4)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_picture_keeps_alpha_and_metadata(task, scale, dtype):
     pixels, alpha = random_array(6, 4, 3, dtype=dtype), random_array(6, 4, dtype=dtype)

@@ -139,7 +139,7 @@ def test_a_block_of_an_upsampled_image_is_that_of_the_whole():
             assert torch.equal(block, whole[..., slice(*rows), slice(*columns)])
 
 
-@pytest.mark.parametrize("task", ["", "sr8"])
+@pytest.mark.parametrize("task", ["", "sr8", "sr4"])
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "grey", "alpha", "tensor"])
 def test_tiles_give_what_the_whole_gives(task, kind):
     """Through a network that changes nothing: all that stands around it works by tiles."""
@@ -163,7 +163,10 @@ def test_tiles_give_what_the_whole_gives(task, kind):
     if task and kind == "alpha":  # hidden colours are filled by tiles, and upsampling reaches them
         tiled, whole = (np.where(x[..., 3:] > 250, x, 0) for x in (tiled, whole))
     # A mean of equal values is their value up to a rounding, which the integers of a whole image do not see.
-    np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-6 if kind == "float32" else bool(task))
+    most = 1e-6 if kind == "float32" else bool(task)
+    if task == "sr4":  # bicubic interpolation in the network sees no more than the tile
+        most = 0.005 * {"float32": 1, "tensor": 255, "uint16": 65535}.get(kind, 255)
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=most)
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
     assert len(seen) > 4
 

@@ -143,6 +143,8 @@ def test_a_float32_block_under_autocast() -> None:
         ("serpent_b", (1, 40), HALF),
         ("serpent_l", (17, 30), HALF),
         ("serpent_h", (9, 17), HALF),
+        ("serpent_l.sr4", (9, 17), HALF),
+        ("serpent_l.sr2", (8, 5), torch.float32),
     ],
 )
 def test_networks(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:

@@ -332,9 +332,9 @@ def test_restore_says_in_one_line_what_does_not_fit(name, options, said, folder,
     assert not (tmp_path / "o.png").exists()
 
 
-def test_networks_that_enlarge_are_for_restore_alone(tmp_path):
+def test_networks_that_enlarge_are_for_tasks_that_ask_for_it(tmp_path):
     torch.save(create_model("swinir_60", upsampler="pixelshuffledirect", scale=2).state_dict(), tmp_path / "x2.pth")
-    with pytest.raises(UsageError, match=r"x2\.pth makes images 2 times larger: it undoes no task; use restore"):
+    with pytest.raises(UsageError, match=r"x2\.pth makes images 2 times larger, and sr8 asks for 1 times"):
         evaluate(tmp_path, "sr8", "swinir_60", weights=tmp_path / "x2.pth")
     with pytest.raises(UsageError, match="a network that makes images 2 times larger by itself cannot be exported"):
         export("swinir_60", tmp_path / "x2.onnx", weights=tmp_path / "x2.pth")

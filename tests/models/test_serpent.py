@@ -1,7 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from serpent_ir.models import create_model
+from serpent_ir.errors import SerpentError, UsageError
+from serpent_ir.models import create_model, load_model
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.profiling import count
 
@@ -84,3 +87,44 @@ def test_initialisation_of_the_scan():
     assert 0.9 * 4**-0.5 < ss2d.dt_weight.abs().max() <= 4**-0.5
     torch.testing.assert_close(ss2d.A_log.exp(), torch.arange(1.0, 12).expand(4, 128, 11))
     assert (ss2d.D == 1).all()
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("size", [(1, 1), (9, 8), (33, 31)])
+def test_a_scale_enlarges_by_sub_pixels_upon_bicubic(scale, size):
+    """The head makes scale x scale pixels of each; without it the image is enlarged by bicubic interpolation."""
+    model = create_model(f"serpent_l.sr{scale}", dim=8, blocks=(1, 1))
+    assert (model.scale, model.config.scale, model.config.patch_size) == (scale, scale, 1)
+    image = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        restored = model(image)
+        assert restored.shape == (2, 3, *(scale * side for side in size))
+        model.head.weight.zero_()
+        bias = torch.arange(3.0 * scale**2)
+        model.head.bias.copy_(bias)
+        tiles = bias.view(3, scale, scale).repeat(1, *size)
+        enlarged = F.interpolate(image, scale_factor=scale, mode="bicubic")
+        inside = (..., slice(0, -2 * scale), slice(0, -2 * scale))  # beyond the padding
+        torch.testing.assert_close((model(image) - tiles)[inside], enlarged[inside])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("serpent_l.sr8", {"scale": 8}, "scale 8 with task sr8, whose networks have scale 1"),
+        ("serpent_l.sr4", {"scale": 1}, "scale 1 with task sr4, whose networks have scale 4"),
+        ("unet_32.sr4", {}, "unet_32 makes no image larger, as sr4 asks for; valid: serpent_b, "),
+    ],
+)
+def test_a_scale_that_the_task_does_not_have_is_refused(name, options, said):
+    with pytest.raises(UsageError, match=said):
+        create_model(name, **options)
+
+
+def test_a_file_says_how_much_its_network_enlarges(tmp_path):
+    model = create_model("serpent_l.photo_x4", dim=8, blocks=(1, 1))
+    save_file(model.state_dict(), tmp_path / "x4.safetensors", {"network": "serpent_l", "task": "photo_x4"})
+    again = load_model(tmp_path / "x4.safetensors")
+    assert again.config == model.config
+    with pytest.raises(SerpentError, match="not weights of serpent_l"):
+        create_model("serpent_l.photo_x4", checkpoint_path=tmp_path / "x4.safetensors")

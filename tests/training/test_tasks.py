@@ -18,7 +18,7 @@ from serpent_ir.evaluate import evaluate_network
 from serpent_ir.files.compare import PANEL, draw_panels, find_detail
 from serpent_ir.image import read_image, to_tensor
 from serpent_ir.metrics import psnr
-from serpent_ir.models import TASK_CHANNELS, list_models
+from serpent_ir.models import TASK_CHANNELS, TASK_SCALES, list_models
 
 RECIPES = Path(__file__).parents[2] / "configs"
 
@@ -31,13 +31,15 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_networks_take_the_channels_of_their_task():
+def test_networks_take_the_channels_of_their_task_and_enlarge_as_it_asks():
     for task, degradation in DEGRADATIONS.items():
         assert TASK_CHANNELS.get(task, 3) == degradation.channels
+        assert TASK_SCALES.get(task, 1) == (own := degradation.network_scale)
+        assert degradation.scale % own == 0
         for network in list_models("serpent_*"):
             with torch.device("meta"):
                 model = serpent_ir.create_model(f"{network}.{task}")
-                assert model(torch.empty(1, degradation.channels, 32, 32)).shape == (1, 3, 32, 32)
+                assert model(torch.empty(1, degradation.channels, 32, 32)).shape == (1, 3, 32 * own, 32 * own)
 
 
 @pytest.mark.parametrize("task", ["denoise", "jpeg", "inpaint", "photo"])

@@ -11,7 +11,7 @@ from serpent_ir.cli.shell import Inputs, Output, Seed, Task, shell_command
 from serpent_ir.errors import UsageError
 
 
-@shell_command("Degrade clean images. Outputs have 8 bits per channel; sr8 writes the small images.")
+@shell_command("Degrade clean images. Outputs have 8 bits per channel; of sr8, sr4 and the like, small images.")
 def degrade(
     inputs: Inputs,
     output: Output,

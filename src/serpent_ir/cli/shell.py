@@ -50,7 +50,12 @@ Name = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Use this weights file: safetensors or .pth.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1 or mps.")]
-Task = Annotated[str, typer.Option(help="The degradation: deblur, sr8, denoise, jpeg, inpaint, photo or real.")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="The degradation: deblur, sr8, denoise, jpeg, inpaint, photo, real, sr2, sr4, photo_x2 or photo_x4."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 

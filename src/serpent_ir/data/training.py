@@ -20,6 +20,11 @@ from serpent_ir.errors import ImageError
 _APART = ("cpu",)
 
 
+SATURATION_UNIT = 1024
+LARGEST_SATURATION = 3.0
+"""The largest factor by which the colours of a training image are made stronger."""
+
+
 class Column:
     """The columns of `Windows.numbers`: everything that differs between the windows of a batch."""
 
@@ -27,7 +32,9 @@ class Column:
     BEGIN = slice(1, 3)  # the window's first row and column in the degraded image
     SIZE = slice(3, 5)  # the degraded image's height and width
     ORIENTATION = slice(5, 8)  # the crop in the flattened window: first pixel, steps down and across
-    PLACE = slice(8, None)  # where the pixels lie, for `ImageStore.gather`; only with images on the device
+    GIVEN = slice(8, 11)  # the same in the flattened input of a network, which is smaller if networks enlarge
+    SATURATION = 11  # by how much colours are made stronger, in units of 1 / SATURATION_UNIT
+    PLACE = slice(12, None)  # where the pixels lie, for `ImageStore.gather`; only with images on the device
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Windows:
     shape: tuple[int, int]
     kind: int  # number of the degradation
     pixels: Callable[[], Tensor] | None  # what `ImageStore.read` returned; None if the images are on the device
-    numbers: np.ndarray  # (B, 8 or more) int64, with the columns of `Column`
+    numbers: np.ndarray  # (B, 12 or more) int64, with the columns of `Column`
 
 
 class TrainingSet:
@@ -56,6 +63,7 @@ class TrainingSet:
             get them in turn.
         device: where batches are made.
         memory: where the images are kept, as `ImageStore` takes it.
+        vivid: the share of samples whose colours are made stronger before they are degraded.
 
     Raises:
         UsageError: as `list_images`; or decoded images fill the memory.
@@ -69,14 +77,15 @@ class TrainingSet:
         device: torch.device,
         *,
         memory: Memory = "auto",
+        vivid: float = 0.0,
     ):
         self.files = [file for path in paths for file in list_images(path)]
         turns = [degradation] if isinstance(degradation, Degradation) else list(degradation)
         self.degradations = list(dict.fromkeys(turns))
         self._turns = np.array([self.degradations.index(each) for each in turns])
-        self.device = device
+        self.device, self.vivid = device, vivid
         self.store = ImageStore(self.files, device, memory)
-        self.scale = self.degradations[0].scale
+        self.scale, self.network_scale = self.degradations[0].scale, self.degradations[0].network_scale
         self.sizes = self.store.sizes // self.scale * self.scale  # as in Degradation.crop
         self.check_crop(self.scale)
 
@@ -99,8 +108,8 @@ class TrainingSet:
     def batch(self, samples: Sequence[int], crop: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """Network input (B, C, crop, crop) and target (B, 3, crop, crop) of these samples, float32 on the device.
 
-        The input is degraded, has the clean image's size and is not clamped. Samples are numbered from 0. Each epoch of
-        `len(self)` samples takes every image once, in an order of its own.
+        The input is degraded and not clamped. Where networks enlarge (`network_scale`) it is so many times smaller.
+        Samples are numbered from 0. Each epoch of `len(self)` samples takes every image once, in an order of its own.
         """
         return self.finish(self.begin(samples, crop, seed=seed), crop)
 
@@ -112,13 +121,23 @@ class TrainingSet:
         # Positions and orientations have separate keys from those of the degradation.
         own, keys = np.split(_keys(seed, np.concatenate([2 * numbers, 2 * numbers + 1])), 2)
         draws = _generators(own)
-        corners = torch.stack([draws.below(torch.from_numpy(sizes[:, axis] - crop + 1)) for axis in (0, 1)], 1).numpy()
+        step = self.network_scale  # crops begin where a pixel of the input does
+        free = torch.from_numpy((sizes - crop) // step + 1)
+        corners = torch.stack([draws.below(free[:, axis]) for axis in (0, 1)], 1).numpy() * step
         turns = draws.below(8).numpy()
         kinds = self._turns[numbers % len(self._turns)]
         begins, ends = self._windows(corners, sizes, kinds, crop)
         shapes = ends - begins
-        oriented = _orient(corners - begins, turns, crop, shapes[:, 1])
-        columns = [keys, begins // self.scale, sizes // self.scale, *oriented]
+        oriented = [
+            column
+            for of in (1, step)
+            for column in _orient((corners - begins) // of, turns, crop // of, shapes[:, 1] // of)
+        ]
+        unit = np.full(len(keys), SATURATION_UNIT)
+        if self.vivid:
+            chosen = draws.rand(1)[:, 0].numpy() < self.vivid
+            unit[chosen] += draws.below(round((LARGEST_SATURATION - 1) * SATURATION_UNIT)).numpy()[chosen]
+        columns = [keys, begins // self.scale, sizes // self.scale, *oriented, unit]
         on_device = self.store.memory == "device"
         if on_device:
             columns.append(self.store.places(images, begins))
@@ -160,13 +179,15 @@ class TrainingSet:
     def _make(self, pixels: Tensor, numbers: Tensor, kind: int, crop: int) -> tuple[Tensor, Tensor]:
         """Input and target from windows (B, h, w, 3). Everything that differs between batches is in `numbers`."""
         keys, begins, sizes = numbers[:, Column.KEY], numbers[:, Column.BEGIN], numbers[:, Column.SIZE]
-        first, down, across = numbers[:, Column.ORIENTATION, None, None].unbind(1)
         clean = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+        if self.vivid:
+            clean = more_saturated(clean, numbers[:, Column.SATURATION] / SATURATION_UNIT)
         degradation = self.degradations[kind]
         degraded, target = degradation.pair(clean, generator=ImageGenerators(keys, begins, sizes))
-        steps = torch.arange(crop, device=self.device)
-        places = first + down * steps[:, None] + across * steps  # (B, crop, crop), in the flattened window
-        return _take(degradation.network_input(degraded), places), _take(target, places)
+        places, given = _places(numbers[:, Column.ORIENTATION], crop), degradation.network_input(degraded)
+        if self.network_scale == 1:
+            return _take(given, places), _take(target, places)
+        return _take(given, _places(numbers[:, Column.GIVEN], crop // self.network_scale)), _take(target, places)
 
     def _windows(
         self, corners: np.ndarray, sizes: np.ndarray, kinds: np.ndarray, crop: int
@@ -194,6 +215,12 @@ class TrainingSet:
         return images
 
 
+def more_saturated(x: Tensor, factors: Tensor) -> Tensor:
+    """Images x (B, 3, H, W) whose colours are so many times (B,) further from grey, in 8 bits."""
+    grey = x.mean(1, keepdim=True)
+    return (grey + factors[:, None, None, None].to(x.dtype) * (x - grey)).clamp(0, 1).mul(255).round().div(255)
+
+
 def _orient(
     corners: np.ndarray, turns: np.ndarray, crop: int, width: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,6 +232,13 @@ def _orient(
     rows, columns = (corners + (crop - 1) * np.stack([flip_rows, flip_columns], 1)).T
     down, across = width * (1 - 2 * flip_rows), 1 - 2 * flip_columns
     return rows * width + columns, np.where(transpose, across, down), np.where(transpose, down, across)
+
+
+def _places(oriented: Tensor, crop: int) -> Tensor:
+    """Positions (B, crop, crop) of a crop's pixels in flattened windows, from what `_orient` returned, (B, 3)."""
+    first, down, across = oriented[..., None, None].unbind(1)
+    steps = torch.arange(crop, device=oriented.device)
+    return first + down * steps[:, None] + across * steps
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:

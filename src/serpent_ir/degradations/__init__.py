@@ -7,6 +7,7 @@ clamped except what passes through JPEG: y leaves [0, 1] where the noise takes i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serpent_ir.degradations.blur import BLUR_RADIUS, blur_each, gaussian_blur
+from serpent_ir.degradations.downsampling import imresize_down
 from serpent_ir.degradations.holes import draw_holes
 from serpent_ir.degradations.jpeg import through_jpeg
 from serpent_ir.degradations.randomness import Generator, between, rand, rand_each, randint, randn_like, some
@@ -42,6 +44,8 @@ class Degradation:
     Attributes:
         name: the task of this degradation, as in `DEGRADATIONS`.
         scale: the integer factor by which y is smaller than the clean image; 1 if the size is kept.
+        network_scale: the factor by which the networks of this task enlarge what they are given. They see y upsampled
+            by what then remains of `scale`: by all of it if it is 1, as in `sr8`, and not at all if it is `scale`.
         channels: number of channels of y: the three of the image, then what else the network is told (a mask).
         margin, grid: what part of the clean image decides a crop of the network's input: the crop, `margin` pixels
             around it, and from there on to multiples of `grid`, all clipped at the image's border. Degrading just that
@@ -50,6 +54,7 @@ class Degradation:
 
     name: str
     scale: int = 1
+    network_scale: int = 1
     channels: int = 3
     margin: int | None = None
     grid: int = 1
@@ -68,11 +73,21 @@ class Degradation:
         """The result of `__call__`, and the target (B, 3, H, W) to restore: clean, except for `RealDegradation`."""
         return self(clean, generator=generator), clean
 
+    @property
+    def upsampling(self) -> int:
+        """The factor by which y is upsampled before a network sees it."""
+        return self.scale // self.network_scale
+
     def network_input(self, y: Tensor) -> Tensor:
-        """What a network that keeps the size sees: y (B, C, h, w) upsampled to (B, C, scale h, scale w), bicubic."""
-        if self.scale == 1:
-            return y
-        return F.interpolate(y, scale_factor=self.scale, mode="bicubic", align_corners=False)
+        """What a network sees: y (B, C, h, w), or if there is `upsampling`, y so many times larger, by bicubic."""
+        return upsampled(y, self.upsampling)
+
+    def before(self, given: Tensor) -> Tensor:
+        """What stands for the input where it is compared with the result, or shown beside it.
+
+        The image (B, 3, H, W) of the result's size in a network's input (B, C, ..), by bicubic if it is smaller.
+        """
+        return upsampled(given[:, :3], self.network_scale)
 
     def combine(self, restored: Tensor, given: Tensor) -> Tensor:
         """The result (B, 3, H, W) from a network's output and its input. Pixels that a mask marks as known are kept."""
@@ -139,6 +154,13 @@ class RealDegradation(Degradation):
 
     def __call__(self, clean: Tensor, *, generator: Generator) -> Tensor:
         return self.damage(clean, generator)[0]
+
+
+def upsampled(x: Tensor, scale: int) -> Tensor:
+    """x (B, C, h, w) as (B, C, scale h, scale w), by bicubic interpolation. x itself if the scale is 1."""
+    if scale == 1:
+        return x
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def add_noise(x: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
@@ -209,9 +231,19 @@ def bicubic_downsample(x: Tensor) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def _small(scale: int, clean: Tensor, generator: Generator) -> Tensor:
+    return imresize_down(clean, scale)
+
+
+def _small_real(scale: int, clean: Tensor, generator: Generator) -> Tensor:
+    # What `real` would have a network restore is as small as y. Here it is the clean image.
+    return real(imresize_down(clean, scale), generator)[0]
+
+
 # Margins. sr8: a pixel of y depends on 16 pixels around its centre, and the interpolation takes two more pixels of y on
 # each side. jpeg: chroma is halved, and upsampling reads the next chroma pixel; blocks with their chroma are 16 wide.
 # photo: whole blocks of that kind, and around them the blur, whose radius is less than one more block.
+# sr2, sr4: two pixels of y on each side. photo_x2, photo_x4: these, around what `real` needs of y.
 DEGRADATIONS = {
     "deblur": LinearDegradation("deblur", margin=BLUR_RADIUS, operator=gaussian_blur),
     "sr8": LinearDegradation("sr8", scale=SR_FACTOR, margin=32, grid=SR_FACTOR, operator=bicubic_downsample),
@@ -220,9 +252,27 @@ DEGRADATIONS = {
     "inpaint": RandomDegradation("inpaint", channels=4, margin=0, damage=_inpaint),
     "photo": RandomDegradation("photo", margin=2 + 16, grid=16, damage=_photo),
     "real": RealDegradation("real", margin=REAL_MARGIN, grid=REAL_GRID, damage=real),
+    **{
+        f"sr{scale}": RandomDegradation(
+            f"sr{scale}", scale, scale, margin=2 * scale, grid=scale, damage=partial(_small, scale)
+        )
+        for scale in (2, 4)
+    },
+    **{
+        f"photo_x{scale}": RandomDegradation(
+            f"photo_x{scale}",
+            scale,
+            scale,
+            margin=(REAL_MARGIN + 2) * scale,
+            grid=REAL_GRID * scale,
+            damage=partial(_small_real, scale),
+        )
+        for scale in (2, 4)
+    },
 }
-"""Every degradation by name: the paper's two; three with a range of strengths; `photo`, a random mild chain; and
-`real`, a longer chain of what pictures from cameras have been through."""
+"""Every degradation by name: the paper's two; three with a range of strengths; `photo`, a random mild chain; `real`, a
+longer chain of what pictures from cameras have been through; `sr2` and `sr4`, smaller as the benchmarks make images;
+and `photo_x2` and `photo_x4`, small pictures that have been through `real`."""
 
 
 def create_degradation(name: str) -> Degradation:

@@ -50,5 +50,6 @@ def network_bytes(model: "nn.Module", pixels: int, device: "torch.device", dtype
     width /= getattr(config, "patch_size", 1) ** 2
     wider = 2 if kind == "cuda" and dtype == torch.float32 else 1
     if (scale := getattr(model, "scale", 1)) > 1:
-        maps += _ENLARGED[kind] * scale**2
+        # A Serpent has no map of that size, only the image itself.
+        maps += (IMAGE if type(model).__name__ == "Serpent" else _ENLARGED[kind]) * scale**2
     return round(pixels * (IMAGE + wider * (maps + each * width)))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import preset_of
+from serpent_ir.models.presets import check_scale
+from serpent_ir.models.serpent import Serpent
 from serpent_ir.models.wrappers import first_parameter, network_of, unwrapped
 from serpent_ir.system.devices import pick_precision
 from serpent_ir.system.forks import Lock, in_child
@@ -26,7 +28,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def undone_by(model: nn.Module) -> Degradation | None:
     """The degradation that a network's weights undo; None if it names none. A network inside a wrapper counts."""
-    task = getattr(getattr(network_of(model), "config", None), "task", "")
+    config = getattr(network_of(model), "config", None)
+    task = getattr(config, "task", "")
+    check_scale(config)
     return create_degradation(task) if task else None
 
 
@@ -35,7 +39,7 @@ def check_task(model: nn.Module, weights: Path | None) -> None:
 
     Not for the rival networks, which take an image as it is and whose `scale` gives the size they return.
     """
-    if undone_by(model) is None and not hasattr(model, "scale"):
+    if undone_by(model) is None and (isinstance(model, Serpent) or not hasattr(model, "scale")):
         known = preset_of(model.config)
         remedy = f"name it with -n, as {known}.deblur" if known else "load_model(FILE, task=TASK) takes it, in Python"
         raise UsageError(f"{weights}: does not say which task it is for; {remedy}")
@@ -44,7 +48,7 @@ def check_task(model: nn.Module, weights: Path | None) -> None:
 def scale_of(model: nn.Module) -> int:
     """How many times larger than its input a restored image is. Either the task asks for it or the network enlarges."""
     degradation = undone_by(model)
-    return own_scale(model) * (1 if degradation is None else degradation.scale)
+    return own_scale(model) * (1 if degradation is None else degradation.upsampling)
 
 
 def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:

@@ -53,10 +53,10 @@ def restore(
 
     The image goes through the network whole where it is predicted to fit in memory, which is also the best result, and
     else in overlapping tiles; a UserWarning then says why. Weights whose task makes images smaller (`sr8`) see the
-    image upsampled, and return it 8 times as high and wide; a network with a `scale` returns it so many times as high
-    and wide. Grey images are restored as RGB and averaged. Alpha is
-    kept: copied, and upsampled (bicubic) where the image is; the colours of pixels that it hides are kept too, and do
-    not spread. A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
+    image upsampled, and return it 8 times as high and wide; a network with a `scale`, as those of `sr4` have, returns
+    it so many times as high and wide. Grey images are restored as RGB and averaged. Alpha is kept: copied, and
+    upsampled (bicubic) where the image is; the colours of pixels that it hides are kept too, and do not spread.
+    A PIL image with one transparent colour (RGB or L) comes back with alpha instead.
 
     Args:
         image: a PIL image of mode RGB, RGBA, L, LA or I;16; a numpy array (H, W, 3) or (H, W), uint8, uint16 or float;

@@ -123,10 +123,10 @@ def network_block(
 
     `size` is the size of the image that `read` reads. Upsampled blocks equal those of the upsampled whole image.
     """
-    if degradation is None or degradation.scale == 1:
+    if degradation is None or degradation.upsampling == 1:
         block = read(rows, columns)
         return block if degradation is None else degradation.network_input(block)
-    scale, reach = degradation.scale, 2  # bicubic interpolation reaches two pixels out
+    scale, reach = degradation.upsampling, 2  # bicubic interpolation reaches two pixels out
     spans = [
         (max(0, start // scale - reach), min(length, -(-end // scale) + reach))
         for (start, end), length in zip((rows, columns), size, strict=True)
@@ -220,7 +220,7 @@ def _multiple(model: nn.Module) -> int:
     """The number of which tiles begin at multiples, in pixels of the output."""
     degradation = undone_by(model)
     own = getattr(network_of(model), "size_multiple", 1) * own_scale(model)
-    return math.lcm(own, 1 if degradation is None else degradation.scale)
+    return math.lcm(own, 1 if degradation is None else degradation.upsampling)
 
 
 def _least_tile(work: Work, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
 from serpent_ir.models.presets import PRESETS as PRESETS
 from serpent_ir.models.presets import TASK_CHANNELS as TASK_CHANNELS
+from serpent_ir.models.presets import TASK_SCALES as TASK_SCALES
 from serpent_ir.models.recognise import preset_of as preset_of
 from serpent_ir.models.recognise import recognise as recognise
 from serpent_ir.models.registry import DEFAULT_WEIGHTS as DEFAULT_WEIGHTS

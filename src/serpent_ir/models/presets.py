@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from serpent_ir.errors import UsageError
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
@@ -32,3 +33,34 @@ FAMILIES = {SerpentConfig: "Serpent", UNetConfig: "U-Net", SwinIRConfig: "SwinIR
 
 TASK_CHANNELS = {"inpaint": 4}
 """Input channels for tasks that need others than the image's three."""
+
+TASK_SCALES = {"sr2": 2, "sr4": 4, "photo_x2": 2, "photo_x4": 4}
+"""How many times larger the networks of a task make images, if they do. Those of `sr8` see them upsampled."""
+
+ENLARGING: dict[type, dict[str, Any]] = {
+    SerpentConfig: {"patch_size": 1, "blocks": (4, 3, 3)},
+    SwinIRConfig: {"upsampler": "pixelshuffledirect"},
+}
+"""What the networks of those tasks are instead of their presets, by kind of configuration.
+
+A Serpent sees the small image, of which a patch is one pixel whatever its preset says: `serpent_b`, `serpent_l` and
+`serpent_h` are the same there. More of its blocks are at that size, and there is one level less."""
+
+
+def of_task(network: str, task: str) -> dict[str, Any]:
+    """The fields of a network's configuration that a task asks for. Raises UsageError if the network cannot undo it."""
+    fields: dict[str, Any] = {"in_channels": TASK_CHANNELS[task]} if task in TASK_CHANNELS else {}
+    if task in TASK_SCALES:
+        kind = type(PRESETS[network][1])
+        if kind not in ENLARGING:
+            able = ", ".join(name for name, (_, preset) in PRESETS.items() if type(preset) in ENLARGING)
+            raise UsageError(f"{network} makes no image larger, as {task} asks for; valid: {able}")
+        fields |= {**ENLARGING[kind], "scale": TASK_SCALES[task]}
+    return fields
+
+
+def check_scale(config: Any) -> None:
+    """Raise UsageError if a network makes images larger than its task asks for, or not as large."""
+    task, scale = getattr(config, "task", ""), getattr(config, "scale", 1)
+    if task and scale != (needed := TASK_SCALES.get(task, 1)):
+        raise UsageError(f"scale {scale} with task {task}, whose networks have scale {needed}")

@@ -26,7 +26,7 @@ JPEG_WINDOW, JPEG_RANGE = 7, 255.0
 this window."""
 
 FROM_FILE: dict[type, tuple[str, ...]] = {
-    SerpentConfig: ("in_channels",),
+    SerpentConfig: ("in_channels", "scale"),
     UNetConfig: ("in_channels", "out_channels"),
     SwinIRConfig: ("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
     RestormerConfig: ("norm_bias", "dual_pixel", "in_channels", "out_channels"),
@@ -51,7 +51,8 @@ def _serpent(shapes: Shapes) -> SerpentConfig | None:
     dim, in_channels, patch_size = shapes["patch_embed.weight"][:3]
     levels = [f"encoder.{i}." for i in range(numbered(shapes, "encoder."))]
     blocks = tuple(numbered(shapes, level) for level in [*levels, "bottleneck."])
-    return SerpentConfig(patch_size, dim, blocks, in_channels)
+    side = math.isqrt(shapes["head.weight"][0] // 3)  # of what the head makes of a patch
+    return SerpentConfig(patch_size, dim, blocks, in_channels, scale=side // patch_size)
 
 
 def _unet(shapes: Shapes) -> UNetConfig | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import acceleration, hub
-from serpent_ir.models.presets import FAMILIES, NETWORKS, PRESETS, TASK_CHANNELS
+from serpent_ir.models.presets import FAMILIES, NETWORKS, PRESETS, check_scale, of_task
 from serpent_ir.models.recognise import FROM_FILE, preset_of, recognise, shapes_of, unknown
 from serpent_ir.models.weights import WEIGHTS_DIR, fill, load_weights
 
@@ -65,7 +65,7 @@ def create_model(
     fields = {"task": task, **config} if task else dict(config)
     _check_fields(network, fields, preset)
     if checkpoint_path is None:
-        return build(replace(preset, **_with_channels(fields))).eval()
+        return _built(build, replace(preset, **{**of_task(network, fields.get("task", "")), **fields})).eval()
     return _loaded(network, fields, *load_weights(checkpoint_path), checkpoint_path)
 
 
@@ -84,7 +84,7 @@ def _loaded(
     if metadata.get("network") == network and "options" in metadata:  # nothing has to be inferred from shapes
         of_file = _options(metadata, path)
         _check_fields(network, of_file, preset)
-    model = _built(build, replace(preset, **{**of_file, **_with_channels(fields)}), path)
+    model = _built(build, replace(preset, **{**of_task(network, fields.get("task", "")), **of_file, **fields}), path)
     other = ""
     known = preset_of(found) if found is not None else ""
     if found is not None and (not known or PRESETS[known] != PRESETS[network]):  # some presets have two names
@@ -128,12 +128,13 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     return model.eval()
 
 
-def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str]) -> nn.Module:
-    """A network in the sizes that a file claims. The file's tensors are compared with it only afterwards."""
+def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str] = "") -> nn.Module:
+    """A network, perhaps in the sizes that a file claims. The file's tensors are compared with it only afterwards."""
+    check_scale(config)
     try:
         return build(config)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not path or not is_out_of_memory(error):
             raise
         raise SerpentError(
             f"{path}: a network of the sizes in it does not fit in memory; make room, or get the file again"
@@ -159,8 +160,3 @@ def _take_task(fields: dict[str, Any], metadata: dict[str, str], path: str | os.
     trained_for = metadata.get("task", "")
     if trained_for and fields.setdefault("task", trained_for) != trained_for:
         raise UsageError(f"{path}: weights for {trained_for}, not {fields['task']}; ask for {network}.{trained_for}")
-
-
-def _with_channels(fields: dict[str, Any]) -> dict[str, Any]:
-    channels = TASK_CHANNELS.get(fields.get("task", ""))
-    return {"in_channels": channels, **fields} if channels else fields

@@ -35,6 +35,7 @@ class SerpentConfig:
     dim: int = 32
     blocks: tuple[int, ...] = (2, 2, 3, 3)  # VSS blocks of each level; the last level is the bottleneck
     in_channels: int = 3  # the first three are the image; a task may add more (a mask)
+    scale: int = 1  # how many times larger than the input the output is; the paper has 1 alone
     task: str = ""  # the degradation that the weights undo; "" for none
 
     def __post_init__(self):
@@ -109,6 +110,7 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
     """The network of section 3.1: takes and returns images (B, 3, H, W) in [0, 1], of any size from 1x1 up.
 
     If patches are small enough (not in Serpent-B), the image is added to the output, which the paper does not mention.
+    With a `scale` the head makes patches so many times larger, and the image is enlarged by bicubic before it is added.
     Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
@@ -124,10 +126,11 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         self.bottleneck = s_block(*bottleneck)
         self.up = nn.ModuleList(patch_expanding(c) for c, _ in levels)
         self.decoder = nn.ModuleList(s_block(*level) for level in levels)
-        self.head = nn.Linear(dim, 3 * P * P)
+        self.scale = config.scale
+        self.head = nn.Linear(dim, 3 * (P * self.scale) ** 2)
         # If a patch has more numbers than the head's rank, the head could never undo what the added image brings: a
         # third of its noise would remain in Serpent-B (48 numbers, D = 32).
-        self.residual = dim >= 3 * P * P
+        self.residual = dim >= 3 * P * P or self.scale > 1
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -141,7 +144,12 @@ class Serpent(nn.Module, PyTorchModelHubMixin):
         x = self.bottleneck(x)
         for up, block in zip(reversed(self.up), reversed(self.decoder), strict=True):
             x = block(up(x) + skips.pop())
-        P = self.config.patch_size
+        P = self.config.patch_size * self.scale
         out = rearrange(self.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
-        out = image[:, :3] + out if self.residual else out.to(image.dtype)
-        return out[..., :height, :width]
+        out = self.enlarged(image[:, :3]) + out if self.residual else out.to(image.dtype)
+        return out[..., : height * self.scale, : width * self.scale]
+
+    def enlarged(self, image: Tensor) -> Tensor:
+        if self.scale == 1:
+            return image
+        return F.interpolate(image, scale_factor=self.scale, mode="bicubic", align_corners=False)

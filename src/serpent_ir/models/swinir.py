@@ -63,8 +63,6 @@ class SwinIRConfig:
             raise UsageError(f"no resi_connection {self.resi_connection!r}; valid: 1conv, 3conv")
         if self.heads < 1 or self.dim % self.heads:
             raise UsageError(f"{self.dim} channels cannot be shared out among {self.heads} heads")
-        if self.task and self.scale != 1:
-            raise UsageError(f"a network that makes images {self.scale} times larger is for no task ({self.task})")
 
     @property
     def out_channels(self) -> int:

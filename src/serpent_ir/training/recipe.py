@@ -49,6 +49,7 @@ class Recipe:
     device: str = "auto"
     loss: Literal["l1", "l2", "charbonnier", "log"] = "l1"
     mix: list[str] = field(default_factory=list)  # tasks that samples get in turn, instead of `task` alone
+    vivid: float = 0.0  # share of samples whose colours are made stronger, as few photographs have them
     frequency: float = 0.0  # weight of an additional L1 loss on the two-dimensional real FFT
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     accumulate: int = 1  # parts into which a process cuts its share of a batch
@@ -209,7 +210,7 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         raise UsageError(f"{source(key)}: {key} is {_plain(value)}; it must be {rule}")
 
     try:
-        scale = create_degradation(recipe.task).scale
+        degradation = create_degradation(recipe.task)
     except UsageError as error:
         raise UsageError(f"{source('task')}: task: {error}") from None
     for key in ("model", "val", "out"):
@@ -227,6 +228,8 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         refuse("warmup", "0 or more")
     if not 0 <= recipe.frequency < math.inf:
         refuse("frequency", "0 or more, and finite")
+    if not 0 <= recipe.vivid <= 1:
+        refuse("vivid", "in [0, 1]")
     if not 0 <= recipe.ema < 1:
         refuse("ema", "in [0, 1)")
     for i, task in enumerate(recipe.mix):
@@ -234,7 +237,7 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
             other = create_degradation(task)
         except UsageError as error:
             raise UsageError(f"{source(f'mix.{i}')}: mix.{i}: {error}") from None
-        if (other.scale, other.channels) != (scale, create_degradation(recipe.task).channels):
+        if any(getattr(other, what) != getattr(degradation, what) for what in ("scale", "network_scale", "channels")):
             refuse(f"mix.{i}", f"a task that makes images as {recipe.task} does")
     for key in ("train", "stages"):
         if not getattr(recipe, key):
@@ -244,8 +247,8 @@ def _check(recipe: Recipe, source: Callable[[str], str]) -> None:
         for name in ("crop", "batch"):
             if getattr(stage, name) < 1:
                 refuse(f"{at}.{name}", "at least 1")
-        if stage.crop % scale:
-            refuse(f"{at}.crop", f"a multiple of {scale} for the task {recipe.task}")
+        if stage.crop % degradation.scale:
+            refuse(f"{at}.crop", f"a multiple of {degradation.scale} for the task {recipe.task}")
         if stage.batch % recipe.accumulate:
             refuse(f"{at}.batch", f"a multiple of accumulate, which is {recipe.accumulate}")
         if stage.steps < 0:

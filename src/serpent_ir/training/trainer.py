@@ -88,7 +88,7 @@ class Trainer:
         self.val = ValidationImages(val_files, self.degradation, self.workers)
         mix = [create_degradation(task) for task in recipe.mix or [recipe.task]]
         with of_key("train"):
-            self.data = TrainingSet(recipe.train, mix, self.device)
+            self.data = TrainingSet(recipe.train, mix, self.device, vivid=recipe.vivid)
         self.network = network.to(self.device).train()
         self.workers.take_from_first(self.network)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)

@@ -79,7 +79,7 @@ def validate(
             clean = clean.to(workers.device)
             rows[index], given, restored = images.evaluate(network, clean, index, precision)
             if workers.first and len(pictures) < PICTURES:
-                pictures.append([image.cpu() for image in (given[:, :3], restored, clean)])
+                pictures.append([image.cpu() for image in (images.degradation.before(given), restored, clean)])
     everyone = {index: row for part in workers.gather(rows) for index, row in part.items()}
     ordered = [everyone[index] for index in sorted(everyone)]
     means = mean_figures(ordered)

@@ -143,7 +143,7 @@ def attach() -> None:
     as_built.know(LayerNorm, "normalized_shape", "eps")
     as_built.know(SS2D)
     as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
-    as_built.know(Serpent, "config", "size_multiple", "residual", argument=_config_of)
+    as_built.know(Serpent, "config", "size_multiple", "residual", "scale", argument=_config_of)
 
 
 def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Callable[..., Tensor]) -> Any:

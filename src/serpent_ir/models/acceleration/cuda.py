@@ -149,12 +149,14 @@ def _infer(model: "Serpent", image: Tensor, dtype: torch.dtype) -> Tensor:
         skip = skips.pop()
         x = triton_patch.expand(x, matrices[levels + level], skip) if half else model.up[level](x) + skip
         x = _infer_blocks(x, weights[levels + 1 + level])
+    height, width = (side * model.scale for side in image.shape[-2:])
     if half:
-        return triton_patch.head(x, head, model.head.bias, image.contiguous(), model.residual)
-    P = model.config.patch_size
+        added = image if model.scale == 1 else model.enlarged(padded[:, :3])[..., :height, :width]
+        return triton_patch.head(x, head, model.head.bias, added.contiguous(), model.residual)
+    P = model.config.patch_size * model.scale
     out = rearrange(model.head(x), "b h w (c p q) -> b c (h p) (w q)", p=P, q=P)
-    out = padded[:, :3] + out if model.residual else out.to(image.dtype)
-    return out[..., : image.shape[-2], : image.shape[-1]]
+    out = model.enlarged(padded[:, :3]) + out if model.residual else out.to(image.dtype)
+    return out[..., :height, :width]
 
 
 def _infer_blocks(x: Tensor, weights: list[Weights]) -> Tensor:
