@@ -2,7 +2,8 @@
 
     make gallery        (or: python tools/gallery.py)
 
-Writes docs/gallery/*.jpg and docs/gallery.md, which names the hash of the weights. Photos are those that scikit-image
+Writes docs/gallery/*.jpg and docs/gallery.md, which names the hash of the weights, and docs/real.jpg, the contact sheet
+of the task `real`. Photos are those that scikit-image
 ships; drawings are made here. Run it again after new weights, and read what it says under each picture.
 """
 
@@ -91,7 +92,20 @@ SCENES = (
 )  # fmt: skip
 
 
+def contact_sheet(side: int = 192, columns: int = 6) -> Image.Image:
+    """A portrait as `serpent degrade --task real` makes it with the seeds 0 to 11, row by row."""
+    clean = to_tensor(photo("astronaut", 20, 130, side)())
+    sheet = Image.new("RGB", (columns * side, 2 * side))
+    for seed in range(2 * columns):
+        y = create_degradation("real")(clean, generator=evaluation_generator(seed, 0))
+        row, column = divmod(seed, columns)
+        pixels = y[0].mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels), (column * side, row * side))
+    return sheet
+
+
 def main() -> None:
+    contact_sheet().save(DOCS / "real.jpg", quality=80, subsampling="4:4:4", optimize=True)
     folder = DOCS / "gallery"
     folder.mkdir(exist_ok=True)
     networks = {name: Restorer(name, device="cpu") for name in sorted({scene.weights for scene in SCENES})}

@@ -13,7 +13,7 @@ from skimage import data
 from serpent_ir.degradations import RealDegradation, blur_each, create_degradation, through_jpeg
 from serpent_ir.degradations.lens import LENS_RADIUS, disc_kernel, gaussian_kernel, motion_kernel, through_lens
 from serpent_ir.degradations.resampling import KERNELS, down_and_up
-from serpent_ir.degradations.sensor import Sensor, film_grain, mosaicked, through_sensor
+from serpent_ir.degradations.sensor import Sensor, film_grain, gradient_correction, mosaicked, through_sensor
 from serpent_ir.evaluate import evaluate_image
 
 
@@ -89,9 +89,65 @@ def test_a_mosaic_is_interpolated_from_the_nearest_pixels_of_each_colour(size):
                 assert seen[colour, row, column].item() == pytest.approx(np.mean(nearest), abs=1e-12)
 
 
+MALVAR = {  # the filters of the paper's figure 2, times 8; their names say what is sought, and where
+    "green at red or blue": [[0, 0, -1, 0, 0], [0, 0, 2, 0, 0], [-1, 2, 4, 2, -1], [0, 0, 2, 0, 0], [0, 0, -1, 0, 0]],
+    "red at green, in its row": [
+        [0, 0, 0.5, 0, 0], [0, -1, 0, -1, 0], [-1, 4, 5, 4, -1], [0, -1, 0, -1, 0], [0, 0, 0.5, 0, 0],
+    ],
+    "red at blue": [
+        [0, 0, -1.5, 0, 0], [0, 2, 0, 2, 0], [-1.5, 0, 6, 0, -1.5], [0, 2, 0, 2, 0], [0, 0, -1.5, 0, 0],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(3, 3), (6, 7), (12, 9)])
+def test_a_mosaic_is_interpolated_as_malvar_he_and_cutler_do(size):
+    x = noise(1, 3, *size)
+    height, width = size
+    of = [[0, 1], [1, 2]]
+    raw = np.array([[x[0, of[row % 2][column % 2], row, column] for column in range(width)] for row in range(height)])
+    found = {name: convolve(raw, np.array(kernel) / 8, mode="mirror") for name, kernel in MALVAR.items()}
+    in_column = convolve(raw, np.array(MALVAR["red at green, in its row"]).T / 8, mode="mirror")
+    seen = (mosaicked(x) + gradient_correction(x))[0].numpy()
+    for row in range(height):
+        for column in range(width):
+            here = of[row % 2][column % 2]
+            for colour in range(3):
+                if colour == here:
+                    expected = raw[row, column]
+                elif colour == 1:
+                    expected = found["green at red or blue"][row, column]
+                elif here == 1:
+                    in_row = (row % 2 == 0) == (colour == 0)
+                    expected = (found["red at green, in its row"] if in_row else in_column)[row, column]
+                else:
+                    expected = found["red at blue"][row, column]
+                assert seen[colour, row, column] == pytest.approx(expected, abs=1e-12)
+
+
+def test_grey_detail_comes_through_the_better_interpolation_whatever_the_white_balance():
+    grey = photo(128).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    still = torch.zeros_like(grey)
+    lost = [
+        (through_sensor(grey, grey, still, sensor(1, power=1.0, mosaic=True, corrected=corrected))[2] - grey)
+        .square()
+        .mean()
+        for corrected in (False, True)
+    ]
+    assert lost[1] < 0.5 * lost[0]
+
+
 def sensor(count: int, **changed: float | bool) -> Sensor:
     plain = {"power": 2.2, "contrast": False, "red": 2.0, "blue": 1.5, "shot": 0.01, "read": 1e-4, "mosaic": False}
-    plain |= {"luma": 0.0, "chroma": 0.0, "blotches": 1.0, "waves": 0.0, "sharpening": 0.0, "strength": 1.0}
+    plain |= {
+        "luma": 0.0,
+        "chroma": 0.0,
+        "blotches": 1.0,
+        "waves": 0.0,
+        "sharpening": 0.0,
+        "strength": 1.0,
+        "corrected": False,
+    }
     return Sensor(**{name: torch.full((count,), value) for name, value in (plain | changed).items()})
 
 

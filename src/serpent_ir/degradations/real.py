@@ -1,6 +1,10 @@
 """Pictures as they come in practice: through a lens, a sensor or film, a camera's JPEG, and a messenger, in that order.
 
 All of it is mild. Each step is left out for a share of the pictures, and some pictures are left unchanged.
+
+WebP is not among it. VP8 predicts a block from the decoded pixels above and to the left of it, in modes that the
+encoder chooses block after block, so the last block depends on the first: that is no function of a window, and no
+batch.
 """
 
 import math
@@ -20,6 +24,8 @@ LENS, BLURS, DISCS, MOTIONS = 0.35, (0.3, 1.5), (0.5, 2.5), (1.0, 6.0)
 """Share of pictures blurred by a lens; ranges, in pixels, of Gaussian deviation, disc radius and motion length."""
 SENSOR, GRAIN = 0.75, 0.05
 """Share of pictures with sensor noise, and share with film grain."""
+MOSAIC, CORRECTED = 0.7, 0.35
+"""Share of sensors with a mosaic, and share whose mosaic is interpolated by Malvar, He and Cutler's filters."""
 SHOT = (1e-4, 0.012)
 """Range of the variance of shot noise at full light. Its logarithm is drawn uniformly; read noise depends on it."""
 STRENGTH = (0.7, 1.6)
@@ -86,7 +92,8 @@ def _noise(clean: Tensor, x: Tensor, touched: Tensor, generator: Generator) -> t
             blue=between(how[5], 1.2, 2.2),
             shot=shot.exp(),
             read=(2.18 * shot + 1.2 + between(how[6], -0.5, 0.5)).exp(),
-            mosaic=how[7] < 0.7,
+            mosaic=how[7] < MOSAIC,
+            corrected=how[7] < CORRECTED,
             luma=between(how[8], 0, 1.2),
             chroma=between(how[9], 0, 4),
             blotches=between(how[13], math.log(0.08), math.log(0.6)).exp(),

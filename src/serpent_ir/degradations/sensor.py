@@ -3,7 +3,9 @@
 Noise that follows the light is seen through a mosaic of colour filters, smoothed, sharpened and passed through a tone
 curve.
 
-The model of the noise is that of Brooks et al., "Unprocessing Images for Learned Raw Denoising", 2019.
+The model of the noise is that of Brooks et al., "Unprocessing Images for Learned Raw Denoising", 2019. A mosaic is
+interpolated bilinearly or as Malvar, He and Cutler do, "High-quality linear interpolation for demosaicing of
+Bayer-patterned color images", 2004.
 """
 
 import math
@@ -17,7 +19,7 @@ from serpent_ir.degradations.blur import blur_each
 
 SMOOTHING_RADIUS = 12
 """Pixels to each side that the smoothing of the noise reaches, for standard deviations up to 4."""
-SENSOR_MARGIN = 1 + SMOOTHING_RADIUS + 3
+SENSOR_MARGIN = 2 + SMOOTHING_RADIUS + 3
 """Pixels around a pixel that decide what a sensor makes of it: interpolation, smoothing and sharpening."""
 
 
@@ -31,6 +33,7 @@ class Sensor:
         red, blue: gains of the white balance; green has gain 1.
         shot, read: variances of the noise, in linear light from 0 to 1: `shot` times the light, and `read`.
         mosaic: booleans: whether a pixel sees one colour only and the others are interpolated.
+        corrected: booleans: whether that is done by Malvar, He and Cutler's filters and not bilinearly.
         luma, chroma: standard deviations (pixels, up to 4) with which the noise is smoothed.
         blotches: standard deviation of the chroma noise that remains afterwards, as the blotches that cameras leave.
             1 means that it is as strong as the white noise was before.
@@ -46,6 +49,7 @@ class Sensor:
     shot: Tensor
     read: Tensor
     mosaic: Tensor
+    corrected: Tensor
     luma: Tensor
     chroma: Tensor
     blotches: Tensor
@@ -75,8 +79,14 @@ def through_sensor(clean: Tensor, blurred: Tensor, normal: Tensor, sensor: Senso
     deviation = (raw * _each(sensor.shot, clean) + _each(sensor.read, clean)).sqrt()
     raws = torch.stack([raw_clean, raw, raw + deviation * normal.to(clean.device, clean.dtype)])
     if min(clean.shape[-2:]) > 1:  # an image of a single line lacks one of the colours
-        raws = torch.where(mosaic, mosaicked(raws.flatten(0, 1)).view_as(raws), raws)
-    target, picture, noisy = _toned((raws * gains).clamp(0, 1), power, contrast)
+        seen = mosaicked(raws.flatten(0, 1)).view_as(raws) * gains
+        # It adds differences of one colour to another, so it comes after the white balance.
+        correction = gradient_correction((raws * gains).flatten(0, 1)).view_as(raws)
+        seen = torch.where(_each(sensor.corrected, clean), seen + correction, seen)
+        light = torch.where(mosaic, seen, raws * gains)
+    else:
+        light = raws * gains
+    target, picture, noisy = _toned(light.clamp(0, 1), power, contrast)
     noise = _processed(noisy - picture, sensor)
     # Exact to the last bit where there is no mosaic.
     return noise, torch.where(mosaic, picture, blurred), torch.where(mosaic, target, clean)
@@ -116,6 +126,35 @@ def mosaicked(x: Tensor) -> Tensor:
     red_blue = middle + beside + above + corners
     green = middle + (beside + above) / 2
     return torch.cat([red_blue[:, :1], green[:, 1:2], red_blue[:, 2:]], 1)
+
+
+def gradient_correction(x: Tensor) -> Tensor:
+    """What Malvar, He and Cutler add to `mosaicked(x)`: the second differences of the colour that a pixel does see.
+
+    They weigh these by 1/2 for green, 5/8 at green pixels and 3/4 for red at blue pixels and for blue at red ones.
+    x is (B, 3, H, W), and so is the result, zero where a colour is seen. It may leave [0, 1]. Borders are reflected.
+    Images with a side of 2 get none.
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) < 3:
+        return torch.zeros_like(x)
+    odd_row = torch.arange(height, device=x.device)[:, None] % 2 == 1
+    odd_column = torch.arange(width, device=x.device) % 2 == 1
+    green = odd_row != odd_column
+    raw = torch.where(green, x[:, 1:2], torch.where(odd_row, x[:, 2:], x[:, :1]))
+    padded = F.pad(raw, (2, 2, 2, 2), mode="reflect")
+    across = padded[..., 2:-2, :-4] + padded[..., 2:-2, 4:]
+    down = padded[..., :-4, 2:-2] + padded[..., 4:, 2:-2]
+    corners = padded[..., 1:-3, :] + padded[..., 3:-1, :]
+    corners = corners[..., 1:-3] + corners[..., 3:-1]
+    of_own = raw - (across + down) / 4
+    beside = 5 / 8 * raw - (corners + across) / 8 + down / 16  # for the colour to the left and right of a green pixel
+    above = 5 / 8 * raw - (corners + down) / 8 + across / 16
+    zero = torch.zeros_like(raw)
+    other = 3 / 4 * of_own
+    red = torch.where(green, torch.where(odd_row, above, beside), torch.where(odd_row, other, zero))
+    blue = torch.where(green, torch.where(odd_row, beside, above), torch.where(odd_row, zero, other))
+    return torch.cat([red, torch.where(green, zero, of_own / 2), blue], 1)
 
 
 def _linear(x: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
