@@ -17,7 +17,7 @@ from serpent_ir.ops import reference
 from serpent_ir.ops.backends import DTYPES, Sequences, check_backend, default_backend
 from serpent_ir.ops.dense import on_one_device
 
-_MODULES = {"torch": "serpent_ir.ops.sequence_composed"}
+_MODULES = {"cuda": "serpent_ir.ops.cuda.sequence", "torch": "serpent_ir.ops.sequence_composed"}
 MAX_STATE = 256
 MAX_LENGTH = 1 << 31
 _NAME = "selective_scan_fn"

@@ -92,14 +92,15 @@ def load(file: str, constants: tuple[tuple[str, int], ...], device: torch.device
 
     Raises ValueError for a device that is not a GPU, RuntimeError if the kernels cannot run on it.
     """
+    operator = "selective_scan_fn" if file.startswith("sequence") else "ss2d"
     if device.type != "cuda":
-        raise ValueError(f"ss2d: the backend 'cuda' reads tensors on NVIDIA GPUs, not on {device}")
+        raise ValueError(f"{operator}: the backend 'cuda' reads tensors on NVIDIA GPUs, not on {device}")
     index = torch.cuda.current_device() if device.index is None else device.index
     key = (file, constants, index)
     kernels = _loaded.get(key)
     if kernels is None:
         if reason := unavailable(device):
-            raise RuntimeError(f"ss2d: the backend 'cuda' does not run on {device}: {reason}")
+            raise RuntimeError(f"{operator}: the backend 'cuda' does not run on {device}: {reason}")
         with _lock:
             kernels = _loaded.get(key) or Kernels(file, constants, index)
             _loaded[key] = kernels
