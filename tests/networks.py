@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from serpent_ir import create_model
+from serpent_ir.models import TASK_SCALES
 
 
 def small_network(task: str = "") -> nn.Module:
     torch.manual_seed(0)
-    return create_model("serpent_b", dim=8, blocks=(1, 1), task=task)
+    name = "serpent_l" if task in TASK_SCALES else "serpent_b"
+    return create_model(name, dim=8, blocks=(1, 1), task=task)
 
 
 def identity_network(task: str = "") -> nn.Module:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.models import create_model, load_model
+from serpent_ir.models import create_model, load_model, preset_of
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.profiling import count
 
@@ -113,7 +113,7 @@ def test_a_scale_enlarges_by_sub_pixels_upon_bicubic(scale, size):
     [
         ("serpent_l.sr8", {"scale": 8}, "scale 8 with task sr8, whose networks have scale 1"),
         ("serpent_l.sr4", {"scale": 1}, "scale 1 with task sr4, whose networks have scale 4"),
-        ("unet_32.sr4", {}, "unet_32 makes no image larger, as sr4 asks for; valid: serpent_b, "),
+        ("unet_32.sr4", {}, "unet_32 makes no image larger, as sr4 asks for; valid: serpent_l, swinir_b, "),
     ],
 )
 def test_a_scale_that_the_task_does_not_have_is_refused(name, options, said):
@@ -128,3 +128,5 @@ def test_a_file_says_how_much_its_network_enlarges(tmp_path):
     assert again.config == model.config
     with pytest.raises(SerpentError, match="not weights of serpent_l"):
         create_model("serpent_l.photo_x4", checkpoint_path=tmp_path / "x4.safetensors")
+    assert preset_of(create_model("serpent_l.photo_x4").config) == "serpent_l"
+    assert preset_of(create_model("swinir_60.sr2").config) == "swinir_60"

@@ -34,9 +34,10 @@ def photos(tmp_path_factory):
 def test_networks_take_the_channels_of_their_task_and_enlarge_as_it_asks():
     for task, degradation in DEGRADATIONS.items():
         assert TASK_CHANNELS.get(task, 3) == degradation.channels
-        assert TASK_SCALES.get(task, 1) == (own := degradation.network_scale)
+        own = degradation.network_scale
+        assert TASK_SCALES.get(task, 1) == own
         assert degradation.scale % own == 0
-        for network in list_models("serpent_*"):
+        for network in list_models("serpent_*") if own == 1 else ["serpent_l"]:
             with torch.device("meta"):
                 model = serpent_ir.create_model(f"{network}.{task}")
                 assert model(torch.empty(1, degradation.channels, 32, 32)).shape == (1, 3, 32 * own, 32 * own)

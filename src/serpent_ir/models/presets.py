@@ -37,25 +37,23 @@ TASK_CHANNELS = {"inpaint": 4}
 TASK_SCALES = {"sr2": 2, "sr4": 4, "photo_x2": 2, "photo_x4": 4}
 """How many times larger the networks of a task make images, if they do. Those of `sr8` see them upsampled."""
 
-ENLARGING: dict[type, dict[str, Any]] = {
-    SerpentConfig: {"patch_size": 1, "blocks": (4, 3, 3)},
-    SwinIRConfig: {"upsampler": "pixelshuffledirect"},
+ENLARGING: dict[str, dict[str, Any]] = {
+    "serpent_l": {"patch_size": 1, "blocks": (4, 3, 3)},
+    **{name: {"upsampler": "pixelshuffledirect"} for name, (build, _) in PRESETS.items() if build is SwinIR},
 }
-"""What the networks of those tasks are instead of their presets, by kind of configuration.
+"""What the networks of those tasks are, where it differs from their presets. Others have none.
 
-A Serpent sees the small image, of which a patch is one pixel whatever its preset says: `serpent_b`, `serpent_l` and
-`serpent_h` are the same there. More of its blocks are at that size, and there is one level less."""
+A Serpent sees the small image, of which no patch can be smaller than a pixel, so there is one size. More of its blocks
+are at the size of the image than in the paper's, and there is one level less."""
 
 
 def of_task(network: str, task: str) -> dict[str, Any]:
     """The fields of a network's configuration that a task asks for. Raises UsageError if the network cannot undo it."""
     fields: dict[str, Any] = {"in_channels": TASK_CHANNELS[task]} if task in TASK_CHANNELS else {}
     if task in TASK_SCALES:
-        kind = type(PRESETS[network][1])
-        if kind not in ENLARGING:
-            able = ", ".join(name for name, (_, preset) in PRESETS.items() if type(preset) in ENLARGING)
-            raise UsageError(f"{network} makes no image larger, as {task} asks for; valid: {able}")
-        fields |= {**ENLARGING[kind], "scale": TASK_SCALES[task]}
+        if network not in ENLARGING:
+            raise UsageError(f"{network} makes no image larger, as {task} asks for; valid: {', '.join(ENLARGING)}")
+        fields |= {**ENLARGING[network], "scale": TASK_SCALES[task]}
     return fields
 
 

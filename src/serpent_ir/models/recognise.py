@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from serpent_ir.models.presets import FAMILIES, PRESETS
+from serpent_ir.models.presets import ENLARGING, FAMILIES, PRESETS, TASK_SCALES, of_task
 from serpent_ir.models.restormer import RestormerConfig
 from serpent_ir.models.serpent import SerpentConfig
 from serpent_ir.models.swinir import SwinIRConfig
@@ -155,9 +155,11 @@ def unknown(shapes: Shapes) -> str:
 
 def preset_of(config: Any) -> str:
     """Name of the preset with this configuration, apart from the fields that weights decide; "" if there is none."""
+    task = getattr(config, "task", "")
     for name, (_, preset) in reversed(PRESETS.items()):
-        if type(preset) is type(config):
-            decided = {field: getattr(preset, field) for field in ("task", *FROM_FILE[type(preset)])}
-            if replace(config, **decided) == preset:
+        if type(preset) is type(config) and (task not in TASK_SCALES or name in ENLARGING):
+            of_that_task = replace(preset, **of_task(name, task))
+            decided = {field: getattr(of_that_task, field) for field in ("task", *FROM_FILE[type(preset)])}
+            if replace(config, **decided) == of_that_task:
                 return name
     return ""
