@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --data DIR [DIR ...] --out train_step.json
     python benchmarks/train_step.py --data DIR --sizes 128x16 --gpus 1 2 --out gpus.json      # the ratio alone
     python benchmarks/train_step.py --data DIR --tiny --out tiny.json                         # tries this file on a CPU
+    python benchmarks/train_step.py --loops --out plain_loop.json     # loops of one's own instead, see plain_loop.py
 
 A step is what `serpent train` does: its batch is made during the step before; forward under bfloat16 autocast, L1,
 backward, clipping, fused Adam, averaged weights. It is measured on one GPU and, by torchrun, on all of this machine's,
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plain_loop import MODELS, measure_loops
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_where_it_fits
@@ -119,7 +121,8 @@ def size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--loops", nargs="*", metavar="MODEL", help="plain loops around these models; by default six")
     parser.add_argument("--model", default="serpent_h")
     parser.add_argument("--sizes", nargs="+", type=size, metavar="CROPxBATCH", help="of each GPU")
     parser.add_argument("--gpus", nargs="+", type=int, help="how many; by default 1 and all that are here")
@@ -129,6 +132,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.loops is not None:
+        rows = measure_loops(tuple(args.loops) or MODELS, **({"crop": 16, "batch": 2} if args.tiny else {}))
+        args.out.write_text(json.dumps({**machine("cpu" if args.tiny else "cuda"), "loops": rows}, indent=1) + "\n")
+        show(rows)
+        return
+    if not args.data:
+        parser.error("--data DIR: folders of images to train on")
     args.sizes = args.sizes or ([(16, 4)] if args.tiny else SIZES)
     if args.measure:
         measure(args)
@@ -153,7 +163,11 @@ def main() -> None:
         print(key)
         for name, ms in names:
             print(f"  {ms:8.3f} ms  {name}")
-    for row in [*record["steps"], *record["ratios"]]:
+    show([*record["steps"], *record["ratios"]])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 

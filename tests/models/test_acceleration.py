@@ -121,7 +121,9 @@ def test_why_names_the_way_or_the_reason() -> None:
         "definition: for a VSSBlock there are ways on cuda, cpu, not on meta"
     )
     assert told(torch.compile(Serpent(SMALL))) == "definition: torch.compile traces it"  # pyright: ignore
-    assert why(create_model("unet_32", channels=4), image()) == {"": "definition: no way is made for UNet"}
+    told_of_unet = "definition: for a UNet there are ways on cuda, not on cpu"
+    assert why(create_model("unet_32", channels=4), image()) == {"": told_of_unet}
+    assert why(nn.Conv2d(3, 3, 1), image()) == {"": "definition: no way is made for Conv2d"}
     other = Serpent(SMALL)
     other.get_submodule("encoder.0.0").forward = lambda x: x
     assert why(other, image())["encoder.0.0"] == "definition: VSSBlock's own forward was not called"

@@ -69,6 +69,11 @@ class SwinIRConfig:
         return min(self.in_channels, 3)
 
 
+def draw(weight: Tensor) -> None:
+    if not weight.is_meta:  # there is nothing to fill, and PyTorch would import its compiler for it
+        nn.init.trunc_normal_(weight, std=0.02)
+
+
 def named(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
@@ -89,16 +94,19 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
+        draw(self.relative_position_bias_table)
+        # On the CPU, since PyTorch would import its compiler for arithmetic on the meta device.
+        side, device = torch.arange(window, device="cpu"), self.relative_position_bias_table.device
+        y, x = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
         apart = [axis[:, None] - axis + window - 1 for axis in (y, x)]
         # No file decides these two. State dicts contain what the release's contain (`_put_in_derived`), and
         # `load_state_dict` takes a state dict with or without them.
-        self.register_buffer("relative_position_index", apart[0] * (2 * window - 1) + apart[1], persistent=False)
+        index = apart[0] * (2 * window - 1) + apart[1]
+        self.register_buffer("relative_position_index", index.to(device), persistent=False)
         from_above, from_left = y >= window - self.shift, x >= window - self.shift
         none = torch.zeros_like(from_above)
         regions = [(a, b) for a in (none, from_above) for b in (none, from_left)]
-        strangers = torch.stack([(a[:, None] != a) | (b[:, None] != b) for a, b in regions])
+        strangers = torch.stack([(a[:, None] != a) | (b[:, None] != b) for a, b in regions]).to(device)
         self.register_buffer("strangers", rearrange(strangers, "(row column) n m -> row column n m", row=2), False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +224,7 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                draw(module.weight)
                 nn.init.zeros_(module.bias)
         self.register_load_state_dict_pre_hook(_leave_out_derived)
         self.register_state_dict_post_hook(_put_in_derived)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from serpent_ir.models.acceleration import uncaptured
 from serpent_ir.system.capture import capture
 from serpent_ir.training.losses import Loss
 from serpent_ir.training.workers import Workers
@@ -125,7 +126,8 @@ class Step:
         losses = []
         pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
         for given, target in pairs:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            # A graph of the whole step spares more than one of the network.
+            with uncaptured(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 restored = self.network(given)
             loss = self.loss(restored, target) / len(pairs)
             loss.backward()

@@ -13,17 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.acceleration import as_built, cpu_inference, cpu_training, cuda, heads
+from serpent_ir.models.acceleration import as_built, cpu_inference, cpu_training, cuda, heads, replayed
 from serpent_ir.models.acceleration.way import Way
 from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.restormer import (
+    BiasFreeNorm,
+    ChannelNorm,
+    GatedFeedForward,
+    Restormer,
+    RestormerConfig,
+    TransformerBlock,
+    TransposedAttention,
+)
 from serpent_ir.models.serpent import SS2D, Serpent, SerpentConfig, VSSBlock
-from serpent_ir.models.swinir import WindowAttention
+from serpent_ir.models.swinir import ResidualGroup, SwinIR, SwinIRConfig, SwinLayer, WindowAttention
+from serpent_ir.models.unet import ConvBlock, UNet, UNetConfig, UpBlock
 from serpent_ir.models.wrappers import unwrapped
 
 Ways = Mapping[type[nn.Module], tuple[Way, ...]]
 
 WAYS: Ways = {
-    Serpent: (cuda.network,),
+    Serpent: (cuda.network, replayed.training),
+    UNet: (replayed.inference, replayed.training),
+    SwinIR: (replayed.inference, replayed.training),
+    Restormer: (replayed.inference, replayed.training),
     VSSBlock: (cuda.block, cpu_inference.block, cpu_training.block),
     WindowAttention: (heads.padded,),
 }
@@ -60,6 +73,14 @@ def off() -> AbstractContextManager[None]:
     `torch.compile` made holds the definition either way.
     """
     return only({})
+
+
+def uncaptured() -> AbstractContextManager[None]:
+    """A context in which training is not replayed pass by pass: for whole steps that somebody captures himself."""
+    in_force = _in_force.get()
+    return only(
+        {kind: tuple(way for way in ways if way.name != replayed.training.name) for kind, ways in in_force.items()}
+    )
 
 
 def why(model: nn.Module, x: Tensor) -> dict[str, str]:
@@ -140,10 +161,20 @@ def attach() -> None:
     for kind, ways in WAYS.items():
         if not hasattr(kind.forward, "__wrapped__"):
             setattr(kind, "forward", _accelerated(kind, ways, kind.forward))  # noqa: B010
+            if replayed.training in ways:
+                setattr(kind, "_apply", _releasing(kind._apply))  # noqa: B010
     as_built.know(LayerNorm, "normalized_shape", "eps")
     as_built.know(SS2D)
     as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
-    as_built.know(Serpent, "config", "size_multiple", "residual", "scale", argument=_config_of)
+    as_built.know(Serpent, "config", "size_multiple", "residual", "scale", argument=_config_of(SerpentConfig))
+    as_built.know(UNet, "config", "size_multiple", "scale", argument=_config_of(UNetConfig))
+    as_built.know(SwinIR, "config", "size_multiple", "scale", argument=_config_of(SwinIRConfig), buffers=("mean",))
+    as_built.know(Restormer, "config", "size_multiple", "scale", argument=_config_of(RestormerConfig))
+    as_built.know(WindowAttention, "heads", "window", "shift", buffers=("relative_position_index", "strangers"))
+    for kind in (ConvBlock, UpBlock, ResidualGroup, SwinLayer):
+        as_built.know(kind)
+    for kind in (BiasFreeNorm, ChannelNorm, GatedFeedForward, TransformerBlock, TransposedAttention):
+        as_built.know(kind)
 
 
 def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Callable[..., Tensor]) -> Any:
@@ -162,6 +193,21 @@ def _accelerated(kind: type[nn.Module], ways: tuple[Way, ...], definition: Calla
     return forward
 
 
-def _config_of(model: Serpent, x: Tensor) -> SerpentConfig | None:
-    fits = type(model.config) is SerpentConfig and x.shape[1] == model.config.in_channels
-    return model.config if fits else None
+def _releasing(apply: Callable[..., Any]) -> Any:
+    """What `to`, `cpu`, `half` and others are made of, which may give a model other weights."""
+
+    @functools.wraps(apply)
+    def releasing(self: nn.Module, *args: Any, **options: Any) -> Any:
+        result = apply(self, *args, **options)
+        replayed.moved(self)
+        return result
+
+    return releasing
+
+
+def _config_of(kind: type) -> Callable[[Any, Tensor], Any]:
+    def read(model: Any, x: Tensor) -> Any:
+        fits = type(model.config) is kind and x.shape[1] == model.config.in_channels
+        return model.config if fits else None
+
+    return read

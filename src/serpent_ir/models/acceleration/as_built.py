@@ -70,6 +70,7 @@ class _Kind(NamedTuple):
 
     settings: Callable[[nn.Module], Any]  # the attributes that its `forward` reads, besides parameters and modules
     argument: Callable[[Any, Tensor], Hashable] | None  # the argument of its constructor, from a module and its input
+    buffers: tuple[str, ...]  # the buffers that its `forward` reads
 
 
 _LINEAR = nn.Linear.forward
@@ -82,6 +83,7 @@ def know(
     kind: type[nn.Module],
     *settings: str,
     argument: Callable[[Any, Tensor], Hashable] | None = None,
+    buffers: tuple[str, ...] = (),
 ) -> None:
     """Make a class known as one that kernels may replace. Modules of other classes get the plain definition.
 
@@ -90,8 +92,9 @@ def know(
         settings: names of what its `forward` reads besides parameters and modules.
         argument: for a class whose modules are checked: reads the constructor's argument from a module and an input. It
             serves to make a second module, with which the first one is compared.
+        buffers: names of the buffers that its `forward` reads.
     """
-    _kinds[kind] = _Kind(attrgetter(*settings) if settings else _nothing, argument)
+    _kinds[kind] = _Kind(attrgetter(*settings) if settings else _nothing, argument, buffers)
     _functions.append((kind, "forward", kind.forward))
 
 
@@ -99,8 +102,15 @@ def _nothing(module: nn.Module) -> None:
     return None
 
 
+_CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 know(nn.Linear)
-know(nn.Conv2d, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+know(nn.Conv2d, *_CONVOLUTION)
+know(nn.ConvTranspose2d, *_CONVOLUTION, "output_padding")
+know(nn.InstanceNorm2d, "eps", "momentum", "track_running_stats")
+know(nn.LeakyReLU, "negative_slope", "inplace")
+know(nn.GELU, "approximate")
+know(nn.PixelShuffle, "upscale_factor")
+know(nn.Identity)
 know(nn.Sequential)
 know(nn.ModuleList)
 know(Rearrange, "pattern", "axes_lengths")
@@ -170,7 +180,8 @@ class _Parts:
         self.empty = [table for table in tables if not table] + [
             h for m in below for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.parameters = listed(root)
+        self.buffers = [(m._buffers, name) for m in modules if m._buffers for name in _buffers_of(m)]
         self.hooked, self.forwards = any(self.empty), self._forwards()
         self.settings, self.readable = self._settings(root), all(map(_is_readable, self.parameters))
         self.places = self._places()
@@ -209,7 +220,8 @@ class _Parts:
         if not self.readable:
             return []
         looks = (Tensor.numel, Tensor.is_contiguous)
-        return self.addresses() + list(chain.from_iterable(map(look, self.parameters) for look in looks))
+        of_buffers = [_address(table.get(name)) for table, name in self.buffers]
+        return self.addresses() + of_buffers + list(chain.from_iterable(map(look, self.parameters) for look in looks))
 
     def addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self.parameters))
@@ -229,6 +241,20 @@ class _Parts:
             and self._settings(root) == self.settings
             and self._places() == self.places
         )
+
+
+def listed(root: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module and of those inside. One that occurs in several modules is listed for each."""
+    return [p for m in root.modules() for p in m._parameters.values() if p is not None]
+
+
+def _buffers_of(module: nn.Module) -> tuple[str, ...]:
+    kind = _kinds.get(type(module))
+    return kind.buffers if kind else ()
+
+
+def _address(buffer: Tensor | None) -> int:
+    return 0 if buffer is None else buffer.data_ptr()
 
 
 def _is_readable(p: Tensor) -> bool:
@@ -302,8 +328,15 @@ def dtypes(root: nn.Module) -> set[torch.dtype]:
     return _parts[root].dtypes
 
 
+def parameters(root: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a checked module, as `listed` lists them."""
+    return _parts[root].parameters
+
+
 def places(root: nn.Module) -> list[Any]:
-    """Where the parameters of a checked module lie. It is another list if one of them was given other data."""
+    """Where the parameters of a checked module lie, and the buffers that it reads. It is another list if one was given
+    other data.
+    """
     return _parts[root].places
 
 
@@ -322,15 +355,24 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives (create_graph=True) of a Serpent need float64: model.double(), and the image too"
-            )
-        functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        if any(functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g) for g in grads):
-            raise RuntimeError(
-                "batched gradients (is_grads_batched, vectorize=True) of a Serpent need float64, or torch.func.jacrev"
-            )
+        refuse_derivatives(*grads)
         return backward(ctx, *grads)
 
     return checked
+
+
+def is_batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
+def refuse_derivatives(*grads: Tensor) -> None:
+    """Raise for derivatives that the kernels of a Serpent do not give: second ones, or many at once."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "second derivatives (create_graph=True) of a Serpent need float64: model.double(), and the image too"
+        )
+    if any(map(is_batched, grads)):
+        raise RuntimeError(
+            "batched gradients (is_grads_batched, vectorize=True) of a Serpent need float64, or torch.func.jacrev"
+        )

@@ -26,7 +26,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream for captures.
 
     It is always the same, as cuBLAS keeps 32 MiB or more for every stream that it has seen.
@@ -34,7 +34,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _make_handles(device: torch.device) -> None:
+def make_handles(device: torch.device) -> None:
     """Make what cuBLAS and cuDNN keep per thread. This thread may have none yet, and a capture cannot make it."""
     torch.cuda.current_blas_handle()
     one = torch.zeros(1, 1, 1, 1, device=device)
@@ -48,9 +48,9 @@ class _Graph:
         # Ordinary tensors, also in inference mode, since they may later be written in any mode.
         with torch.inference_mode(False), torch.no_grad():
             self.input = torch.empty_like(x, memory_format=torch.contiguous_format)
-            _make_handles(x.device)
+            make_handles(x.device)
             torch.cuda.synchronize()
-            with torch.cuda.stream(_stream(x.device)):
+            with torch.cuda.stream(side_stream(x.device)):
                 self.graph, self.output = capture(lambda: run(self.input), pool)
         self.pool = self.graph.pool()
 
@@ -70,7 +70,7 @@ class Graphs:
         key = self._key(x, key)
         with self.lock, torch.cuda.device_of(x):
             if weights != self.weights:
-                self._clear()
+                self.clear()
             self.weights = weights
             if key not in self.graphs:
                 self.graphs[key] = None
@@ -96,7 +96,8 @@ class Graphs:
         precisions = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
         return x.shape, x.dtype, x.device, precisions, key
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drop all graphs. The lock is held."""
         if self.done is not None:
             self.done.synchronize()  # a graph's memory may only be released after it has run
             self.done = None  # it belongs to one device, and the weights may have moved to another
@@ -150,3 +151,10 @@ def of(model: nn.Module) -> Graphs:
         with _making:
             graphs = _of.setdefault(model, Graphs())
     return graphs
+
+
+def release(model: nn.Module) -> None:
+    """Give back the memory of a model's graphs."""
+    if kept := _of.get(model):
+        with kept.lock:
+            kept.clear()
