@@ -3,8 +3,9 @@
     python tools/pack_weights.py RUN --trained-on "NVIDIA H100" --data DIR [DIR ...] [--train WHAT ...] [--notes FILE]
 
 RUN is a folder of `serpent train`. The float16 file itself is evaluated, on every folder of --data; `photo` is also
-measured at a grid of strengths, on the last of these folders. If the run started from shipped weights, or from those of
-another run (which may have been stopped before its end), the card tells about both.
+measured at a grid of strengths, on the last of these folders. --measure FILE writes what was measured and stops there,
+and --measured FILE takes it, so that a GPU may measure what is packed elsewhere. If the run started from shipped
+weights, or from those of another run (which may have been stopped before its end), the card tells about both.
 """
 
 import argparse
@@ -17,9 +18,11 @@ from typing import Any
 import photo_bars
 from photo_grid import measure, told
 from safetensors.torch import save
+from torch import nn
 
 from serpent_ir import create_degradation
 from serpent_ir.evaluate import evaluate
+from serpent_ir.inference import pick_device
 from serpent_ir.models import WEIGHTS_DIR, create_model, load_weights
 from serpent_ir.models.seals import sealed
 
@@ -74,6 +77,13 @@ without a version or an author, and photographs of guests of one website. No val
 TASK_TEXT = {
     "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
     "sr8": "8 times smaller by antialiased bicubic, and Gaussian noise of standard deviation 0.05",
+    "sr2": "2 times smaller by MATLAB's bicubic with antialiasing, in 8 bits, without noise",
+    "sr4": "4 times smaller by MATLAB's bicubic with antialiasing, in 8 bits, without noise",
+    "photo_x2": "2 times smaller as in `sr2`, then `real`, what lens, sensor, film, camera and messenger do",
+    "photo_x4": "4 times smaller as in `sr4`, then `real`, what lens, sensor, film, camera and messenger do",
+    "denoise": "Gaussian noise of standard deviation 5/255 to 50/255, of a strength that it is not told",
+    "jpeg": "JPEG of quality 10 to 95 with chroma halved, of a quality that it is not told",
+    "inpaint": "boxes and strokes are missing; a mask names them",
     "photo": "Gaussian blur of up to 3 px, Gaussian noise of up to 0.06 and JPEG of quality 30 to 100, in that order, "
     "of strengths that it is not told, each left out of 30 % of images, all three of 1 in 37; and `real`, what "
     "lens, sensor, film, camera and messenger do to a picture",
@@ -83,9 +93,29 @@ ONE_STRENGTH = """\
 Trained for one degradation at one strength: a Gaussian blur of 3.0 pixels (`deblur`) or an 8-fold reduction (`sr8`),
 with noise of standard deviation 0.05. Other blurs or noise are restored badly, and an undegraded photo is changed.
 Mostly faces were seen, of people that the collections above favour; details that it adds may reflect that."""
+REDUCED = """\
+Made for images reduced by MATLAB's bicubic, without noise, blur or JPEG, as the benchmarks of super-resolution make
+them. A photograph that is small otherwise keeps its noise and blocks, or has them sharpened: `photo_x4` is for that. It
+was trained on a mean error, and invents no texture."""
+SMALL_PHOTOS = """\
+Made for small photographs as cameras and messengers leave them. It was trained on a mean error: it is smooth where
+detail is lost, and invents no texture. What it takes for noise is removed, fine texture with it."""
 LIMITS = {
     "deblur": ONE_STRENGTH,
     "sr8": ONE_STRENGTH,
+    "sr2": REDUCED,
+    "sr4": REDUCED,
+    "photo_x2": SMALL_PHOTOS,
+    "photo_x4": SMALL_PHOTOS,
+    "denoise": """\
+Made for white Gaussian noise, of any strength from 5 to 50 of 255, which it is not told. The noise of a camera is
+another one, smoother and stronger in some colours: `serpent_l.photo` is for that. A photo without it loses texture.""",
+    "jpeg": """\
+Made for one JPEG with chroma halved, of quality 10 to 95, which it is not told. A picture that was reduced afterwards,
+or written as JPEG twice, is for `serpent_l.photo`.""",
+    "inpaint": """\
+Made for boxes and strokes that a mask names. Large holes are filled smoothly: it was trained on a mean error, and
+invents no texture.""",
     "photo": """\
 Made for what a camera and a messenger do to a good photograph, and for the synthetic chain above. Strong blur, strong
 noise and strong JPEG are undone in part. It is not told what is wrong, and now and then judges wrongly: fine regular
@@ -136,6 +166,21 @@ def _licensed(runs: list[dict[str, Any]], attribution: Path | None) -> dict[str,
     return {"licence": LICENCE, "images": IMAGES.format(faces512=FACES512 if larger else "")}
 
 
+def _measured(network: nn.Module, file: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a card: evaluations, and of `photo` the grid of strengths and the bars."""
+    network_name, _, task = name.partition(".")
+    network = network.to(pick_device("auto"))
+    grid = measure(network, args.data[-1], args.run / "grid.jsonl") if task == "photo" else None
+    bars = photo_bars.measure(network, args.bars) if args.bars else None
+    evaluations = []
+    for folder in args.data:
+        result = evaluate(folder, task, network_name, weights=file)
+        del result["images"], result["weights"]
+        evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
+        print(json.dumps(evaluations[-1]))
+    return {"evaluations": evaluations, "grid": grid, "bars": bars}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -145,6 +190,8 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", help="what the recipe's folders held, where their names do not say")
     parser.add_argument("--attribution", type=Path, help="ATTRIBUTION.csv of the images, if all have free licences")
     parser.add_argument("--bars", type=Path, help="of `photo`: folder with natural, free and real_noise")
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="measure, write this JSON, and stop")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="what --measure wrote, of these weights")
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
@@ -155,19 +202,19 @@ def main() -> None:
         raise SystemExit(f"{args.run}: stopped at step {training['stopped']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
     file.write_bytes(sealed(save({key: tensor.half() for key, tensor in state.items()}, metadata)))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     network = create_model(recipe["model"], checkpoint_path=file)
-    grid = measure(network, args.data[-1], args.run / "grid.jsonl") if recipe["task"] == "photo" else None
-    bars = photo_bars.measure(network, args.bars) if args.bars else None
-    evaluations = []
-    for folder in args.data:
-        result = evaluate(folder, recipe["task"], recipe["model"], weights=file)
-        del result["images"], result["weights"]
-        evaluations.append({**result, "model": name, "data": "/".join(folder.parts[-2:])})
-        print(json.dumps(evaluations[-1]))
+    found = json.loads(args.measured.read_text()) if args.measured else _measured(network, file, name, args)
+    if args.measure:
+        args.measure.write_text(json.dumps({"sha256": digest, **found}))
+        return
+    if found.get("sha256", digest) != digest:
+        raise SystemExit(f"{args.measured}: was measured of other weights")
+    evaluations, grid, bars = found["evaluations"], found["grid"], found["bars"]
     runs = [training]
     while "before" in runs[0]:
         runs.insert(0, runs[0]["before"])
-    card = {"name": name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    card = {"name": name, "sha256": digest}
     card |= {"training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     card |= {"bars": bars} if bars else {}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
