@@ -298,6 +298,47 @@ def test_reading_computing_and_writing_overlap_and_are_bounded():
     assert most <= 4
 
 
+def test_several_read_and_write_in_order_and_are_bounded():
+    """The first of three neighbours takes longest at each end, and no more wait than their weights allow."""
+    lock, held, most = threading.Lock(), 0, 0
+    passes: list[int] = []
+
+    def read(job: Job) -> int:
+        nonlocal held, most
+        time.sleep(0.02 * (job.index % 3 == 0))
+        with lock:
+            held += 1
+            most = max(most, held)
+        return job.index
+
+    def write(job: Job, index: int) -> None:
+        nonlocal held
+        time.sleep(0.02 * (job.index % 3 == 0))
+        with lock:
+            held -= 1
+
+    def work(some: list[Job], images: list[int]) -> list[int]:
+        passes.append(len(some))
+        return images
+
+    def done(weight: float, size: int) -> list[int]:
+        nonlocal most
+        most, told = 0, []
+        passes.clear()
+        together = pipeline.Together(lambda index: (index // 8, size), work)
+        ended = pipeline.run(
+            jobs(24), read, lambda job, index: index, write, lambda outcome: told.append(outcome.job.index),
+            readers=3, writers=3, weight=lambda index: weight, together=together,
+        )  # fmt: skip
+        assert [outcome.job.index for outcome in ended] == told == list(range(24))
+        return passes
+
+    assert done(1.0, 1) == []  # none has a neighbour that may come along
+    assert most <= 3 + 1 + 3 + 1
+    assert done(0.1, 4) == [4] * 6
+    assert most > 8
+
+
 def test_a_failure_at_any_stage_is_of_one_image():
     def at(stage: int):
         def step(job: Job, *_: object) -> None:

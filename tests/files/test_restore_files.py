@@ -3,12 +3,17 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
 from commands import save_photo, serpent, untrained_weights
 from networks import small_network
+from serpent_ir import load_model
 from serpent_ir.errors import UsageError
-from serpent_ir.files import restore_files
+from serpent_ir.files import RestoredFile, restore_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
 
@@ -83,3 +88,40 @@ def test_the_call_is_checked_before_any_work(folder, weights):
     with pytest.raises(UsageError, match="serpent_x"):
         restore_files(["in"], "out", "serpent_x.photo")
     assert not (folder / "out").exists()
+
+
+def test_small_images_of_one_size_go_together_and_nothing_changes(folder, weights, monkeypatch):
+    """As beside a GPU: several readers and writers; a pass takes images of one size, depth and kind."""
+    for index in range(5):
+        save_photo(folder / f"in/many/{index}.png", 16, 20)
+    Image.fromarray(np.full((16, 20), 99, np.uint8)).save(folder / "in/many/5.png")
+    Image.fromarray(np.full((16, 20, 4), 50, np.uint8)).save(folder / "in/many/6.png")
+    (folder / "in/many/30.png").write_bytes(b"damaged")
+    alone = list(restore_files(["in"], "alone", weights=weights))
+    passes, network = [], load_model(weights)
+    network.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    monkeypatch.setattr("serpent_ir.files.restore._threads", lambda device: 3)
+    told: list[RestoredFile] = []
+    results = list(restore_files(["in"], "out", network, report=told.append))
+    assert hashes(folder / "out") == hashes(folder / "alone")
+    assert results == told
+    assert [(r.job.source, r.status, r.width, r.tiles) for r in results] == [
+        (r.job.source, r.status, r.width, r.tiles) for r in alone
+    ]
+    assert (sum(passes), max(passes) > 1) == (9, True)
+
+
+def test_what_fails_together_is_done_one_by_one(folder, weights, monkeypatch):
+    for index in range(4):
+        save_photo(folder / f"in/{index}.png", 16, 20)
+    network = load_model(weights)
+
+    def fails(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network.register_forward_pre_hook(fails)
+    monkeypatch.setattr("serpent_ir.files.restore._threads", lambda device: 3)
+    results = list(restore_files(["in"], "out", network))
+    assert [(r.job.source.name, r.status) for r in results if r.status != "restored"] == [("c.png", "failed")]
+    assert len(hashes(folder / "out")) == 6

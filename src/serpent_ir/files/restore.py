@@ -1,9 +1,10 @@
 """Many image files restored: what `serpent restore` does, for programs."""
 
 import hashlib
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,20 @@ from torch import nn
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.compare import write_comparison
 from serpent_ir.files.manifest import Manifest
-from serpent_ir.files.pipeline import Outcome, run
+from serpent_ir.files.pipeline import Outcome, Together, run
 from serpent_ir.files.plan import Job, check_sheets, companion, make_folders, plan, sheet_of
 from serpent_ir.files.source import Restored, Source
 from serpent_ir.inference import Restorer, pick_device
-from serpent_ir.inference.network import check_task
+from serpent_ir.inference.network import check_task, device_of
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model, load_model, preset_of
 from serpent_ir.system.processes import own_device, rank_and_world
+
+SMALL = 1 << 19
+"""Pixels of an image up to which it goes through the network of a GPU together with others of its size."""
+TOGETHER, MOST = 1 << 21, 32
+"""Most pixels, and most images, of such a pass."""
+AHEAD = 1 << 23
+"""Pixels of images that may be read ahead, and that may wait to be written, beyond one for each thread."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,12 @@ class Restoration(Iterator[RestoredFile]):
             def report(outcome: Outcome) -> None:
                 told.append(self._result(outcome))
 
-            for _ in run(self.todo, self._read, self._work, self._write, report):
+            threads = _threads(device_of(self._restorer.model))
+            for _ in run(
+                self.todo, self._read, self._work, self._write, report,
+                readers=threads, writers=threads, weight=lambda source: source.read_pixels / AHEAD,
+                together=Together(self._kind, self._work_together) if threads > 1 else None,
+            ):  # fmt: skip
                 yield told.popleft()
             if self._record:
                 self._record.finish()
@@ -232,6 +245,21 @@ class Restoration(Iterator[RestoredFile]):
         self._facts[job.index] |= {"pages": source.pages, "tiles": tiles}
         return restored
 
+    def _kind(self, source: Source) -> tuple[Hashable, int] | None:
+        pixels = source.read_pixels
+        if not 0 < pixels <= SMALL or source.kind is None or self._restorer.takes_mask:
+            return None
+        return source.kind, min(MOST, TOGETHER // pixels)
+
+    def _work_together(self, jobs: list[Job], sources: list[Source]) -> list[Restored]:
+        made = Source.restore_together(sources, [job.target for job in jobs], self._restorer)
+        for job, restored in zip(jobs, made, strict=True):
+            self.pages[job.index] = 1
+            self._facts[job.index] = {"width": restored.width, "height": restored.height}
+            if self._progress:
+                self._progress(job, 1, 1)
+        return made
+
     def _write(self, job: Job, restored: Restored) -> None:
         restored.write()
         if self._draw:
@@ -248,6 +276,11 @@ class Restoration(Iterator[RestoredFile]):
         if self._report:
             self._report(result)
         return result
+
+
+def _threads(device: torch.device) -> int:
+    """How many threads read, and how many write. Beside a network on the CPU more of them only take its cores."""
+    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 def _path(path: str | Path | None) -> Path | None:

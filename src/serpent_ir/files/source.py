@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -75,6 +75,18 @@ class Source:
             self._picture = read_image(self.path)
         return self._picture
 
+    @property
+    def kind(self) -> Hashable:
+        """What images have in common that may go through a network together; None for one that goes alone."""
+        if self._picture is None or self._picture.alpha is not None:
+            return None
+        return self._picture.pixels.shape, self._picture.pixels.dtype, self._picture.is_grey
+
+    @property
+    def read_pixels(self) -> int:
+        """How many pixels of it are in memory."""
+        return 0 if self._picture is None else self._picture.pixels.shape[0] * self._picture.pixels.shape[1]
+
     def restore(
         self,
         restorer: Restorer,
@@ -103,15 +115,32 @@ class Source:
         by_rows = mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff")
         if by_rows and (done := _restore_by_rows(self, target, restorer, progress)):
             return done
+        picture = self._checked(restorer, target)
+        self._picture = None  # the pixels are not needed after the restoration
+        restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
+        return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
+
+    def _checked(self, restorer: Restorer, target: Path) -> Picture:
+        """The picture, if its restored one will fit into the target."""
         picture = self.picture()
         height, width = (restorer.scale * side for side in picture.pixels.shape[:2])
         try:
             check_sides(width, height, target.suffix.lower())
         except ImageError as error:
             raise ImageError(f"{self.path}: {error}") from None
-        self._picture = None  # the pixels are not needed after the restoration
-        restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
-        return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
+        return picture
+
+    @classmethod
+    def restore_together(
+        cls, sources: "Sequence[Source]", targets: Sequence[Path], restorer: Restorer
+    ) -> "list[Restored]":
+        """`restore` for several of one `kind`, which go through the network together. They keep what they have read."""
+        pictures = [source._checked(restorer, target) for source, target in zip(sources, targets, strict=True)]
+        height, width = pictures[0].pixels.shape[:2]
+        return [
+            Restored(target, width, height, restored, source.check_unchanged)
+            for source, target, restored in zip(sources, targets, restorer.pictures(pictures), strict=True)
+        ]
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError if the file is no longer the one that this object began with."""

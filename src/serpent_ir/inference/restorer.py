@@ -1,6 +1,6 @@
 """Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
-from serpent_ir.image import Picture, Pixels, fill_transparent, to_pixels, to_tensor
+from serpent_ir.image import Picture, fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.picture import Span
 from serpent_ir.image.tensors import as_floats, as_samples, torch_dtype
 from serpent_ir.inference.network import device_of, run_network, says_what_is_too_large, scale_of, undone_by
+from serpent_ir.inference.samples import Samples, check_scale, grey_to_rgb
+from serpent_ir.inference.samples import to_pixels as _to_pixels
 from serpent_ir.inference.whole_or_tiles import Work, check_tiles, fits, network_block, restored_strips
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
@@ -28,14 +30,10 @@ __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_p
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, Tensor)
 Progress = Callable[[int, int], None]
 Mask = Image.Image | np.ndarray | Tensor
-Samples = tuple[np.ndarray, np.ndarray | None]
-"""Colour (h, w, 3) or grey (h, w), and alpha (h, w) or None."""
 
 _MODES = ("RGB", "RGBA", "L", "LA", "I;16")
 _CPU = torch.device("cpu")  # where images are taken apart and put together
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Noise takes a degraded image a little out of [0, 1]; values beyond these are on another scale (0 to 255, most often).
-_LOWEST, _HIGHEST = -1.0, 2.0
 
 
 def restore(
@@ -166,7 +164,31 @@ class Restorer:
         with says_what_is_too_large(picture.pixels.shape[:2], _CPU):
             colours = picture.pixels[..., 0] if picture.is_grey else picture.pixels
             pixels, alpha = self._array(colours, picture.alpha, mask, progress, label)
-            return replace(picture, pixels=_grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
+            return replace(picture, pixels=grey_to_rgb(pixels) if picture.is_grey else pixels, alpha=alpha)
+
+    def pictures(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """`picture` for several of one size, depth and kind (grey or not) without alpha, in one pass of the network."""
+        first, where = pictures[0], self._converting()
+        height, width = first.pixels.shape[:2]
+        samples = [picture.pixels[..., :1] if first.is_grey else picture.pixels for picture in pictures]
+
+        def read(rows: Span, columns: Span) -> Tensor:
+            here = slice(*rows), slice(*columns)
+            if converts(where):
+                x = as_floats(upload(np.stack([pixels[here] for pixels in samples]), where))
+            else:
+                x = torch.cat([to_tensor(pixels[here]) for pixels in samples])
+            return x.expand(-1, 3, -1, -1).contiguous()
+
+        work = Work(read, height, width, batch=len(pictures))
+        if len(pictures) > 1 and not fits(self.model, work):
+            return [self.picture(picture) for picture in pictures]
+        kind = torch_dtype(first.pixels.dtype)
+        with says_what_is_too_large((height, width), _CPU):
+            parts = [download(as_samples(strip, kind, grey=first.is_grey)).numpy() for strip in self._strips(work)]
+            made = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+            made = [grey_to_rgb(pixels) if first.is_grey else pixels for pixels in made]
+            return [replace(picture, pixels=pixels) for picture, pixels in zip(pictures, made, strict=True)]
 
     def strips(
         self,
@@ -219,7 +241,7 @@ class Restorer:
         def tensor(rows: Span, columns: Span) -> Tensor:
             some = read(rows, columns)[1]
             assert some is not None
-            return to_tensor(_grey_to_rgb(some))
+            return to_tensor(grey_to_rgb(some))
 
         upsampling = Degradation("", scale=self.scale)  # where the network does it itself, too
         block = network_block(tensor, size, rows, (0, size[1] * self.scale), upsampling)
@@ -341,7 +363,7 @@ class Restorer:
             if batch.dtype == torch.uint8:
                 block = as_floats(block.movedim(-3, -1))
             else:
-                _check_scale(block)
+                check_scale(block)
                 block = block.float()
             return block if missing is None else erase(block, missing[(..., *here)].expand(len(block), -1, -1, -1))
 
@@ -363,28 +385,3 @@ def _floats(samples: np.ndarray, device: torch.device) -> Tensor:
     """(h, w, 3) or (h, w), uint8 or uint16 -> (1, 3, h, w) or (1, 1, h, w) float32 in [0, 1] on a device."""
     samples = samples[..., None] if samples.ndim == 2 else samples
     return as_floats(upload(samples, device))[None] if converts(device) else to_tensor(samples)
-
-
-def _to_pixels(strip: Tensor, dtype: np.dtype, *, grey: bool, before: Samples | None = None) -> np.ndarray:
-    """(1, 3, H, W), which is used up -> (H, W, 3), or (H, W) of their mean, as integers.
-
-    Where the alpha of `before` is 0, its colours are kept.
-    """
-    samples = as_samples(strip, torch_dtype(dtype), grey=grey)[0]
-    if before is not None and before[1] is not None and not before[1].all():
-        shown, colours = (upload(part, samples.device) for part in (before[1] != 0, before[0]))
-        signed = torch.uint8 if samples.dtype == torch.uint8 else torch.int16  # which PyTorch chooses from
-        chosen = torch.where(shown if grey else shown[..., None], samples.view(signed), colours.view(signed))
-        samples = chosen.view(samples.dtype)
-    return download(samples).numpy() if converts(samples.device) else samples.cpu().numpy()
-
-
-def _grey_to_rgb(grey: Pixels | np.ndarray) -> np.ndarray:
-    """(H, W) -> (H, W, 3)."""
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _check_scale(x: Tensor) -> None:
-    low, high = (value.item() for value in x.aminmax())
-    if not (low >= _LOWEST and high <= _HIGHEST):  # a NaN passes neither
-        raise UsageError(f"restore: float images are in [0, 1]; this one spans {low:g} to {high:g}")
