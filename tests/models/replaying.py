@@ -1,5 +1,6 @@
 """Training passes replayed on the device at hand: from CUDA graphs on a GPU, on a CPU by a stand-in for graphs."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from serpent_ir.models import Serpent, create_model
-from serpent_ir.models.acceleration import WAYS, captured, only, replayed
+from serpent_ir.models.acceleration import WAYS, captured, only
 from serpent_ir.models.acceleration.captured import Captured
+from serpent_ir.models.acceleration.replayed import training
 
 WHERE = [
     "cpu",
@@ -105,7 +107,7 @@ def replaying(where: str, patch: pytest.MonkeyPatch) -> Iterator[Any]:
             p.setattr(torch.backends.cudnn, "deterministic", True)
             yield machine
             return
-        ways = {kind: tuple(replace(way, device="cpu") if way == replayed.training else way for way in ways)
+        ways = {kind: tuple(replace(way, device="cpu") if way == training else way for way in ways)
                 for kind, ways in WAYS.items()}  # fmt: skip
         with only(ways):
             yield machine
@@ -152,3 +154,16 @@ def network(name: str, where: str, seed: int = 0) -> nn.Module:
 def images(where: str, count: int, *shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(shape or (2, 3, 16, 16), generator=generator).to(where) for _ in range(count)]
+
+
+def same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.fixture
+def replayed(where: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with replaying(where, monkeypatch) as machine:
+        yield machine
+    gc.collect()
