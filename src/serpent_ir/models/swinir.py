@@ -8,7 +8,6 @@ logits. The mask has only four patterns (inside, last column, last row, corner),
 by window.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +19,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.frame import Frame, ResidualGroup, check_frame, draw, named
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.padding import pad_to_multiple
 
-SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
-"""The upsamplers of the public releases, and the factor by which each enlarges an image."""
-RGB_MEAN = (0.4488, 0.4371, 0.4040)
-"""Mean colour of the DIV2K photos. The release subtracts it from colour images."""
-RECONSTRUCTION_DIM = 64
-"""Channels of the maps that `pixelshuffle` and `nearest+conv` upsample."""
 MASKED = -100.0
 """What the release adds to the logit of a pair that must not see each other."""
 WINDOWS_TRAINED_ON = 8
@@ -52,30 +45,13 @@ class SwinIRConfig:
     task: str = ""  # the degradation that the weights undo; "" for none
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON has a list
-        object.__setattr__(self, "upsampler", self.upsampler or "none")  # the release says ""
-        if self.upsampler not in SCALES:
-            raise UsageError(f"no upsampler {self.upsampler!r}; valid: {', '.join(SCALES)}")
-        if self.scale not in SCALES[self.upsampler]:
-            valid = ", ".join(map(str, SCALES[self.upsampler]))
-            raise UsageError(f"scale {self.scale} with upsampler {self.upsampler}; valid: {valid}")
-        if self.resi_connection not in ("1conv", "3conv"):
-            raise UsageError(f"no resi_connection {self.resi_connection!r}; valid: 1conv, 3conv")
+        check_frame(self)
         if self.heads < 1 or self.dim % self.heads:
             raise UsageError(f"{self.dim} channels cannot be shared out among {self.heads} heads")
 
     @property
     def out_channels(self) -> int:
         return min(self.in_channels, 3)
-
-
-def draw(weight: Tensor) -> None:
-    if not weight.is_meta:  # there is nothing to fill, and PyTorch would import its compiler for it
-        nn.init.trunc_normal_(weight, std=0.02)
-
-
-def named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
 
 
 class WindowAttention(nn.Module):
@@ -163,69 +139,20 @@ class SwinLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class ResidualGroup(nn.Module):
+def residual_group(config: SwinIRConfig, group: int) -> ResidualGroup:
     """Swin Transformer layers, every second one shifted; a convolution; and a skip (paper, section 3.2, "RSTB")."""
-
-    def __init__(self, config: SwinIRConfig, count: int):
-        super().__init__()
-        layers = (SwinLayer(config, shifted=bool(i % 2)) for i in range(count))
-        self.residual_group = named(blocks=nn.Sequential(*layers))
-        self.conv = body_convolution(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + on_channels_last(self.conv, self.residual_group(x))
+    layers = (SwinLayer(config, shifted=bool(i % 2)) for i in range(config.blocks[group]))
+    return ResidualGroup(config, nn.Sequential(*layers))
 
 
-def body_convolution(config: SwinIRConfig) -> nn.Module:
-    dim, narrow = config.dim, config.dim // 4
-    if config.resi_connection == "1conv":
-        return nn.Conv2d(dim, dim, 3, padding=1)
-    ends = nn.Conv2d(dim, narrow, 3, padding=1), nn.Conv2d(narrow, dim, 3, padding=1)
-    return nn.Sequential(ends[0], nn.LeakyReLU(0.2), nn.Conv2d(narrow, narrow, 1), nn.LeakyReLU(0.2), ends[1])
-
-
-def on_channels_last(convolution: nn.Module, x: Tensor) -> Tensor:
-    return rearrange(convolution(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
-
-
-class SwinIR(nn.Module, PyTorchModelHubMixin):
+class SwinIR(Frame, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up, and makes them `scale` times larger.
 
     Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
-    mean: Tensor
-
     def __init__(self, config: SwinIRConfig):
-        super().__init__()
-        self.config = config
-        self.size_multiple, self.scale = config.window_size, config.scale
-        dim, middle, out = config.dim, RECONSTRUCTION_DIM, config.out_channels
-        self.conv_first = nn.Conv2d(config.in_channels, dim, 3, padding=1)
-        self.patch_embed = named(norm=LayerNorm(dim))
-        self.layers = nn.Sequential(*(ResidualGroup(config, count) for count in config.blocks))
-        self.norm = LayerNorm(dim)
-        self.conv_after_body = body_convolution(config)
-        if config.upsampler == "pixelshuffledirect":
-            self.upsample = pixel_shuffles(dim, (config.scale,), out)
-        elif config.upsampler != "none":
-            self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, middle, 3, padding=1), nn.LeakyReLU())
-        if config.upsampler == "pixelshuffle":
-            steps = (3,) if config.scale == 3 else (2,) * (config.scale.bit_length() - 1)
-            self.upsample = pixel_shuffles(middle, steps, middle)
-        elif config.upsampler == "nearest+conv":
-            self.conv_up1 = nn.Conv2d(middle, middle, 3, padding=1)
-            if config.scale == 4:
-                self.conv_up2 = nn.Conv2d(middle, middle, 3, padding=1)
-            self.conv_hr = nn.Conv2d(middle, middle, 3, padding=1)
-        if config.upsampler != "pixelshuffledirect":
-            self.conv_last = nn.Conv2d(dim if config.upsampler == "none" else middle, out, 3, padding=1)
-        mean = RGB_MEAN if config.in_channels == 3 else (0.0,)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                draw(module.weight)
-                nn.init.zeros_(module.bias)
+        super().__init__(config, residual_group, size_multiple=config.window_size)
         self.register_load_state_dict_pre_hook(_leave_out_derived)
         self.register_state_dict_post_hook(_put_in_derived)
 
@@ -233,37 +160,6 @@ class SwinIR(nn.Module, PyTorchModelHubMixin):
     def is_derived(key: str) -> bool:
         """Whether the releases save something under this name that can be computed."""
         return key.endswith((".relative_position_index", ".attn_mask"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = (side * self.scale for side in x.shape[-2:])
-        image = (pad_to_multiple(x, self.size_multiple) - self.mean) * self.config.img_range
-        first = self.conv_first(image.contiguous(memory_format=torch.channels_last))
-        features = self.patch_embed(rearrange(first, "b c h w -> b h w c"))
-        features = rearrange(self.norm(self.layers(features)), "b h w c -> b c h w")
-        restored = self._reconstructed(self.conv_after_body(features) + first)
-        if self.config.upsampler == "none":
-            restored = image[:, : self.config.out_channels] + restored
-        return (restored / self.config.img_range + self.mean)[..., :height, :width]
-
-    def _reconstructed(self, x: Tensor) -> Tensor:
-        """Features (B, dim, H, W) -> (B, out_channels, scale H, scale W) (paper, section 3.1)."""
-        match self.config.upsampler:
-            case "none":
-                return self.conv_last(x)
-            case "pixelshuffledirect":
-                return self.upsample(x)
-            case "pixelshuffle":
-                return self.conv_last(self.upsample(self.conv_before_upsample(x)))
-        x = self.conv_before_upsample(x)
-        for convolution in (self.conv_up1, self.conv_up2) if self.scale == 4 else (self.conv_up1,):
-            x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
-        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
-
-
-def pixel_shuffles(c_in: int, factors: tuple[int, ...], c_out: int) -> nn.Sequential:
-    """(B, c_in, H, W) -> (B, c_out, H, W), enlarged by the product of the factors."""
-    pairs = ((nn.Conv2d(c_in, c_out * p * p, 3, padding=1), nn.PixelShuffle(p)) for p in factors)
-    return nn.Sequential(*(module for pair in pairs for module in pair))
 
 
 def _leave_out_derived(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
