@@ -5,8 +5,9 @@ import torch
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.models import PRESETS, create_model, load_model, preset_of, recognise
-from serpent_ir.models.recognise import FROM_FILE, shapes_of
+from serpent_ir.models.recognise import FROM_FILE
 from serpent_ir.models.restormer import Restormer, RestormerConfig
+from serpent_ir.models.shapes import shapes_of
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.profiling import count
 

@@ -148,7 +148,7 @@ def model_name(name: str | None, weights: Path | None, task: str = "") -> str:
     """The model to build: the one asked for, else the one named in the weights' metadata, else the (task's) default."""
     from serpent_ir.degradations import create_degradation
     from serpent_ir.models import DEFAULT_WEIGHTS, list_models, load_weights, preset_of, recognise
-    from serpent_ir.models.recognise import shapes_of
+    from serpent_ir.models.shapes import shapes_of
 
     if name is not None:
         return name

@@ -1,5 +1,15 @@
 """Networks by name. Weights that ship are named network.task, as `serpent_l.deblur`."""
 
+from serpent_ir.models.mamba.dvmsr import DVMSR as DVMSR
+from serpent_ir.models.mamba.eamamba import EAMamba as EAMamba
+from serpent_ir.models.mamba.eamamba import EAMambaSR as EAMambaSR
+from serpent_ir.models.mamba.mair import MaIR as MaIR
+from serpent_ir.models.mamba.mambair import MambaIR as MambaIR
+from serpent_ir.models.mamba.mambair_unet import MambaIRUNet as MambaIRUNet
+from serpent_ir.models.mamba.mambairv2 import MambaIRv2 as MambaIRv2
+from serpent_ir.models.mamba.pfvm import PFVM as PFVM
+from serpent_ir.models.mamba.ss2d import SS2D as SS2D
+from serpent_ir.models.mamba.vmambair import VmambaIR as VmambaIR
 from serpent_ir.models.presets import PRESETS as PRESETS
 from serpent_ir.models.presets import TASK_CHANNELS as TASK_CHANNELS
 from serpent_ir.models.presets import TASK_SCALES as TASK_SCALES

@@ -35,8 +35,6 @@ def check_frame(config: Any) -> None:
         raise UsageError(f"scale {config.scale} with upsampler {config.upsampler}; valid: {valid}")
     if config.resi_connection not in ("1conv", "3conv"):
         raise UsageError(f"no resi_connection {config.resi_connection!r}; valid: 1conv, 3conv")
-    if config.task and config.scale != 1:
-        raise UsageError(f"a network that makes images {config.scale} times larger is for no task ({config.task})")
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

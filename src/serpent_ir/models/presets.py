@@ -6,12 +6,14 @@ from typing import Any
 from torch import nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.frame import Frame
+from serpent_ir.models.mamba import presets as mamba
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.models.unet import UNet, UNetConfig
 
-NETWORKS = (Serpent, UNet, SwinIR, Restormer)
+NETWORKS = (Serpent, UNet, SwinIR, Restormer, *mamba.NETWORKS)
 
 PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "serpent_b": (Serpent, SerpentConfig(patch_size=4)),
@@ -26,9 +28,16 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "swinir_240": (SwinIR, SwinIRConfig(dim=240, blocks=(6,) * 9, heads=8, resi_connection="3conv")),
     "restormer_24": (Restormer, RestormerConfig(dim=24)),  # the paper's
     "restormer_48": (Restormer, RestormerConfig(dim=48)),  # that of the public releases
+    **mamba.PRESETS,
 }
 
-FAMILIES = {SerpentConfig: "Serpent", UNetConfig: "U-Net", SwinIRConfig: "SwinIR", RestormerConfig: "Restormer"}
+FAMILIES = {
+    SerpentConfig: "Serpent",
+    UNetConfig: "U-Net",
+    SwinIRConfig: "SwinIR",
+    RestormerConfig: "Restormer",
+    **mamba.FAMILIES,
+}
 """What people call the networks of each kind of configuration, whatever their sizes."""
 
 TASK_CHANNELS = {"inpaint": 4}
@@ -39,7 +48,12 @@ TASK_SCALES = {"sr2": 2, "sr4": 4, "photo_x2": 2, "photo_x4": 4}
 
 ENLARGING: dict[str, dict[str, Any]] = {
     "serpent_l": {"patch_size": 1, "blocks": (4, 3, 3)},
-    **{name: {"upsampler": "pixelshuffledirect"} for name, (build, _) in PRESETS.items() if build is SwinIR},
+    **{
+        name: {"upsampler": "pixelshuffledirect"}
+        for name, (build, _) in PRESETS.items()
+        if isinstance(build, type) and issubclass(build, Frame)
+    },
+    **{name: {} for name in ("vmambair", "eamamba_sr")},
 }
 """What the networks of those tasks are, where it differs from their presets. Others have none.
 

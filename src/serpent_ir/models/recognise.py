@@ -4,22 +4,17 @@ Names and shapes decide. Each reader raises KeyError, IndexError, ValueError or 
 one for its network. What no shape tells is taken from the public releases.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
-from torch import Tensor
-
+from serpent_ir.models.mamba import recognise as mamba
 from serpent_ir.models.presets import ENLARGING, FAMILIES, PRESETS, TASK_SCALES, of_task
 from serpent_ir.models.restormer import RestormerConfig
 from serpent_ir.models.serpent import SerpentConfig
+from serpent_ir.models.shapes import Shapes, numbered, upsampler_of
 from serpent_ir.models.swinir import SwinIRConfig
 from serpent_ir.models.unet import UNetConfig
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of the tensors in a state dict, by name."""
 
 JPEG_WINDOW, JPEG_RANGE = 7, 255.0
 """Window and image range of the released SwinIR weights against JPEG, which works in blocks of 8. No other release has
@@ -30,18 +25,9 @@ FROM_FILE: dict[type, tuple[str, ...]] = {
     UNetConfig: ("in_channels", "out_channels"),
     SwinIRConfig: ("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
     RestormerConfig: ("norm_bias", "dual_pixel", "in_channels", "out_channels"),
+    **mamba.FROM_FILE,
 }
 """The fields that a file of weights decides unless the caller asks for others. The other fields make up a preset."""
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def numbered(shapes: Shapes, prefix: str) -> int:
-    """The number of modules called `prefix`0., `prefix`1., ... in a row."""
-    found = {key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)}
-    return next(i for i in count() if str(i) not in found)
 
 
 def _serpent(shapes: Shapes) -> SerpentConfig | None:
@@ -75,7 +61,7 @@ def _swinir(shapes: Shapes) -> SwinIRConfig | None:
     dim, in_channels = shapes["conv_first.weight"][:2]
     positions, heads = shapes[f"{first}.attn.relative_position_bias_table"]
     window = (round(positions**0.5) + 1) // 2
-    upsampler, scale = _upsampler_of(shapes, min(in_channels, 3))
+    upsampler, scale = upsampler_of(shapes, min(in_channels, 3))
     groups = range(numbered(shapes, "layers."))
     return SwinIRConfig(
         dim=dim,
@@ -89,17 +75,6 @@ def _swinir(shapes: Shapes) -> SwinIRConfig | None:
         img_range=JPEG_RANGE if window == JPEG_WINDOW else 1.0,
         in_channels=in_channels,
     )
-
-
-def _upsampler_of(shapes: Shapes, out_channels: int) -> tuple[str, int]:
-    if "conv_up1.weight" in shapes:
-        return "nearest+conv", 4 if "conv_up2.weight" in shapes else 2
-    if "upsample.0.weight" not in shapes:
-        return "none", 1
-    if "conv_last.weight" not in shapes:
-        return "pixelshuffledirect", round((shapes["upsample.0.weight"][0] / out_channels) ** 0.5)
-    pairs = [shapes[key][:2] for i in (0, 2, 4) if (key := f"upsample.{i}.weight") in shapes]
-    return "pixelshuffle", round(math.prod((after / before) ** 0.5 for after, before in pairs))
 
 
 def _restormer(shapes: Shapes) -> RestormerConfig | None:
@@ -125,6 +100,7 @@ READERS: dict[type, Callable[[Shapes], Any]] = {
     UNetConfig: _unet,
     SwinIRConfig: _swinir,
     RestormerConfig: _restormer,
+    **mamba.READERS,
 }
 """By kind: finds the configuration that a state dict of these shapes is for; None if it is for another network."""
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 from serpent_ir.models import acceleration, hub
 from serpent_ir.models.presets import FAMILIES, NETWORKS, PRESETS, check_scale, of_task
-from serpent_ir.models.recognise import FROM_FILE, preset_of, recognise, shapes_of, unknown
+from serpent_ir.models.recognise import FROM_FILE, preset_of, recognise, unknown
+from serpent_ir.models.shapes import shapes_of
 from serpent_ir.models.weights import WEIGHTS_DIR, fill, load_weights
 
 DEFAULT_WEIGHTS = "serpent_l.photo"
@@ -98,11 +99,13 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     """The network that a file of weights is for, with these weights, in evaluation mode, on the CPU, in float32.
 
     Which network it is, its sizes, input channels, kind of LayerNorm, upsampler and scale are read from the names and
-    shapes of the tensors. It recognises Serpent and the public releases of fastMRI's U-Net, SwinIR and Restormer.
+    shapes of the tensors. It recognises Serpent and the public releases of fastMRI's U-Net, SwinIR,
+    Restormer, MambaIR, MambaIRv2, MaIR, DVMSR, PFVM, VmambaIR and EAMamba.
 
     Args:
         path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
-            `state_dict`. Only tensors are loaded from it.
+            `state_dict`. Only tensors are loaded from it. Of a file with both, the averages (`params_ema`) count, but
+            for networks that scan (MambaIR and the like), whose own programs load `params`.
         config: fields of the network's configuration that shapes cannot tell: `task`, and SwinIR's `img_range`, which
             is taken to be that of the releases unless `serpent train` made the file, which records it.
 

@@ -19,6 +19,9 @@ from serpent_ir.models import seals
 WRAPPERS = ("params_ema", "params", "state_dict")
 """Keys under which public releases keep a state dict, if it is not bare. The first one that is there counts."""
 
+SCANNING = "A_log"
+"""A part of names that only networks of scans have. Their releases load `params`, also where a file has averages."""
+
 PREFIXES = ("module.", "_orig_mod.", "unet.")
 """Prefixes that training may put before every name: DataParallel's and the like, torch.compile's, fastMRI's Lightning
 module's."""
@@ -131,10 +134,10 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0].partition(". ")[0] or "its end is missing"
         raise SerpentError(f"{path}: is damaged or cut short ({reason}); get the file again") from None
     found = f" ({', '.join(map(str, list(held)[:4]))})" if isinstance(held, dict) and held else ""
-    for wrapper in WRAPPERS:
-        if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
-            held = held[wrapper]
-            break
+    wrapped = [held[key] for key in WRAPPERS if isinstance(held, dict) and isinstance(held.get(key), dict)]
+    if wrapped:
+        scanning = any(SCANNING in str(key) for key in wrapped[0])
+        held = held["params"] if scanning and isinstance(held.get("params"), dict) else wrapped[0]
     if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
         raise SerpentError(f"{path}: holds no state dict, bare or under {', '.join(WRAPPERS)}{found}")
     return {str(key): value for key, value in held.items()}

@@ -12,6 +12,9 @@ BLOCKS = {
     "UNet": "ConvBlock",
     "SwinIR": "SwinLayer",
     "Restormer": "TransformerBlock",
+    "MambaIR": "ResidualStateSpaceBlock",
+    "MambaIRv2": "AttentiveLayer",
+    **dict.fromkeys(("MambaIRUNet", "MaIR", "DVMSR", "PFVM", "VmambaIR", "EAMamba", "EAMambaSR"), "Block"),
 }
 """For each kind of network, the modules that hold most of what the backward pass needs."""
 

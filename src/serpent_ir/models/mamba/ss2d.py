@@ -1,15 +1,19 @@
-"""SS2D (Liu et al., "VMamba", arXiv 2401.10166, section 4.2): a map scanned row by row, column by column, and backwards.
+"""SS2D (Liu et al., "VMamba", arXiv 2401.10166, section 4.2): scans row by row, column by column, and backwards.
 
 Parameter names are VMamba's, which MambaIR, PFVM and VM-UNet kept. The scan is `serpent_ir.ops.ss2d`, exactly: rows
 k d to (k + 1) d of `A_logs` and `Ds` belong to direction k.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.ops import ss2d
@@ -21,8 +25,7 @@ K = 4
 def draw_scan(dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> None:
     """Draw the parameters of scans as Mamba does: softplus(dt_bias) log-uniform in [1e-3, 1e-1], and A = -1..-N.
 
-    Args:
-        dt_weight: (..., R), dt_bias: any shape, A_log: (..., N), D: any shape.
+    The last axis of `dt_weight` is R, that of `A_log` is N.
     """
     if D.is_meta:  # there is nothing to fill, and PyTorch would import its compiler for it
         return
@@ -68,7 +71,7 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.empty(K * d))
         self.out_norm = LayerNorm(d)
         self.out_proj = nn.Linear(d, c, bias=False)
-        nn.init.uniform_(self.x_proj_weight, -(d**-0.5), d**-0.5)
+        draw_uniform(self.x_proj_weight)
         draw_scan(self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,3 +92,32 @@ def four_directions(module: nn.Module, u: Tensor) -> Tensor:
     proj = rearrange(F.linear(u, x_proj.flatten(0, 1)), "b h w (k p) -> b h w k p", k=K)
     A_log = rearrange(A_logs, "(k d) n -> k d n", k=K)
     return ss2d(u, proj, dt_weight, dt_bias, A_log, rearrange(Ds, "(k d) -> k d", k=K))
+
+
+def draw_uniform(weight: Tensor) -> None:
+    """Draw weights whose last axis has n inputs between -1 / sqrt(n) and 1 / sqrt(n)."""
+    if not weight.is_meta:  # see `draw_scan`
+        nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+
+def kept(orders: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of sides and options, with the device last, that keeps its last results, since they are the same."""
+
+    @functools.lru_cache(maxsize=16)
+    def again(*key: Any) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # the next pass may be one of training
+            return orders(*key)
+
+    def of(*key: Any) -> tuple[Tensor, Tensor]:
+        # What tracers, counters and CUDA graphs make is theirs.
+        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        if traced or (key[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return orders(*key)
+        return again(*key)
+
+    return of
+
+
+def along(x: Tensor, order: Tensor) -> Tensor:
+    """Positions of x (B, K, c, L) in the order (K, L) of each direction."""
+    return x.gather(-1, order[None, :, None].expand_as(x))

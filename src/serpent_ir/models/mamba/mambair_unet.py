@@ -1,0 +1,67 @@
+"""MambaIR's U-Net for real denoising (Guo et al., arXiv 2402.15648, section 4.1): its blocks in Restormer's levels.
+
+Parameter names and shapes are those of the public release, so its state dicts load strictly.
+"""
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from serpent_ir.models.mamba.four_levels import FourLevels, check_levels
+from serpent_ir.models.mamba.mambair import ResidualStateSpaceBlock
+from serpent_ir.models.padding import pad_to_multiple
+
+
+@dataclass(frozen=True)
+class MambaIRUNetConfig:
+    dim: int = 48  # channels of the first level; each of the other three has twice as many as the one before
+    blocks: tuple[int, ...] = (4, 6, 6, 8)  # blocks of each level; the decoder mirrors the encoder
+    refinement: int = 4  # blocks at the end, at full size
+    d_state: int = 16
+    expand: float = 1.5
+    dual_pixel: bool = False  # the input is two views of one photo (6 channels), and nothing is added to the output
+    in_channels: int = 3
+    out_channels: int = 3
+    task: str = ""  # the degradation that the weights undo; "" for none
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a configuration read from JSON has a list
+        check_levels("mambair_unet", self.blocks, self.dim)
+
+
+class Block(ResidualStateSpaceBlock):
+    """MambaIR's block for maps (B, c, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+
+
+class MambaIRUNet(FourLevels, PyTorchModelHubMixin):
+    """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
+
+    The release takes multiples of 8 only. Others are reflect-padded on the right and bottom, and cropped afterwards.
+    """
+
+    scale = 1
+
+    def __init__(self, config: MambaIRUNetConfig):
+        def block(c: int) -> Block:
+            return Block(c, config.d_state, config.expand)
+
+        super().__init__(config.dim, config.blocks, config.refinement, block, config.in_channels)
+        self.config = config
+        if config.dual_pixel:
+            self.skip_conv = nn.Conv2d(config.dim, 2 * config.dim, 1, bias=False)
+        self.output = nn.Conv2d(2 * config.dim, config.out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        image = pad_to_multiple(x, self.size_multiple)
+        features, first = self.features(image)
+        if self.config.dual_pixel:
+            restored = self.output(features + self.skip_conv(first))
+        else:
+            restored = image[:, : self.config.out_channels] + self.output(features)
+        return restored[..., :height, :width]
