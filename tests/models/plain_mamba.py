@@ -1,4 +1,4 @@
-"""The networks of `serpent_ir.models.mamba` written out for one image in float64, from the names of a state dict alone.
+"""The networks that scan written out for one image in float64, from the names of a state dict alone.
 
 Maps are (H, W, c). Scans are loops. Nothing is shared with the package.
 """

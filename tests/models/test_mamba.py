@@ -12,7 +12,7 @@ from torch import nn
 import serpent_ir
 from serpent_ir.errors import SerpentError
 from serpent_ir.models import SS2D, create_model, list_models, preset_of, recognise
-from serpent_ir.models.mamba.mambairv2 import AttentiveScan
+from serpent_ir.models.mambairv2 import AttentiveScan
 from serpent_ir.models.shapes import shapes_of
 
 DIRECT = {"upsampler": "pixelshuffledirect", "scale": 2}

@@ -7,9 +7,8 @@ from golden import FOLDER, bound, difference, golden, needs_golden, of_label
 from torch import Tensor, nn
 
 import serpent_ir
-from serpent_ir.models import SS2D
-from serpent_ir.models.mamba import vmambair
-from serpent_ir.models.mamba.mambairv2 import AttentiveScan
+from serpent_ir.models import SS2D, vmambair
+from serpent_ir.models.mambairv2 import AttentiveScan
 
 pytestmark = needs_golden
 

@@ -5,6 +5,7 @@ Parameter names are those of SwinIR's release (Liang et al., 2021, section 3.1),
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,27 @@ def check_frame(config: Any) -> None:
         raise UsageError(f"scale {config.scale} with upsampler {config.upsampler}; valid: {valid}")
     if config.resi_connection not in ("1conv", "3conv"):
         raise UsageError(f"no resi_connection {config.resi_connection!r}; valid: 1conv, 3conv")
+
+
+@dataclass(frozen=True)
+class FrameConfig:
+    dim: int = 60
+    blocks: tuple[int, ...] = (6, 6, 6, 6)  # of each residual group
+    d_state: int = 16  # N, states of each channel
+    expand: float = 2.0  # channels inside a block, as a multiple of `dim`
+    resi_connection: str = "1conv"  # at the end of each group
+    upsampler: str = "none"
+    scale: int = 1
+    img_range: float = 1.0  # images are multiplied by it inside
+    in_channels: int = 3  # one or three image channels, which are also the output's; a task may add more (a mask)
+    task: str = ""  # the degradation that the weights undo; "" for none
+
+    def __post_init__(self):
+        check_frame(self)
+
+    @property
+    def out_channels(self) -> int:
+        return min(self.in_channels, 3)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

@@ -6,14 +6,37 @@ from typing import Any
 from torch import nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.dvmsr import DVMSR, DVMSRConfig
+from serpent_ir.models.eamamba import EAMamba, EAMambaConfig, EAMambaSR, EAMambaSRConfig
 from serpent_ir.models.frame import Frame
-from serpent_ir.models.mamba import presets as mamba
+from serpent_ir.models.mair import MaIR, MaIRConfig
+from serpent_ir.models.mambair import MambaIR, MambaIRConfig
+from serpent_ir.models.mambair_unet import MambaIRUNet, MambaIRUNetConfig
+from serpent_ir.models.mambairv2 import MambaIRv2, MambaIRv2Config
+from serpent_ir.models.pfvm import PFVM, PFVMConfig
 from serpent_ir.models.restormer import Restormer, RestormerConfig
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.models.swinir import SwinIR, SwinIRConfig
 from serpent_ir.models.unet import UNet, UNetConfig
+from serpent_ir.models.vmambair import VmambaIR, VmambaIRConfig
 
-NETWORKS = (Serpent, UNet, SwinIR, Restormer, *mamba.NETWORKS)
+NETWORKS = (
+    Serpent,
+    UNet,
+    SwinIR,
+    Restormer,
+    MambaIR,
+    MambaIRUNet,
+    MambaIRv2,
+    MaIR,
+    DVMSR,
+    PFVM,
+    VmambaIR,
+    EAMamba,
+    EAMambaSR,
+)
+
+SIX = (6,) * 6
 
 PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "serpent_b": (Serpent, SerpentConfig(patch_size=4)),
@@ -28,7 +51,26 @@ PRESETS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "swinir_240": (SwinIR, SwinIRConfig(dim=240, blocks=(6,) * 9, heads=8, resi_connection="3conv")),
     "restormer_24": (Restormer, RestormerConfig(dim=24)),  # the paper's
     "restormer_48": (Restormer, RestormerConfig(dim=48)),  # that of the public releases
-    **mamba.PRESETS,
+    "mambair_light": (MambaIR, MambaIRConfig(60, (6,) * 4, 10, 1.2, light=True)),
+    "mambair_sr": (MambaIR, MambaIRConfig(180, SIX, 16, 2.0)),
+    "mambair_dn": (MambaIR, MambaIRConfig(180, SIX, 16, 1.2)),  # denoising and JPEG
+    "mambair_unet": (MambaIRUNet, MambaIRUNetConfig()),  # denoising of real photos
+    "mambairv2_light": (
+        MambaIRv2,
+        MambaIRv2Config(48, (5,) * 4, 8, 1.0, heads=4, inner_rank=32, classes=64, mlp_ratio=1.0, light=True),
+    ),
+    "mambairv2_small": (MambaIRv2, MambaIRv2Config(132, (4,) * 6, heads=4)),
+    "mambairv2_base": (MambaIRv2, MambaIRv2Config(174, SIX)),
+    "mambairv2_large": (MambaIRv2, MambaIRv2Config(174, (6,) * 9)),
+    "mair_tiny": (MaIR, MaIRConfig(60, (6,) * 4, 1, 1.1, mlp_ratio=1.6, stripe=8)),
+    "mair_small": (MaIR, MaIRConfig(60, (6,) * 4, 16, 1.4, mlp_ratio=1.6, stripe=4)),
+    "mair_sr": (MaIR, MaIRConfig(180, SIX, 16, 2.0, mlp_ratio=2.5, stripe=8)),
+    "mair_dn": (MaIR, MaIRConfig(180, SIX, 16, 1.3, mlp_ratio=2.0, stripe=4)),
+    "dvmsr": (DVMSR, DVMSRConfig()),
+    "pfvm": (PFVM, PFVMConfig()),
+    "vmambair": (VmambaIR, VmambaIRConfig()),
+    "eamamba": (EAMamba, EAMambaConfig()),
+    "eamamba_sr": (EAMambaSR, EAMambaSRConfig()),
 }
 
 FAMILIES = {
@@ -36,7 +78,15 @@ FAMILIES = {
     UNetConfig: "U-Net",
     SwinIRConfig: "SwinIR",
     RestormerConfig: "Restormer",
-    **mamba.FAMILIES,
+    MambaIRConfig: "MambaIR",
+    MambaIRUNetConfig: "MambaIR's U-Net",
+    MambaIRv2Config: "MambaIRv2",
+    MaIRConfig: "MaIR",
+    DVMSRConfig: "DVMSR",
+    PFVMConfig: "PFVM",
+    VmambaIRConfig: "VmambaIR",
+    EAMambaConfig: "EAMamba",
+    EAMambaSRConfig: "EAMamba for super-resolution",
 }
 """What people call the networks of each kind of configuration, whatever their sizes."""
 

@@ -4,11 +4,12 @@ Names and shapes decide. Each reader raises KeyError, IndexError, ValueError or 
 one for its network. What no shape tells is taken from the public releases.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from serpent_ir.models.mamba import recognise as mamba
+from serpent_ir.models import recognise_scanning as scanning
 from serpent_ir.models.presets import ENLARGING, FAMILIES, PRESETS, TASK_SCALES, of_task
 from serpent_ir.models.restormer import RestormerConfig
 from serpent_ir.models.serpent import SerpentConfig
@@ -25,7 +26,7 @@ FROM_FILE: dict[type, tuple[str, ...]] = {
     UNetConfig: ("in_channels", "out_channels"),
     SwinIRConfig: ("window_size", "resi_connection", "upsampler", "scale", "img_range", "in_channels"),
     RestormerConfig: ("norm_bias", "dual_pixel", "in_channels", "out_channels"),
-    **mamba.FROM_FILE,
+    **scanning.FROM_FILE,
 }
 """The fields that a file of weights decides unless the caller asks for others. The other fields make up a preset."""
 
@@ -100,7 +101,7 @@ READERS: dict[type, Callable[[Shapes], Any]] = {
     UNetConfig: _unet,
     SwinIRConfig: _swinir,
     RestormerConfig: _restormer,
-    **mamba.READERS,
+    **scanning.READERS,
 }
 """By kind: finds the configuration that a state dict of these shapes is for; None if it is for another network."""
 

@@ -19,12 +19,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.frame import Frame, ResidualGroup, named, on_channels_last
+from serpent_ir.models.frame import Frame, FrameConfig, ResidualGroup, named, on_channels_last
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.config import FrameConfig
-from serpent_ir.models.mamba.ss2d import draw_scan, draw_uniform
+from serpent_ir.models.ss2d import draw_scan, draw_uniform, scan
 from serpent_ir.models.swinir import WindowAttention
-from serpent_ir.ops import selective_scan_fn
 
 LAYER_SCALE = 1e-4
 """The factors of skips in a fresh network."""
@@ -69,8 +67,7 @@ class SelectiveScan(nn.Module):
         low, B, C = F.linear(x, self.x_proj_weight[0]).split([self.rank, self.d_state, self.d_state], -1)
         dt = F.linear(low, self.dt_projs_weight[0])
         u, dt, B, C = (rearrange(t, "b l c -> b c l") for t in (x, dt, B, C + prompt.to(C.dtype)))
-        bias = self.dt_projs_bias[0]
-        y = selective_scan_fn(u, dt, -self.A_logs.exp(), B, C, self.Ds, None, bias, delta_softplus=True)
+        y = scan(u, dt, self.A_logs, B, C, self.Ds, self.dt_projs_bias[0])
         return rearrange(y, "b c l -> b l c")
 
 
@@ -86,6 +83,7 @@ class AttentiveScan(nn.Module):
         c, d = config.dim, int(config.dim * config.expand)
         self.classes, self.seed, self.number = config.classes, config.routing_seed, number
         self.embeddingB = nn.Embedding(config.classes, config.inner_rank)
+        draw_uniform(self.embeddingB.weight, 1 / config.classes)
         self.route = nn.Sequential(nn.Linear(c, c // 3), nn.GELU(), nn.Linear(c // 3, config.classes))
         self.in_proj = nn.Sequential(nn.Conv2d(c, d, 1))
         self.CPE = nn.Sequential(nn.Conv2d(d, d, 3, padding=1, groups=d))
@@ -185,6 +183,7 @@ class AttentiveLayer(nn.Module):
         self.convffn1 = feed_forward(c, hidden, config.kernel)
         self.convffn2 = feed_forward(c, hidden, config.kernel)
         self.embeddingA = nn.Embedding(config.inner_rank, config.d_state)
+        draw_uniform(self.embeddingA.weight, 1 / config.inner_rank)
 
     def forward(self, x: Tensor) -> Tensor:
         a = x + self.win_mhsa.attend(self.norm1(x), self.wqkv)

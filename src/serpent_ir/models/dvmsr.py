@@ -10,10 +10,9 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.frame import Frame, ResidualGroup
+from serpent_ir.models.frame import Frame, FrameConfig, ResidualGroup
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.config import FrameConfig
-from serpent_ir.models.mamba.sequence import Mamba
+from serpent_ir.models.mamba import Mamba
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.frame import Frame, ResidualGroup, named, on_channels_last
+from serpent_ir.models.frame import Frame, FrameConfig, ResidualGroup, named, on_channels_last
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.config import FrameConfig
-from serpent_ir.models.mamba.ss2d import SS2D
+from serpent_ir.models.ss2d import SS2D
 
 SQUEEZE = 30
 """Channels per channel of the narrow layer in channel attention."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.ops import ss2d
+from serpent_ir.ops import selective_scan_fn, ss2d
 
 K = 4
 
@@ -94,10 +94,20 @@ def four_directions(module: nn.Module, u: Tensor) -> Tensor:
     return ss2d(u, proj, dt_weight, dt_bias, A_log, rearrange(Ds, "(k d) -> k d", k=K))
 
 
-def draw_uniform(weight: Tensor) -> None:
-    """Draw weights whose last axis has n inputs between -1 / sqrt(n) and 1 / sqrt(n)."""
+def scan(
+    u: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor | None = None
+) -> Tensor:
+    """`selective_scan_fn` as networks call it: A is -exp(A_log), and the step size is softplus(dt + dt_bias)."""
+    out = selective_scan_fn(u, dt, -A_log.exp(), B, C, D, z, dt_bias, delta_softplus=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def draw_uniform(weight: Tensor, bound: float = 0) -> None:
+    """Draw weights between -bound and bound, by default 1 / sqrt(n) for n inputs, the last axis."""
     if not weight.is_meta:  # see `draw_scan`
-        nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        bound = bound or weight.shape[-1] ** -0.5
+        nn.init.uniform_(weight, -bound, bound)
 
 
 def kept(orders: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -13,11 +13,9 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.frame import Frame, ResidualGroup, named
+from serpent_ir.models.frame import Frame, FrameConfig, ResidualGroup, named
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.config import FrameConfig
-from serpent_ir.models.mamba.ss2d import K, along, draw_scan, draw_uniform, kept
-from serpent_ir.ops import selective_scan_fn
+from serpent_ir.models.ss2d import K, along, draw_scan, draw_uniform, kept, scan
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,7 @@ class LosslessScan(nn.Module):
         low, B, C = (along(x, pixel) for x in proj.split([self.rank, self.d_state, self.d_state], 2))
         dt = torch.einsum("bkrl,kdr->bkdl", low, self.dt_projs_weight.to(low.dtype)).flatten(1, 2)
         walks = along(u[:, None].expand(-1, K, -1, -1), pixel).flatten(1, 2)
-        bias = self.dt_projs_bias.flatten()
-        y = selective_scan_fn(walks, dt, -self.A_logs.exp(), B, C, self.Ds, None, bias, delta_softplus=True)
+        y = scan(walks, dt, self.A_logs, B, C, self.Ds, self.dt_projs_bias.flatten())
         return along(y.unflatten(1, (K, -1)), step)
 
 

@@ -9,8 +9,8 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.mamba.four_levels import FourLevels, check_levels
-from serpent_ir.models.mamba.mambair import ResidualStateSpaceBlock
+from serpent_ir.models.four_levels import FourLevels, check_levels
+from serpent_ir.models.mambair import ResidualStateSpaceBlock
 from serpent_ir.models.padding import pad_to_multiple
 
 

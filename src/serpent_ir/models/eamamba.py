@@ -14,13 +14,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.four_levels import FourLevels, check_levels
 from serpent_ir.models.frame import pixel_shuffles
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.four_levels import FourLevels, check_levels
-from serpent_ir.models.mamba.ss2d import along, draw_scan, draw_uniform, kept
 from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.models.restormer import ChannelNorm
-from serpent_ir.ops import selective_scan_fn
+from serpent_ir.models.ss2d import along, draw_scan, draw_uniform, kept, scan
 
 SCANS = 8
 """Scans of a map, each of an eighth of its channels."""
@@ -128,8 +127,7 @@ class AllAroundScan(nn.Module):
         proj = torch.einsum("bkdl,kpd->bkpl", walks, self.x_proj_weight.to(u.dtype))
         low, B, C = proj.split([self.rank, self.d_state, self.d_state], 2)
         dt = torch.einsum("bkrl,kdr->bkdl", low, self.dt_projs_weight.to(low.dtype)).flatten(1, 2)
-        bias, A = self.dt_projs_bias.flatten(), -self.A_logs.exp()
-        y = selective_scan_fn(walks.flatten(1, 2), dt, A, B, C, self.Ds, None, bias, delta_softplus=True)
+        y = scan(walks.flatten(1, 2), dt, self.A_logs, B, C, self.Ds, self.dt_projs_bias.flatten())
         return along(y.unflatten(1, (SCANS, -1)), step)
 
 

@@ -4,15 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from serpent_ir.models.mamba.dvmsr import DVMSRConfig
-from serpent_ir.models.mamba.eamamba import EAMambaConfig, EAMambaSRConfig
-from serpent_ir.models.mamba.mair import MaIRConfig
-from serpent_ir.models.mamba.mambair import MambaIRConfig
-from serpent_ir.models.mamba.mambair_unet import MambaIRUNetConfig
-from serpent_ir.models.mamba.mambairv2 import MambaIRv2Config
-from serpent_ir.models.mamba.pfvm import PFVMConfig
-from serpent_ir.models.mamba.vmambair import VmambaIRConfig
+from serpent_ir.models.dvmsr import DVMSRConfig
+from serpent_ir.models.eamamba import EAMambaConfig, EAMambaSRConfig
+from serpent_ir.models.mair import MaIRConfig
+from serpent_ir.models.mambair import MambaIRConfig
+from serpent_ir.models.mambair_unet import MambaIRUNetConfig
+from serpent_ir.models.mambairv2 import MambaIRv2Config
+from serpent_ir.models.pfvm import PFVMConfig
 from serpent_ir.models.shapes import Shapes, blocks_of, factor, has, levels, size, upsampler_of
+from serpent_ir.models.vmambair import VmambaIRConfig
 
 GROUPS = r"layers\."
 BLOCKS = r"residual_group\.blocks\."

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from serpent_ir.models.mamba.ss2d import draw_scan
-from serpent_ir.ops import selective_scan_fn
+from serpent_ir.models.ss2d import draw_scan, scan
 
 
 class Mamba(nn.Module):
@@ -54,5 +53,5 @@ class Mamba(nn.Module):
         proj = self.x_proj(rearrange(u, "b d l -> b l d"))
         dt, B, C = rearrange(proj, "b l p -> b p l").split([self.dt_rank, self.d_state, self.d_state], 1)
         dt = self.dt_proj.weight.to(dt.dtype) @ dt
-        y = selective_scan_fn(u, dt, -self.A_log.exp(), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
+        y = scan(u, dt, self.A_log, B, C, self.D, self.dt_proj.bias, z)
         return self.out_proj(rearrange(y, "b d l -> b l d"))

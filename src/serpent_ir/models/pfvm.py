@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from serpent_ir.models.frame import Frame, ResidualGroup, on_channels_last
+from serpent_ir.models.frame import Frame, FrameConfig, ResidualGroup, on_channels_last
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.mamba.config import FrameConfig
-from serpent_ir.models.mamba.ss2d import SS2D
+from serpent_ir.models.ss2d import SS2D
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.mamba.four_levels import FourLevels, check_levels
-from serpent_ir.models.mamba.ss2d import K, draw_scan, draw_uniform, four_directions
+from serpent_ir.models.four_levels import FourLevels, check_levels
 from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.models.restormer import ChannelNorm, GatedFeedForward
-from serpent_ir.ops import selective_scan_fn
+from serpent_ir.models.ss2d import K, draw_scan, draw_uniform, four_directions, scan
 
 WAYS = 2
 """Directions of the scan over channels: forward and backward."""
@@ -89,8 +88,7 @@ class OmniScan(nn.Module):
         proj = ways[:, :, None] * self.xc_proj_weight.to(ways.dtype)  # (B, 2, R + 2 N, c)
         low, B, C = proj.split([self.rank, self.d_state, self.d_state], 2)
         dt = torch.einsum("bkrl,kr->bkl", low, self.dtc_projs_weight[:, 0].to(low.dtype))
-        bias = self.dtc_projs_bias.flatten()
-        out = selective_scan_fn(ways, dt, -self.Ac_logs.exp(), B, C, self.Dsc, None, bias, delta_softplus=True)
+        out = scan(ways, dt, self.Ac_logs, B, C, self.Dsc, self.dtc_projs_bias.flatten())
         # Centred first. The values are alike, and in the gradients of `Dsc` what they share cancels.
         out = (out[:, 0] + out[:, 1].flip(1)).to(torch.promote_types(out.dtype, torch.float32))
         centred = out - out.mean(1, keepdim=True)
