@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,18 @@ from serpent_ir.train import GraphedStep, own_stream
 from timing import median_ms
 
 MODELS = ("serpent_b", "serpent_l", "serpent_h", "unet_32", "swinir_60", "restormer_24")
-CROP, BATCH = 128, 16
-STEPS, ROUNDS = 10, 5
+
+
+class Size(NamedTuple):
+    crop: int
+    batch: int
+    steps: int
+    rounds: int
+    options: dict[str, Any]  # of the networks
+
+
+FULL = Size(128, 16, 10, 5, {})
+TINY = Size(16, 2, 1, 1, {"dim": 8, "blocks": (1, 1)})
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,27 +67,25 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[], Any]) -> dict[str, float]:
+def timed(step: Callable[[], Any], steps: int) -> dict[str, float]:
     """One round."""
     wait()
     start = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     host = time.perf_counter()
     wait()
     end = time.perf_counter()
     return {
-        "ms": 1000 * (end - start) / STEPS,
-        "host_ms": 1000 * (host - start) / STEPS,
-        "waited_ms": median_ms(step, 5, warmup=0),
+        "ms": 1000 * (end - start) / steps,
+        "host_ms": 1000 * (host - start) / steps,
+        "waited_ms": median_ms(step, steps, warmup=0),
     }
 
 
-def same_bits(name: str, device: str, degraded: Tensor, clean: Tensor) -> bool:
+def same_bits(make: Callable[[], nn.Module], degraded: Tensor, clean: Tensor) -> bool:
     """Whether four steps, the last two of them replayed, come to the same bits."""
-    torch.manual_seed(0)
-    one = create_model(name).to(device).train()
-    other = create_model(name).to(device).train()
+    one, other = make(), make()
     other.load_state_dict(one.state_dict())
     found: list[list[Tensor]] = []
     for model, how in ((one, uncaptured), (other, nullcontext)):
@@ -90,13 +98,13 @@ def same_bits(name: str, device: str, degraded: Tensor, clean: Tensor) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def measure_loops(models: tuple[str, ...], *, crop: int = CROP, batch: int = BATCH) -> list[dict[str, Any]]:
+def measure_loops(models: tuple[str, ...], size: Size) -> list[dict[str, Any]]:
     """Rows of figures, one for each model and way."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     for name in models:
         try:
-            rows += _of_model(name, device, crop, batch)
+            rows += _of_model(name, device, size)
         except Exception as error:  # the other models still count
             rows.append({"model": name, "error": f"{type(error).__name__}: {str(error)[:300]}"})
         if device == "cuda":
@@ -104,28 +112,31 @@ def measure_loops(models: tuple[str, ...], *, crop: int = CROP, batch: int = BAT
     return rows
 
 
-def _of_model(name: str, device: str, crop: int, batch: int) -> list[dict[str, Any]]:
-    degraded, clean = torch.rand(2, batch, 3, crop, crop, device=device)
-    same = same_bits(name, device, degraded, clean)
+def _of_model(name: str, device: str, size: Size) -> list[dict[str, Any]]:
+    def make() -> nn.Module:
+        return create_model(name, **size.options).to(device).train()
+
+    degraded, clean = torch.rand(2, size.batch, 3, size.crop, size.crop, device=device)
+    same = same_bits(make, degraded, clean)
     calls: dict[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]] = {}
-    models = {way: create_model(name).to(device).train() for way in ("plain", "replayed")}
+    models = {way: make() for way in ("plain", "replayed")}
     calls["plain"] = _bound(loop_step(models["plain"]), degraded, clean), uncaptured
     calls["replayed"] = _bound(loop_step(models["replayed"]), degraded, clean), nullcontext
     stream = own_stream(torch.device(device))
     if device == "cuda":
         with stream:
-            graphed = GraphedStep(loop_step(create_model(name).to(device).train()))
+            graphed = GraphedStep(loop_step(make()))
         calls["graphed_step"] = _bound(graphed, degraded, clean), lambda: stream
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in calls}
-    for number in range(ROUNDS + 1):
+    for number in range(size.rounds + 1):
         for way, (call, how) in calls.items():
-            with how(), uncaptured() if way == "graphed_step" else nullcontext():
-                found = timed(call)
+            with how():
+                found = timed(call, size.steps)
             if number:  # the first compiles and captures
                 rounds[way].append(found)
     rows = []
     for way, found in rounds.items():
-        row: dict[str, Any] = {"model": name, "crop": crop, "batch": batch, "way": way}
+        row: dict[str, Any] = {"model": name, "crop": size.crop, "batch": size.batch, "way": way}
         row |= {key: statistics.median(each[key] for each in found) for key in found[0]}
         rows.append(row)
     graphs = [kind.graph for kind in replays.of(models["replayed"]).kinds.values()]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plain_loop import MODELS, measure_loops
+import plain_loop
 from serpent_ir.training import trainer as engine
 from serpent_ir.training import workers as processes
 from serpent_ir.training.plan import measure_where_it_fits
@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loops is not None:
-        rows = measure_loops(tuple(args.loops) or MODELS, **({"crop": 16, "batch": 2} if args.tiny else {}))
+        rows = plain_loop.measure_loops(
+            tuple(args.loops) or plain_loop.MODELS, plain_loop.TINY if args.tiny else plain_loop.Size()
+        )
         args.out.write_text(json.dumps({**machine("cpu" if args.tiny else "cuda"), "loops": rows}, indent=1) + "\n")
         show(rows)
         return

@@ -85,6 +85,16 @@ def test_one_command_measures_one_process_and_two_and_prints_their_ratio(tmp_pat
     )
 
 
+def test_plain_loops_are_measured(tmp_path):
+    out = tmp_path / "loops.json"
+    call = [sys.executable, FOLDER / "train_step.py", "--loops", "serpent_b", "--tiny", "--out", out]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    plain, replayed = json.loads(out.read_text())["loops"]
+    assert (plain["way"], replayed["way"], replayed["same"]) == ("plain", "replayed", True)
+    assert plain["ms"] > 0 and len(ended.stdout.splitlines()) == 2
+
+
 def test_ratios_are_of_steps_as_they_run_and_of_those_without_a_graph() -> None:
     def row(gpus: int, crop: int, batch: int, rate: float | None) -> dict[str, object]:
         return {"gpus": gpus, "crop": crop, "batch": batch, "images_per_second": rate}

@@ -126,8 +126,7 @@ class Step:
         losses = []
         pairs = list(zip(degraded.chunk(self.parts), clean.chunk(self.parts), strict=True))
         for given, target in pairs:
-            # A graph of the whole step spares more than one of the network.
-            with uncaptured(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 restored = self.network(given)
             loss = self.loss(restored, target) / len(pairs)
             loss.backward()
@@ -170,7 +169,9 @@ class GraphedStep(Generic[Result]):
         if self.calls > self.WARMUP and self.graph is None and not self.plain:
             self._try_capture(tensors)
         if self.graph is None:
-            return self.step(*tensors)
+            # Graphs of the network alone would take memory beside that of the step. Without one they are the next best.
+            with nullcontext() if self.plain else uncaptured():
+                return self.step(*tensors)
         for kept, x in zip(self.inputs, tensors, strict=True):
             kept.copy_(x)
         self.graph.replay()
