@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loops is not None:
-        size = plain_loop.TINY if args.tiny else plain_loop.FULL
-        rows = plain_loop.measure_loops(tuple(args.loops) or plain_loop.MODELS, size)
+        how = plain_loop.TINY if args.tiny else plain_loop.FULL
+        rows = plain_loop.measure_loops(tuple(args.loops) or plain_loop.MODELS, how)
         args.out.write_text(json.dumps({**machine("cpu" if args.tiny else "cuda"), "loops": rows}, indent=1) + "\n")
         show(rows)
         return
