@@ -2,7 +2,9 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -12,9 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files import video_along as along
 from serpent_ir.files.video_carriers import Reading, Seen, lost, told
-from serpent_ir.files.video_frames import Frames, side_data
+from serpent_ir.files.video_frames import Frames, Given, side_data
 from serpent_ir.image import replacing
 from serpent_ir.inference import Restorer
+from serpent_ir.inference.network import device_of
 from serpent_ir.system.file_state import FileState
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", "
 """Suffixes that can be written, with FFmpeg's names of their formats."""
 
 _ADVISED = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", ".webm": "webm"}  # the most capable one comes first
+CONVERTERS = 4
+"""Threads that convert frames beside a GPU."""
+
 _RATE = Fraction(25)  # frames per second, if a file does not say
 
 
@@ -142,19 +148,63 @@ class _Work:
         return count
 
     def _transcode(self, made: Any, video: Any, sink: along.Sink, progress: Callable[[int, int], None] | None) -> int:
+        """Decode, convert, restore and encode at the same time, each in threads of its own but restoring."""
+        total, count = self.film.frames or self.times.count, 0
+        most = self.frames.together
+        threads = 1 if device_of(self.frames.restorer.model).type == "cpu" else CONVERTERS
+        encoder = _Encoder(
+            made, video, sink, self.times.last,
+            lambda one, packet: along.packets_for(one, packet, self.shift, self.container),
+        )  # fmt: skip
+        with (
+            ThreadPoolExecutor(1) as decoding,
+            ThreadPoolExecutor(threads) as converting,
+            ThreadPoolExecutor(1) as encoding,
+        ):
+            items = self._items(lambda frame: converting.submit(self.frames.given, frame))
+            reading = deque(decoding.submit(next, items, None) for _ in range(2 * most + threads))
+            writing: deque[Future[None]] = deque()
+            try:
+                group: list[_Item] = []
+                while reading:
+                    if (item := reading.popleft().result()) is not None:
+                        reading.append(decoding.submit(next, items, None))
+                        group.append(item)
+                    if item is not None and sum(one.given is not None for one in group) < most:
+                        continue
+                    for one in self._restored(group, converting):
+                        count += one.given is not None
+                        writing.append(encoding.submit(encoder, one))
+                        while len(writing) > 2 * most + threads or (writing and writing[0].done()):
+                            writing.popleft().result()
+                        if progress and one.given is not None:
+                            progress(count, max(total, count) if total else 0)
+                    group = []
+                writing.append(encoding.submit(encoder.end))
+                while writing:
+                    writing.popleft().result()
+            finally:
+                for future in (*reading, *writing):
+                    future.cancel()
+                converting.shutdown(cancel_futures=True)
+        return count
+
+    def _restored(self, group: "list[_Item]", converting: ThreadPoolExecutor) -> "list[_Item]":
+        """The items with restored frames, which are being converted."""
+        given = [one.given.result() for one in group if one.given is not None]
+        done = iter(self.frames.restored([part for parts in given for part in parts]))
+        of_frames = iter(given)
+        for one in group:
+            if one.given is not None:
+                parts = [(part, next(done)) for part in next(of_frames)]
+                one.made = converting.submit(self.frames.made, one.what, parts)
+        return group
+
+    def _items(self, give: Callable[[Any], "Future[list[Given]]"]) -> "Iterator[_Item]":
+        """What the new file is made of, in the order of the old one: its frames with times, and packets to mux."""
         unit = self.film.time_base
         length = round(1 / ((self.film.guessed_rate or _RATE) * unit))  # of one frame
-        total, count = self.film.frames or self.times.count, 0
-        lengths: dict[int, int] = {}
-        held: Any = None  # a frame that waits until the next one tells its duration
-
-        def encode(frame: Any) -> None:
-            for packet in video.encode(frame):
-                packet.duration = lengths.pop(packet.pts, packet.duration)
-                made.mux(packet)
-            sink.check()
-
-        now, by = -length, round(self.shift / unit)
+        count, now, by = 0, -length, round(self.shift / unit)
         others = {one.stream.index: one for one in self.planned if one.goes}
         decode = _decoder(self.film)
         for packet in self.film.container.demux([self.film, *(one.stream for one in others.values())]):
@@ -163,24 +213,10 @@ class _Work:
                     # A bare stream has no times (None). Damaged ones may run backwards, which encoders refuse.
                     now = max(now + 1, frame.pts - by) if frame.pts is not None else now + length
                     self.seen.look(frame, count)
-                    restored = self.frames.restored(frame)
-                    restored.pts, restored.time_base = now, unit
-                    if held is not None:
-                        lengths[held.pts] = now - held.pts
-                        encode(held)
-                    held = restored
                     count += 1
-                    if progress:
-                        progress(count, max(total, count) if total else 0)
+                    yield _Item(frame, now, unit, give(frame))
             elif packet.size and (one := others.get(packet.stream_index)):  # an empty packet marks the end
-                for new in along.packets_for(one, packet, self.shift, self.container):
-                    made.mux(new)
-                sink.check()
-        if held is not None:
-            lengths[held.pts] = self.times.last
-            encode(held)
-        encode(None)
-        return count
+                yield _Item((one, packet))
 
     def told(self, new: BinaryIO) -> str:
         """The line on what the new file lacks; empty if it has everything."""
@@ -200,6 +236,62 @@ class _Work:
             others = sorted((s for s in made if s is not film and not along.is_cover(s)), key=lambda s: s.index)
             gone = lost(before, Reading(file, film, others, seen))
         return told(self.planned, self.frames.lost(), gone)
+
+
+@dataclass
+class _Item:
+    """A frame on its way, with its time; or a packet of another stream.
+
+    Attributes:
+        what: the frame as it was decoded; or the stream and the packet.
+        time, unit: when the frame is shown.
+        given: what the network gets of it, which is being converted.
+        made: the restored frame, which is being converted.
+    """
+
+    what: Any
+    time: int = 0
+    unit: Fraction = Fraction(0)
+    given: "Future[list[Given]] | None" = None
+    made: "Future[Any] | None" = None
+
+
+class _Encoder:
+    """Encodes frames and muxes packets, one after the other, in one thread."""
+
+    def __init__(self, made: Any, video: Any, sink: along.Sink, last: int, packets_for: Callable[..., Iterator[Any]]):
+        self._made, self._video, self._sink, self._last = made, video, sink, last
+        self._packets_for = packets_for
+        self._lengths: dict[int, int] = {}
+        self._held: Any = None  # a frame that waits until the next one tells its duration
+
+    def __call__(self, item: _Item) -> None:
+        if item.made is None:
+            for packet in self._packets_for(*item.what):
+                self._made.mux(packet)
+            self._sink.check()
+            return
+        frame = item.made.result()
+        frame.pts, frame.time_base = item.time, item.unit
+        self._encode_held(item.time)
+        self._held = frame
+
+    def end(self) -> None:
+        """Encode what is left."""
+        if self._held is not None:
+            self._encode_held(self._held.pts + self._last)
+        self._encode(None)
+
+    def _encode_held(self, until: int) -> None:
+        if self._held is not None:
+            self._lengths[self._held.pts] = until - self._held.pts
+            self._encode(self._held)
+
+    def _encode(self, frame: Any) -> None:
+        for packet in self._video.encode(frame):
+            packet.duration = self._lengths.pop(packet.pts, packet.duration)
+            self._made.mux(packet)
+        self._sink.check()
 
 
 def _look_through(source: Path, index: int) -> tuple["av.VideoFrame | None", _Times]:

@@ -1,13 +1,16 @@
 """Frames of a video: from what the decoder delivers, through the network, to what an encoder takes."""
 
-import functools
+import itertools
 import os
 import struct
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serpent_ir.files.video_planes import fill, half, put, rows_of, samples, take_colour_out, without_colour
 from serpent_ir.image import Picture
 from serpent_ir.inference import Restorer
 
@@ -53,11 +56,36 @@ ENCODERS = {
 }
 """FFmpeg's names of formats -> the encoders for them, the usual one first."""
 
+TOGETHER, MOST = 1 << 21, 8
+"""Most pixels, and most frames, that go through the network together."""
+
 _ITU709, _ITU601, _UNSPECIFIED = 1, 5, 2  # FFmpeg's numbers of YUV-to-RGB matrices
 _MATRICES = {1, 4, 5, 6, 7, 9, 10}  # the matrices that swscale converts
 _LIMITED, _FULL = 1, 2  # FFmpeg's numbers of ranges
 _FIELD_ORDERS = {2, 3, 4, 5}  # FFmpeg's numbers of field orders; 1 is progressive, 0 unknown
 _GREY = {"gray": 8, "gray9le": 9, "gray10le": 10, "gray12le": 12, "gray14le": 14, "gray16le": 16}
+
+
+@dataclass(frozen=True)
+class Given:
+    """An image to restore.
+
+    Attributes:
+        frame: the frame, or the field of one, as the decoder gave it.
+        before: the same in RGB; of grey the same.
+        picture: its samples.
+        colourless: whether its chroma planes hold no colour.
+    """
+
+    frame: Any
+    before: Any
+    picture: Picture
+    colourless: bool
+
+    def kind(self) -> tuple[Any, ...]:
+        """What images share that go through the network together; with alpha each goes alone."""
+        pixels, alpha = self.picture.pixels, self.picture.alpha
+        return pixels.shape, pixels.dtype, self.picture.is_grey, alpha is not None and id(self)
 
 
 class Frames:
@@ -72,15 +100,14 @@ class Frames:
     Attributes:
         encoder: the encoder that takes most of what the frames hold.
         told: what could not be kept, in words.
+        together: how many frames go through the network together, at most.
     """
 
     def __init__(self, first: "av.VideoFrame", stream: Any, container: str, restorer: Restorer):
-        from av.video.reformatter import Interpolation as Flags
-        from av.video.reformatter import VideoReformatter
-
         self.told: list[str] = []
         self.restorer, self.scale = restorer, restorer.scale
         self.size = first.width * self.scale, first.height * self.scale
+        self.together = max(1, min(MOST, TOGETHER // (first.width * first.height)))
         form = first.format
         self.alpha = any(part.is_alpha for part in form.components)
         self.grey = not self.alpha and form.name.startswith(("gray", "mono"))
@@ -93,9 +120,7 @@ class Frames:
         self._colours(first)
         self._hdr = _light(first)
         self._transparent = self._late_fields = False
-        # Without the last three a trip to RGB and back makes a frame darker by a level.
-        flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
-        self._reformat = functools.partial(VideoReformatter().reformat, interpolation=flags)
+        self._own = threading.local()
 
     def _encoder(self, form: "av.VideoFormat", encoders: tuple[Encoder, ...]) -> tuple[Encoder, str]:
         """The encoder that loses least, and the name of the pixel format that it receives."""
@@ -194,66 +219,86 @@ class Frames:
             context.flags |= Flags.global_header
         return video
 
-    def restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
-        """The restored frame in the encoder's format, with the side data of the old frame. It has no time yet."""
-        if frame.interlaced_frame and frame.height > 1:
-            self._late_fields |= not self.fields
-            halves = [self._restored(_half(frame, parity)) for parity in (0, 1)]
+    def given(self, frame: "av.VideoFrame") -> "list[Given]":
+        """The images to restore of a frame: itself, or the two fields of an interlaced one. In any thread."""
+        if not (frame.interlaced_frame and frame.height > 1):
+            return [self._given(frame)]
+        self._late_fields |= not self.fields
+        return [self._given(half(frame, parity)) for parity in (0, 1)]
+
+    def made(self, frame: "av.VideoFrame", restored: "list[tuple[Given, Picture]]") -> "av.VideoFrame":
+        """The restored frame in the encoder's format, with the side data of the old one. It has no time yet."""
+        parts = [self._made(*one) for one in restored]
+        made = parts[0]
+        if len(parts) > 1:
             made = self._reformat(frame, width=self.size[0], height=self.size[1], format=self.yuv)
             made.make_writable()
-            for plane, *parts in zip(made.planes, *(half.planes for half in halves), strict=True):
-                rows = _rows(plane)
-                for parity, part in enumerate(parts):
-                    _fill(rows[parity::2], _rows(part))
-        else:
-            made = self._restored(frame)
+            for plane, *halves in zip(made.planes, *(part.planes for part in parts), strict=True):
+                rows = rows_of(plane)
+                for parity, half in enumerate(halves):
+                    fill(rows[parity::2], rows_of(half))
         made.colorspace, made.color_range = self.tag, self.range_tag
         made.pict_type = 0  # the old file's type would be forced on the encoder
         return made
 
-    def _restored(self, frame: "av.VideoFrame") -> "av.VideoFrame":
-        width, height = frame.width * self.scale, frame.height * self.scale
+    def restored(self, given: "Sequence[Given]") -> list[Picture]:
+        """The restored images, several of one kind in one pass."""
+        done: list[Picture] = []
+        for _, some in itertools.groupby(given, key=Given.kind):
+            pictures = [one.picture for one in some]
+            done += self.restorer.pictures(pictures) if len(pictures) > 1 else map(self.restorer.picture, pictures)
+        return done
+
+    def _given(self, frame: "av.VideoFrame") -> "Given":
         if self.grey:
             depth = _GREY.get(frame.format.name)
             if depth is None:
-                frame, depth = self._reformat(frame, format="gray16le" if "48" in self.rgb else "gray"), 0
-            pixels = _samples(frame, depth or _GREY[frame.format.name])
-            restored = self.restorer(pixels)
-            if self.yuv.startswith("gray"):
-                made = self._reformat(frame, width=width, height=height, format=self.yuv)
-                made.make_writable()
-                _put(made, restored, _GREY[self.yuv])
-                return made
-            colours: Any = np.repeat(restored[..., None], 3, axis=2)
-            alpha = None
-            before = self._reformat(frame, format=self.rgb)
-            colourless = True
-        else:
-            matrix = None if frame.format.is_rgb else self.matrix
-            before = self._reformat(
-                frame,
-                format=self.rgb,
-                src_colorspace=matrix,
-                src_color_range=None if matrix is None else self.source_range,
-            )
-            pixels = _samples(before)
-            colourless = _without_colour(frame)
-            alpha = np.ascontiguousarray(pixels[..., 3]) if self.alpha else None
-            self._transparent |= alpha is not None and bool((alpha < np.iinfo(alpha.dtype).max).any())
-            picture = Picture(np.ascontiguousarray(pixels[..., :3]), alpha, mode="L" if colourless else "RGB")
-            done = self.restorer.picture(picture)
-            colours, alpha = done.pixels, done.alpha
+                frame = self._reformat(frame, format="gray16le" if "48" in self.rgb else "gray")
+            pixels = samples(frame, depth or _GREY[frame.format.name])
+            return Given(frame, frame, Picture(np.repeat(pixels[..., None], 3, axis=2), mode="L"), colourless=True)
+        matrix = None if frame.format.is_rgb else self.matrix
+        before = self._reformat(
+            frame,
+            format=self.rgb,
+            src_colorspace=matrix,
+            src_color_range=None if matrix is None else self.source_range,
+        )
+        pixels = samples(before)
+        colourless = without_colour(frame)
+        alpha = np.ascontiguousarray(pixels[..., 3]) if self.alpha else None
+        self._transparent |= alpha is not None and bool((alpha < np.iinfo(alpha.dtype).max).any())
+        picture = Picture(np.ascontiguousarray(pixels[..., :3]), alpha, mode="L" if colourless else "RGB")
+        return Given(frame, before, picture, colourless)
+
+    def _made(self, given: "Given", done: Picture) -> "av.VideoFrame":
+        frame, before = given.frame, given.before
+        width, height = frame.width * self.scale, frame.height * self.scale
+        if self.grey and self.yuv.startswith("gray"):
+            made = self._reformat(frame, width=width, height=height, format=self.yuv)
+            made.make_writable()
+            put(made, np.ascontiguousarray(done.pixels[..., 0]), _GREY[self.yuv])
+            return made
+        before = self._reformat(frame, format=self.rgb) if self.grey else before
         after = before if self.scale == 1 else self._reformat(before, width=width, height=height)
         after.make_writable()
-        whole = colours if alpha is None else np.dstack([colours, alpha])
-        _put(after, whole)
+        put(after, done.pixels if done.alpha is None else np.dstack([done.pixels, done.alpha]))
         after.colorspace, after.color_range = 0, _FULL
         made = self._reformat(
             after, format=self.yuv, dst_colorspace=self.matrix, src_color_range=_FULL, dst_color_range=self.range
         )
-        if colourless:
-            _take_colour_out(made)
+        if given.colourless:
+            take_colour_out(made)
         return made
+
+    def _reformat(self, frame: "av.VideoFrame", **options: Any) -> "av.VideoFrame":
+        from av.video.reformatter import Interpolation as Flags
+        from av.video.reformatter import VideoReformatter
+
+        if not hasattr(self._own, "reformatter"):  # each thread has its own
+            self._own.reformatter = VideoReformatter()
+        # Without the last three a trip to RGB and back makes a frame darker by a level.
+        flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
+        return self._own.reformatter.reformat(frame, interpolation=flags, **options)
 
     def lost(self) -> list[str]:
         """What the frames have lost, once all of them are done."""
@@ -276,76 +321,6 @@ def side_data(frame: Any) -> dict[str, bytes]:
 def _guess(width: int, height: int) -> int:
     """The matrix of a video that does not specify one, guessed by its size as players do."""
     return _ITU709 if width >= 1280 or height > 576 else _ITU601
-
-
-def _rows(plane: Any) -> np.ndarray:
-    """The bytes of a plane, (rows, bytes per row). They are writable if the frame is."""
-    return np.asarray(memoryview(plane)).view(np.uint8)[: plane.height * plane.line_size].reshape(plane.height, -1)
-
-
-def _fill(rows: np.ndarray, others: np.ndarray) -> None:
-    """Write another plane's rows. If it has fewer rows, its last one is repeated."""
-    width = min(rows.shape[1], others.shape[1])
-    count = min(len(rows), len(others))
-    rows[:count, :width] = others[:count, :width]
-    rows[count:, :width] = others[-1, :width]
-
-
-def _half(frame: "av.VideoFrame", parity: int) -> "av.VideoFrame":
-    """A field of a frame: of each plane its even rows (parity 0) or its odd rows (1)."""
-    import av
-
-    half = av.VideoFrame(frame.width, (frame.height + 1 - parity) // 2, frame.format.name)
-    for plane, whole in zip(half.planes, frame.planes, strict=True):
-        _fill(_rows(plane), _rows(whole)[parity::2])
-    half.colorspace, half.color_range = frame.colorspace, frame.color_range
-    return half
-
-
-def _samples(frame: "av.VideoFrame", depth: int = 0) -> np.ndarray:
-    """The plane of RGB, RGBA or grey, (H, W) or (H, W, C), uint8 or uint16, scaled up from `depth` bits if given."""
-    parts = len(frame.format.components)
-    bits = frame.format.components[0].bits
-    kind = np.dtype(np.uint8 if bits == 8 else "<u2")
-    rows = _rows(frame.planes[0])[:, : frame.width * parts * kind.itemsize]
-    pixels = np.ascontiguousarray(rows).view(kind)
-    if parts > 1:
-        pixels = pixels.reshape(frame.height, frame.width, parts)
-    if depth and depth not in (8, 16):
-        return np.rint(pixels * (65535 / (2**depth - 1))).astype(np.uint16)
-    return pixels
-
-
-def _put(frame: "av.VideoFrame", pixels: np.ndarray, depth: int = 0) -> None:
-    """Write back what `_samples` read."""
-    full = np.iinfo(pixels.dtype).max
-    if depth and 2**depth - 1 != full:
-        pixels = np.rint(pixels * ((2**depth - 1) / full)).astype(np.uint8 if depth == 8 else "<u2")
-    lines = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
-    _rows(frame.planes[0])[:, : lines.shape[1]] = lines
-
-
-def _colour_planes(frame: "av.VideoFrame") -> list[np.ndarray]:
-    """The chroma samples of planar YUV, one array per plane; none for other formats."""
-    form = frame.format
-    if not form.name.startswith("yuv") or not form.is_planar or form.is_big_endian:
-        return []
-    kind = np.dtype(np.uint8 if form.components[1].bits == 8 else "<u2")
-    return [
-        _rows(plane)[:, : plane.width * kind.itemsize].view(kind)
-        for plane in (frame.planes[part.plane] for part in form.components[1:3])
-    ]
-
-
-def _without_colour(frame: "av.VideoFrame") -> bool:
-    """Whether chroma planes hold no colour: a black-and-white film, or grey H.264 as FFmpeg decodes it."""
-    planes = _colour_planes(frame)
-    return bool(planes) and all((plane == 1 << frame.format.components[1].bits - 1).all() for plane in planes)
-
-
-def _take_colour_out(frame: "av.VideoFrame") -> None:
-    for plane in _colour_planes(frame):
-        plane[:] = 1 << frame.format.components[1].bits - 1
 
 
 def _light(frame: "av.VideoFrame") -> tuple[str, str] | None:
