@@ -69,6 +69,31 @@ def test_shares_of_weights_are_not_captured(where, replayed, alone, monkeypatch)
     assert all(map(torch.equal, train(), expected)) and not counter.forward
 
 
+@pytest.mark.parametrize("where", WHERE)
+def test_a_backward_pass_does_not_wait_for_a_capture(where, replayed, monkeypatch) -> None:
+    """On a GPU it would wait in the one thread that captures, too, for ever."""
+    model = network("serpent_b", where)
+    steps(model, where)
+    y, parameters = model(images(where, 1)[0]), list(model.parameters())
+    loss = y.square().mean()
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(loss, parameters, retain_graph=True)))
+    aside = type(replayed).aside
+
+    def meanwhile(self: object, device: torch.device) -> object:
+        thread.start()
+        thread.join(30)
+        return aside(self, device)
+
+    for x in images(where, 2, 1, 3, 8, 8):
+        model(x).mean().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(replayed), "aside", meanwhile)
+        model(images(where, 1, 1, 3, 8, 8)[0]).mean().backward()
+    assert not thread.is_alive() and all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("where", WHERE[1:])
 @pytest.mark.parametrize("gone", ["moved", "dead"])
 def test_memory_of_a_gpu_comes_back(where, gone, replayed) -> None:

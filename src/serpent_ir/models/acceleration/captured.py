@@ -47,7 +47,8 @@ class Cuda:
         return capture(run, pool)
 
     def allocated(self, device: torch.device) -> int:
-        return torch.cuda.memory_allocated(device)
+        # `memory_allocated` sorts all that is told beside it.
+        return torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["current"]
 
     def available(self, device: torch.device) -> int:
         return available(device)

@@ -67,11 +67,16 @@ class Replays:
     def __call__(self, definition: Definition, model: nn.Module, x: Tensor) -> Tensor:
         parameters, places = as_built.parameters(model), as_built.places(model)
         key = key_of(parameters, x)
-        with self.lock, captured.machine.on(x.device):
-            kind = self._kind(key, places)
-            if graph := self._graph(kind, definition, model, parameters, x):
-                lease = Lease(self, kind, graph, definition, model, x)
-                return _Replayed.apply(lease, x, *parameters)  # pyright: ignore[reportReturnType]
+        with captured.machine.on(x.device):
+            with self.lock:
+                kind = self._kind(key, places)
+                pool = self._begin(kind)
+            if pool:
+                kind.reason = self._capture(kind, definition, model, parameters, x, pool[0])
+            with self.lock:
+                if (graph := kind.graph) and self._is_free() and places == self.places:
+                    lease = Lease(self, kind, graph, definition, model, x)
+                    return _Replayed.apply(lease, x, *parameters)  # pyright: ignore[reportReturnType]
         return _watched(kind, definition, model, x)
 
     def wait_for(self, lease: "Lease") -> None:
@@ -104,45 +109,56 @@ class Replays:
             self.needed = min(2 * self.needed, MOST_SEEN)
         kind.notice(mode)
 
-    def _graph(
-        self, kind: _Kind, definition: Definition, model: nn.Module, parameters: list[nn.Parameter], x: Tensor
-    ) -> Captured | None:
-        """The graph for a forward pass, captured if it is time; None if it must run uncaptured."""
-        waiting = self.waits() if self.waits else None
-        if waiting is not None and self.passed < PATIENCE:
-            self.passed += 1
+    def _is_free(self) -> bool:
+        """Whether a forward pass may use the graphs' memory. The lock is held."""
+        if self.waits is None or self.waits() is None or self.passed >= PATIENCE:
+            return True
+        self.passed += 1
+        return False
+
+    def _begin(self, kind: _Kind) -> tuple[Any] | None:
+        """Begin a capture if it is time: returns the pool for it, or None in its place. The lock is held."""
+        if kind.graph or kind.reason or kind.mode is None or kind.seen < self.needed:
             return None
-        if kind.graph is None and kind.mode is not None and kind.seen >= self.needed and not kind.reason:
-            kind.reason = self._capture(kind, kind.mode, definition, model, parameters, x)
-        return kind.graph
+        if self.waits is not None and self.waits() is not None:
+            return None
+        kind.reason = "it is being captured"  # so that no other thread begins
+        have = [other for other in self.kinds.values() if other.graph is not None]
+        if len(have) >= GRAPHS:
+            self.turns.finish()
+            have[0].graph, have[0].seen = None, 0
+            self.needed = min(2 * self.needed, MOST_SEEN)
+        return (next((other.graph.pool for other in have if other.graph is not None), None),)
 
     def _capture(
         self,
         kind: _Kind,
-        mode: Mode,
         definition: Definition,
         model: nn.Module,
         parameters: list[nn.Parameter],
         x: Tensor,
+        pool: Any,
     ) -> str:
-        """Make the graph of a kind. Returns the reason if there can be none."""
+        """Make the graph of a kind. Returns the reason if there can be none.
+
+        The lock is not held: on a GPU backward passes run in one thread, which might wait for it.
+        """
+        mode = kind.mode
+        assert mode is not None
         if is_loose(mode.shape, mode.stride):
             return "the gradient of its output is a small part of a large tensor"
         captured.machine.settle(x.device)
-        free = captured.machine.available(x.device)
-        if 2 * kind.kept > free:
+        if 2 * kind.kept > captured.machine.available(x.device):
             return f"its graph would hold {kind.kept / 1e9:.1f} GB, more than half of what is free"
-        have = [other for other in self.kinds.values() if other.graph is not None]
-        if len(have) >= GRAPHS:
-            have[0].graph, have[0].seen = None, 0
-            self.needed = min(2 * self.needed, MOST_SEEN)
-        pool = next((other.graph.pool for other in have if other.graph is not None), None)
         try:
             kind.graph = Captured(definition, model, parameters, x, mode, pool)
             return ""
         except Exception as error:  # those of Triton are no RuntimeErrors
             short = is_out_of_memory(error)
             reason = "too little memory is free" if short else (str(error).strip() or type(error).__name__)
+        except BaseException:
+            kind.reason = ""
+            raise
         reason = f"it cannot be captured ({reason.splitlines()[0]})"
         captured.machine.settle(x.device)
         warnings.warn(f"serpent_ir: no CUDA graph of this training pass, steps are slower: {reason}", stacklevel=2)
@@ -162,7 +178,7 @@ def _watched(kind: _Kind, definition: Definition, model: nn.Module, x: Tensor) -
         return definition(model, x)
     before = captured.machine.allocated(x.device)
     output = definition(model, x)
-    kind.kept = max(kind.kept, captured.machine.allocated(x.device) - before)
+    kind.kept = captured.machine.allocated(x.device) - before
     counted = False
 
     def look(grads: tuple[Tensor | None, ...]) -> None:
@@ -197,10 +213,9 @@ class Lease:
 
     def forward(self, x: Tensor) -> Tensor:
         """Replay, while the lock is held."""
+        self.replays.wait_for(self)  # first, since an interruption may come at any point
         with self.turns:
-            output = self.graph.forward(x)
-        self.replays.wait_for(self)
-        return output
+            return self.graph.forward(x)
 
     def backward(self, grad: Tensor, parameters: tuple[nn.Parameter, ...]) -> list[Tensor | None]:
         """The gradients of the input and of the parameters."""
@@ -213,9 +228,10 @@ class Lease:
                 self.replays.unfit(self.kind, self.graph, mode)
             return self._defined(grad, parameters)
         with self.replays.lock, captured.machine.on(grad.device), self.turns:
-            if self.replays.waits is None or self.replays.waits() is not self:  # another pass took the memory
-                self.graph.forward(self._input())
+            intact = self.replays.waits is not None and self.replays.waits() is self
             self.replays.waits = None
+            if not intact:  # another pass took the memory
+                self.graph.forward(self._input())
             found = iter(self.graph.backward(grad))
         self._done()
         result: list[Tensor | None] = [None] * (1 + len(parameters))
