@@ -51,3 +51,13 @@ def test_the_installed_command():
     version = importlib.metadata.version("serpent-ir")
     assert version == serpent_ir.__version__
     assert run(str(Path(sys.executable).parent / "serpent"), "--version") == f"serpent {version}\n"
+
+
+@pytest.mark.parametrize(("words", "status", "printed"), [(["--version"], 0, "serpent "), (["restore"], 2, "")])
+def test_the_command_ends_early_but_not_before_its_output_and_what_is_to_be_done_at_the_end(words, status, printed):
+    code = "import atexit, sys; atexit.register(print, 'the end'); from serpent_ir.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ended.returncode == status
+    assert ended.stdout.startswith(printed)
+    assert ended.stdout.endswith("the end\n")
+    assert bool(ended.stderr) == bool(status)
