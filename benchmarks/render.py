@@ -47,7 +47,7 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
         lines += [
             "",
             "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public",
-            "one is called (a loop of one's own took the time of a call then, which the host bounds on small batches):",
+            "one is called (a loop of one's own took that long then: the host bounds a call on small batches):",
             "",
             "| network, batch x size | graph | public | x | call | x | GB | public | x |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -176,13 +176,13 @@ def plain_loops(records: Iterable[dict[str, Any]]) -> list[str]:
             "# A plain training loop",
             "",
             f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/train_step.py --loops`, from",
-            "`benchmarks/results/plain_loop.*.json`. Milliseconds of a step (forward under bfloat16 autocast, L1, backward,",
-            "fused Adam) that follows others without waiting, and of one that is waited for; *host* is what launching takes.",
-            "*replayed* is the same loop with the passes of the network from CUDA graphs, *step* the whole step from one,",
-            f"by `GraphedStep`.{' ' + record['note'] if record['note'] else ''}",
+            "`benchmarks/results/plain_loop.*.json`. Milliseconds of a step (forward under bfloat16 autocast, L1,",
+            "backward, fused Adam) that follows others without waiting, and of one that is waited for; *host* is what",
+            "launching takes. *replayed* is the same loop with the passes of the network from CUDA graphs, *step* the",
+            f"whole step from one, by `GraphedStep`.{' ' + record['note'] if record['note'] else ''}",
             "",
-            "| network, batch x size | plain | replayed | x | step | plain, waited | replayed | step | host, plain | replayed "
-            "| same bits | call without gradients at 256: plain | replayed |",
+            "| network, batch x size | plain | replayed | x | step | plain, waited | replayed | step | host, plain "
+            "| replayed | same bits | call without gradients at 256: plain | replayed |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name in dict.fromkeys(row["model"] for row in record["loops"]):
