@@ -17,7 +17,9 @@ def export(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Accept images of any size instead of one size.")] = False,
     size: Annotated[int, typer.Option(help="Side of the image in pixels; with --dynamic, of the largest check.")] = 256,
     batch: Annotated[int, typer.Option(help="Images of a call; 0 for any number.")] = 1,
-    half: Annotated[bool, typer.Option("--half", help="Keep the weights as float16 (onnx), in half the space.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Keep the weights as float16 (onnx), in half the space.")
+    ] = False,
 ) -> None:
     """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""
     from serpent_ir.export import export_network, network_to_export

@@ -59,9 +59,7 @@ def export(
 ) -> tuple[dict[str, str], list[Check]]:
     """Write the network or weights called `name` (or a network with a file of `weights`) by `export_network`."""
     model, told = network_to_export(name, weights)
-    return export_network(
-        model, output, format=format, dynamic=dynamic, size=size, batch=batch, half=half, told=told
-    )
+    return export_network(model, output, format=format, dynamic=dynamic, size=size, batch=batch, half=half, told=told)
 
 
 def network_to_export(name: str, weights: Path | None = None) -> tuple[nn.Module, dict[str, str]]:

@@ -19,10 +19,10 @@ from onnx import helper, numpy_helper
 
 DOMAIN = "serpent_ir"
 """The domain of the operator that stands for a scan until `expand_scans` has replaced it."""
-GROUP = 16
+GROUP = 8
 """Blocks whose states are scanned one after the other."""
 DOUBLINGS = 18
-"""Shifts of a graph for any size: it is exact up to BLOCK * GROUP * 2^18 positions, 2^26 and more."""
+"""Shifts of a graph for any size: it is exact up to T * GROUP * 2^18 positions, which are 2^25 or more."""
 FORMULATION = "blocks of 16 or 32 positions, without Scan and Loop"
 
 
@@ -124,8 +124,9 @@ class _Graph:
             if not count:
                 return x
             return self.add("Pad", x, self.ints(*(count if i == place else 0 for i in range(2 * rank))))
-        zeros = [self.ints(*[0] * place)] * bool(place), [self.ints(*[0] * (2 * rank - 1 - place))] * (
-            place < 2 * rank - 1
+        zeros = (
+            [self.ints(*[0] * place)] * bool(place),
+            [self.ints(*[0] * (2 * rank - 1 - place))] * (place < 2 * rank - 1),
         )
         return self.add("Pad", x, self.joined([*zeros[0], count, *zeros[1]], 0))
 
