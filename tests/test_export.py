@@ -80,7 +80,7 @@ def graph_of_a_scan(shape: tuple, arrays: dict[str, np.ndarray]) -> "onnx.ModelP
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (5, 7), (37, 50)])  # up to 58 blocks in four groups
 def test_the_scan_of_ordinary_operators_is_the_operator(size, free):
-    """In float32 against float64, with steps so large that states die within one position, and so small that none do."""
+    """Float32 against float64, with steps so large that states die within one position, and so small that none do."""
     g = torch.Generator().manual_seed(0)
     d, states, rank = 8, 3, 2
     u, proj, dt_weight, dt_bias, A_log, D = (
