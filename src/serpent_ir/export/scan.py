@@ -137,7 +137,7 @@ class _Graph:
 
 def softplus(graph: _Graph, x: str) -> str:
     """max(x, 0) + log(1 + z) with z = exp(-|x|), to the last bits for small z too: what 1 + z rounds off is added."""
-    one = graph.constant(np.float32([1]))
+    one = graph.constant(np.ones(1, np.float32))
     z = graph.add("Exp", graph.add("Neg", graph.add("Abs", x)))
     sum_ = graph.add("Add", z, one)
     lost = graph.add("Sub", z, graph.add("Sub", sum_, one))
