@@ -16,7 +16,6 @@ from serpent_ir.cli import app
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, export_network, portable_ss2d
-from serpent_ir.export.scan import DOMAIN, expand_scans
 from serpent_ir.models import PRESETS, TASK_CHANNELS, TASK_SCALES
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.ops import ss2d
@@ -49,6 +48,16 @@ def empty_lists(graph) -> Iterator[str]:
             yield from empty_lists(attribute.g)
 
 
+def outer_values(graph) -> Iterator[str]:
+    """What bodies of loops use of the graph around them: ONNX allows it, and OpenVINO reads no such file."""
+    for node in graph.node:
+        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            own = {value.name for value in (*body.input, *body.initializer)}
+            own |= {name for inner in body.node for name in inner.output}
+            yield from (name for inner in body.node for name in inner.input if name and name not in own)
+            yield from outer_values(body)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 9)])
 def test_the_portable_scan_is_the_operator(size):
     g = torch.Generator().manual_seed(0)
@@ -59,49 +68,6 @@ def test_the_portable_scan_is_the_operator(size):
     inputs = (u, proj, dt_weight, dt_bias, A_log * 0.3, D)
     expected = ss2d(*inputs, backend="reference")
     torch.testing.assert_close(portable_ss2d(*inputs), expected, rtol=1e-11, atol=1e-11)
-
-
-def graph_of_a_scan(shape: tuple, arrays: dict[str, np.ndarray]) -> "onnx.ModelProto":
-    """One scan as ONNX, of a map (B, H, W, d) whose sides are numbers, or names where they are free."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    row = arrays["dt_weight"].shape[-1] + 2 * arrays["A_log"].shape[-1]
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [*shape, *tail])
-        for name, tail in {"u": (arrays["D"].shape[-1],), "proj": (4, row)}.items()
-    ]
-    node = helper.make_node("ss2d", ["u", "proj", *arrays], ["y"], domain=DOMAIN)
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*shape, arrays["D"].shape[-1]])
-    values = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(helper.make_graph([node], "scan", inputs, [output], values), opset_imports=opsets)
-
-
-@pytest.mark.parametrize("free", [True, False])
-@pytest.mark.parametrize("size", [(1, 1), (1, 70), (5, 7), (37, 50)])  # up to 58 blocks in four groups
-def test_the_scan_of_ordinary_operators_is_the_operator(size, free):
-    """Float32 against float64, with steps so large that states die within one position, and so small that none do."""
-    g = torch.Generator().manual_seed(0)
-    d, states, rank = 8, 3, 2
-    u, proj, dt_weight, dt_bias, A_log, D = (
-        torch.randn(shape, generator=g)
-        for shape in [
-            (2, *size, d), (2, *size, 4, rank + 2 * states), (4, d, rank), (4, d), (4, d, states), (4, d)
-        ]
-    )  # fmt: skip
-    dt_bias = dt_bias * 4 - 3
-    dt_bias[:, 0], dt_bias[:, 1] = 90, -12
-    arrays = {"dt_weight": dt_weight, "dt_bias": dt_bias, "A_log": A_log, "D": D}
-    model = graph_of_a_scan(
-        ("B", "H", "W") if free else (2, *size), {name: value.numpy() for name, value in arrays.items()}
-    )
-    assert expand_scans(model) == 1
-    onnx.checker.check_model(model)
-    assert {node.op_type for node in model.graph.node}.isdisjoint({"Scan", "Loop", "If"})
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"u": u.numpy(), "proj": proj.numpy()})
-    expected = ss2d(*(x.double() for x in (u, proj, *arrays.values())), backend="reference").numpy()
-    assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 # Exporting takes seconds a block: one has two levels, the others are as small as can be.
@@ -119,9 +85,9 @@ def test_onnx_of_any_size(task, blocks, tmp_path):
     assert metadata["network"] == "small"
     assert metadata["size"] == "any from 1x1 px up"
     graph = onnx.load(file).graph
-    assert {node.op_type for node in graph.node}.isdisjoint({"Scan", "Loop", "If"})
-    assert {node.domain for node in graph.node} <= {""}
+    assert any(node.op_type == "Scan" for node in graph.node)
     assert not list(empty_lists(graph))
+    assert not list(outer_values(graph))
     channels = TASK_CHANNELS.get(task, 3)
     for height, width in [(1, 1), (2, 37), (16, 16), (45, 23)]:
         image = torch.rand(1, channels, height, width)
@@ -163,22 +129,6 @@ def test_one_size(size, tmp_path):
     assert [(check.height, check.width) for check in checks] == [(size, size)]
 
 
-def test_any_number_of_images_and_weights_in_half(tmp_path):
-    model = small_network()
-    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
-    _, (whole,) = export_network(model, tmp_path / "whole.onnx", size=16)
-    metadata, (check,) = export_network(model, tmp_path / "half.onnx", size=16, batch=None, half=True)
-    assert metadata["weights"] == "float16, computed in float32"
-    assert metadata["input"] == "image (B, 3, H, W), float32, RGB in [0, 1]"
-    assert check.relative_error == pytest.approx(whole.relative_error, abs=1e-6)
-    kinds = {value.data_type for value in onnx.load(tmp_path / "half.onnx").graph.initializer if len(value.dims) == 2}
-    assert kinds == {onnx.TensorProto.FLOAT16}
-    session = onnxruntime.InferenceSession(str(tmp_path / "half.onnx"), providers=["CPUExecutionProvider"])
-    images = torch.rand(3, 3, 16, 16)
-    (got,) = session.run(None, {"image": images.numpy()})
-    np.testing.assert_allclose(got, expected_of(model, images), atol=1e-5)
-
-
 def test_a_unet_too(tmp_path):
     build, config = PRESETS["unet_32"]
     model = build(replace(config, channels=4, pools=2, task="deblur")).eval()
@@ -218,10 +168,6 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path):
         export_network(small_network(), tmp_path / "x.tflite", format="tflite")
     with pytest.raises(UsageError, match="size is 0 px"):
         export_network(small_network(), tmp_path / "x.onnx", size=0)
-    with pytest.raises(UsageError, match="a batch of -1"):
-        export_network(small_network(), tmp_path / "x.onnx", batch=-1)
-    with pytest.raises(UsageError, match="weights in float16 are for --format onnx"):
-        export_network(small_network(), tmp_path / "x.pt2", format="pt2", half=True)
     with pytest.raises(UsageError, match=r"x\.pt2: ends in \.pt2, and the format is onnx"):
         export_network(small_network(), tmp_path / "x.pt2")
     with pytest.raises(UsageError, match="is a folder"):

@@ -103,15 +103,15 @@ def test_size_and_time_are_those_from_before(tmp_path):
         (tmp_path / name).write_text(name)
     job = Job(0, tmp_path / "a.in", tmp_path / "a.out")
     for changed in ("a.in", "mask"):
-        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: tmp_path / "mask")) as manifest:
+        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: (None, tmp_path / "mask"))) as manifest:
             manifest.begin(job)
             (tmp_path / changed).write_text("another one by now")
             manifest.add(job)
-        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: tmp_path / "mask")) as manifest:
+        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: (None, tmp_path / "mask"))) as manifest:
             assert not manifest.has(job)
             manifest.begin(job)
             manifest.add(job)
-        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: tmp_path / "mask")) as manifest:
+        with closing(Manifest(tmp_path / f"m-{changed}", {}, lambda job: (None, tmp_path / "mask"))) as manifest:
             assert manifest.has(job)
 
 

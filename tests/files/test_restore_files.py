@@ -1,6 +1,7 @@
 """restore_files: what `serpent restore` does, for programs."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from commands import save_photo, serpent, untrained_weights
-from networks import small_network
+from networks import identity_network, small_network
 from serpent_ir import load_model
 from serpent_ir.errors import UsageError
 from serpent_ir.files import RestoredFile, restore_files
@@ -125,3 +126,47 @@ def test_what_fails_together_is_done_one_by_one(folder, weights, monkeypatch):
     results = list(restore_files(["in"], "out", network))
     assert [(r.job.source.name, r.status) for r in results if r.status != "restored"] == [("c.png", "failed")]
     assert len(hashes(folder / "out")) == 6
+
+
+def test_strength_and_protection_come_from_the_call(folder, weights):
+    """Of files, alone and from folders of masks; what an image was protected by counts in a manifest."""
+    (folder / "in/c.png").unlink()
+    mask = np.zeros((16, 20), np.uint8)
+    mask[:, :10] = 255
+    for name in ("masks/a.png", "masks/below/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(folder / name)
+    before = np.asarray(Image.open("in/a.png"))
+    call = ("restore", "in", "-o", "out", "--weights", weights)
+    assert serpent(*call, "--strength", 0).exit_code == 0
+    assert np.array_equal(np.asarray(Image.open("out/a.png")), before)
+    assert serpent(*call, "--protect", "masks", "--manifest", "done").exit_code == 0
+    kept = np.asarray(Image.open("out/a.png"))
+    assert np.array_equal(kept[:, :10], before[:, :10])
+    assert not np.array_equal(kept[:, 10:], before[:, 10:])
+    again = [
+        result.status for result in restore_files(["in"], "out", weights=weights, manifest="done", protect="masks")
+    ]
+    assert again == ["skipped", "skipped"]
+    Image.fromarray(mask[:10]).save("masks/a.png")
+    result = serpent(*call, "--protect", "masks", "--manifest", "done")
+    assert result.exit_code == 1
+    assert "in/a.png: restore: the mask is 20x10 px and the image 20x16; they must be the same" in result.stderr
+    assert serpent(*call, "--strength", 1.6).exit_code == 2
+    assert "none.png: no such file or folder" in serpent(*call, "--protect", "none.png").stderr
+
+
+def test_auto_tells_what_it_left_as_it_was(folder, monkeypatch):
+    network = identity_network("photo")
+    [done] = restore_files(["in/a.png"], "out.png", network)
+    assert done.left == 1
+    assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(Image.open("in/a.png")))
+    [done] = restore_files(["in/a.png"], "out.png", network, auto=False)
+    assert done.left is None
+    (folder / "w.safetensors").touch()
+    monkeypatch.setattr("serpent_ir.files.restore.load_model", lambda file: network)
+    said = serpent("restore", "in/a.png", "-o", "o.png", "--weights", "w.safetensors").stderr
+    assert "nothing to mend: left as it was" in said
+    told = serpent("restore", "in/a.png", "-o", "o.png", "--weights", "w.safetensors", "--json").stdout
+    assert json.loads(told)["images"][0]["left"] == 1
+    assert "mend" not in serpent("restore", "in/a.png", "-o", "o.png", "--weights", "w.safetensors", "--no-auto").stderr

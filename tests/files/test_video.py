@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 from skimage import data
 from typer.testing import CliRunner
 
 import serpent_ir
-from networks import identity_network
+from networks import identity_network, small_network
 from serpent_ir.cli import app
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.video import restore_video
@@ -209,3 +210,22 @@ def test_interrupting_keeps_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         restore_video(source, tmp_path / "out.mp4", Restorer(identity_network()), progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_what_is_protected_stays_in_every_frame(tmp_path):
+    source, mask = make_video(tmp_path / "in.mp4", sound=False, count=3), tmp_path / "mask.png"
+    white = np.zeros((48, 64), np.uint8)
+    white[:, :32] = 255
+    Image.fromarray(white).save(mask)
+    network = small_network("deblur")
+    made = {}
+    for name, strength, protect in (("kept", 0, None), ("plain", 1, None), ("half", 1, mask)):
+        made[name] = tmp_path / f"{name}.mkv"
+        restore_video(source, made[name], Restorer(network, strength=strength), protect=protect)
+    kept, plain, half = (np.array(frames_of(path), float) for path in made.values())
+    left, right = (..., slice(0, 28), slice(None)), (..., slice(44, 64), slice(None))
+    for side, like, unlike in ((left, kept, plain), (right, plain, kept)):  # H.264 is not lossless
+        assert np.abs(half - like)[side].mean() < 0.25 * np.abs(half - unlike)[side].mean()
+    Image.fromarray(white[:40]).save(mask)
+    with pytest.raises(UsageError, match="is 64x40 px and the frames are 64x48"):
+        restore_video(source, made["half"], Restorer(network), protect=mask)

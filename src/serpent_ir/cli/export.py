@@ -16,20 +16,14 @@ def export(
     format: Annotated[str, typer.Option(help="onnx or pt2 (torch.export).")] = "onnx",
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Accept images of any size instead of one size.")] = False,
     size: Annotated[int, typer.Option(help="Side of the image in pixels; with --dynamic, of the largest check.")] = 256,
-    batch: Annotated[int, typer.Option(help="Images of a call; 0 for any number.")] = 1,
-    half: Annotated[
-        bool, typer.Option("--half", help="Keep the weights as float16 (onnx), in half the space.")
-    ] = False,
 ) -> None:
     """Write a network as a file for ONNX Runtime or PyTorch, as `serpent_ir.export` does, and print the checks."""
     from serpent_ir.export import export_network, network_to_export
 
     name = model_name(name, weights)
     model, told = network_to_export(name, weights)
-    say(f"tracing {name}, then checking the file; this takes a minute or less")
-    metadata, checks = export_network(
-        model, output, format=format, dynamic=dynamic, size=size, batch=batch or None, half=half, told=told
-    )
+    say(f"tracing {name}, then checking the file; this may take some minutes")
+    metadata, checks = export_network(model, output, format=format, dynamic=dynamic, size=size, told=told)
     rows = [
         (f"{c.width}x{c.height}", f"{c.relative_error:.1e}", f"{c.file_ms:.0f}", f"{c.network_ms:.0f}") for c in checks
     ]

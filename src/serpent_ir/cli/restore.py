@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serpent_ir.cli.files import raise_if_failed, watched
-from serpent_ir.cli.shell import Device, Inputs, Json, Name, Output, Weights, finite, model_name, say, shell_command
+from serpent_ir.cli.shell import (
+    Auto,
+    Device,
+    Inputs,
+    Json,
+    Name,
+    Output,
+    Strength,
+    Weights,
+    finite,
+    model_name,
+    say,
+    shell_command,
+)
 from serpent_ir.errors import SerpentError
 
 if TYPE_CHECKING:
@@ -34,6 +47,12 @@ def restore(
     mask: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="For inpaint: an image, white where pixels are missing; or a folder."),
+    ] = None,
+    strength: Strength = 1.0,
+    auto: Auto = None,
+    protect: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="An image, white where the picture stays as it is; or a folder."),
     ] = None,
     pages: Annotated[
         str, typer.Option(metavar="first|all", help="Of a TIFF of several pages: the first, or all into one file.")
@@ -61,12 +80,16 @@ def restore(
         skip_existing: leave out images whose output is there, whatever made it.
         manifest: leave out images that this file names as done with these settings, and note there what gets done.
         mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
+        strength: as for `serpent_ir.restore`.
+        auto: the same. Of each image a line says how much of it was left as it was.
+        protect: an image whose light pixels stay as they are, or such a folder.
         pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
         compare: also write what `serpent_ir.files.compare` draws, beside each output.
         reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
             megapixels_per_second, and `images`: source, target, seconds, error, width, height, pages (that
-            were restored) and tiles (of the page with most) of each,
+            were restored), tiles (of the page with most) and left (the share that auto left as it was, or null)
+            of each,
             and with a reference input_psnr, psnr, input_ssim, ssim.
 
     Raises:
@@ -80,7 +103,8 @@ def restore(
     restoration = restore_files(
         inputs, output, model_name(name, weights) if name or not weights else None, weights=weights, device=device,
         precision=precision, tile=int(tile) if tile.isdecimal() else tile, tile_overlap=tile_overlap, pages=pages,
-        skip_existing=skip_existing, manifest=manifest, mask=mask, compare=compare, reference=reference,
+        skip_existing=skip_existing, manifest=manifest, mask=mask, strength=strength, auto=auto, protect=protect,
+        compare=compare, reference=reference,
         progress=lambda job, part, parts: watch.tell(job, part, parts, restoration.pages[job.index]),
         report=lambda result: _report(watch, result),
     )  # fmt: skip
@@ -109,10 +133,14 @@ def _report(watch: "Watch", result: "RestoredFile") -> None:
         say(f"{job.target} -> {result.sheet} (drawn)")
     if result.status == "skipped":
         return
-    names = ("width", "height", "pages", "tiles") if result.width else ()
+    names = ("width", "height", "pages", "tiles", "left") if result.width else ()
     facts = {name: getattr(result, name) for name in names}
     details = f", {result.pages} pages" if result.pages > 1 else ""
     details += f", {result.tiles} tiles{' a page' * bool(details)}" if result.tiles > 1 else ""
+    if result.left == 1:
+        details += ", nothing to mend: left as it was"
+    elif result.left is not None and round(100 * result.left):
+        details += f", {100 * result.left:.0f} % of it left as it was"
     if "psnr" in result.figures:
         details += f", PSNR {result.figures['input_psnr']:.2f} -> {result.figures['psnr']:.2f} dB"
     watch.report(job, result.error, result.seconds, details, **facts, **result.figures)

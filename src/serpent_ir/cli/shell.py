@@ -57,6 +57,17 @@ Task = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Strength = Annotated[
+    float, typer.Option(help="How much of the change is made: 0 (none) to 1.5 (further than the network goes).")
+]
+Auto = Annotated[
+    bool | None,
+    typer.Option(
+        "--auto/--no-auto",
+        help="Leave out changes that do not look like the repair of damage.  [default: with weights of photo]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 

@@ -3,7 +3,7 @@
 import glob
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,12 @@ class Manifest:
     Args:
         path: the file. A file that is no manifest is refused by UsageError and left as it is.
         settings: what the outputs depend on besides the sources.
-        beside: gives another file that the output of a job depends on (its mask). Its size and time count too.
+        beside: gives other files that the output of a job depends on (its masks), or None; sizes and times count too.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], beside: "Callable[[Job], Path | None]" = lambda job: None):
+    def __init__(
+        self, path: Path, settings: dict[str, Any], beside: "Callable[[Job], Sequence[Path | None]]" = lambda job: ()
+    ):
         self._settings, self._beside = settings, beside
         rank, world = rank_and_world()
         self._done: dict[str, dict[str, Any]] = {}
@@ -116,10 +118,10 @@ class Manifest:
         names = {"source": _absolute(job.source), "target": _absolute(job.target)}
         record = {**names, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, **self._settings}
         try:
-            beside = self._beside(job)
-            if beside is not None:
-                status = beside.stat()
-                record["beside"] = [_absolute(beside), status.st_size, status.st_mtime_ns]
+            beside = [(path, path.stat()) for path in self._beside(job) if path is not None]
+            if beside:
+                facts = [(_absolute(path), status.st_size, status.st_mtime_ns) for path, status in beside]
+                record["beside"] = [fact for each in facts for fact in each]
         except (SerpentError, OSError):  # the job will fail, and report it, when it is worked on
             pass
         return record

@@ -18,19 +18,16 @@ from serpent_ir.files.compare import write_comparison
 from serpent_ir.files.manifest import Manifest
 from serpent_ir.files.pipeline import Outcome, Together, run
 from serpent_ir.files.plan import Job, check_sheets, companion, make_folders, plan, sheet_of
-from serpent_ir.files.processes import Processes
 from serpent_ir.files.source import Restored, Source
 from serpent_ir.inference import Restorer, pick_device
 from serpent_ir.inference.network import check_task, device_of
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model, load_model, preset_of
-from serpent_ir.system.processes import local_world, own_device, rank_and_world
+from serpent_ir.system.processes import own_device, rank_and_world
 
 SMALL = 1 << 19
 """Pixels of an image up to which it goes through the network of a GPU together with others of its size."""
 TOGETHER, MOST = 1 << 21, 32
 """Most pixels, and most images, of such a pass."""
-MANY = 8
-"""From this many images on processes of their own read and write them, beside a GPU."""
 AHEAD = 1 << 23
 """Pixels of images that may be read ahead, and that may wait to be written, beyond one for each thread."""
 
@@ -50,6 +47,7 @@ class RestoredFile:
         tiles: how many tiles it was cut into; 1 for a whole image. Of several pages those of the one with most.
         figures: with a reference input_psnr, psnr (dB), input_ssim and ssim.
         sheet: the comparison that was drawn for a skipped image, or None.
+        left: the share of it, from 0 to 1, that `auto` left as it was; None without `auto`.
     """
 
     job: Job
@@ -62,6 +60,7 @@ class RestoredFile:
     tiles: int = 1
     figures: Mapping[str, float] = field(default_factory=dict)
     sheet: Path | None = None
+    left: float | None = None
 
 
 def restore_files(
@@ -78,6 +77,9 @@ def restore_files(
     skip_existing: bool = False,
     manifest: str | Path | None = None,
     mask: str | Path | None = None,
+    strength: float = 1.0,
+    auto: bool | None = None,
+    protect: str | Path | None = None,
     compare: bool = False,
     reference: str | Path | None = None,
     progress: Callable[[Job, int, int], None] | None = None,
@@ -105,6 +107,9 @@ def restore_files(
         manifest: leave out images that this file names as done with these settings, and note there what gets done.
         mask: an image whose light pixels are missing, or a folder of them named as the outputs; for weights of
             `inpaint`.
+        strength: as for `serpent_ir.restore`.
+        auto: the same.
+        protect: an image whose light pixels stay as they are, or a folder of them named as the outputs.
         compare: also draw a sheet of before and after beside each output.
         reference: what the outputs should look like, as an image or such a folder; measured and drawn.
         progress: called with an image, and how many of how many parts of it are restored.
@@ -120,7 +125,7 @@ def restore_files(
     """
     rank, world = rank_and_world()
     output, weights = Path(output), _path(weights)
-    mask, reference, manifest = _path(mask), _path(reference), _path(manifest)
+    mask, protect, reference, manifest = _path(mask), _path(protect), _path(reference), _path(manifest)
     if reference and not compare:
         raise UsageError("--reference is for --compare; give both")
     if pages not in ("first", "all"):
@@ -135,27 +140,38 @@ def restore_files(
     if isinstance(model, nn.Module):
         version = _digest(model) if manifest else None
     check_task(network, weights)
-    stays = device == "auto" and isinstance(model, nn.Module)
-    place = device_of(network) if stays else pick_device(own_device(device))
-    jobs = jobs[rank::world]
-    elsewhere = Processes(2 * _threads(place) if len(jobs) >= MANY and _threads(place) > 1 else 0)
-    network = network if stays else network.to(place)
-    restorer = Restorer(network, tile=tile, tile_overlap=tile_overlap, precision=precision)
-    _check_companions(restorer, mask, reference)
+    if device != "auto" or not isinstance(model, nn.Module):
+        network = network.to(pick_device(own_device(device)))
+    restorer = Restorer(
+        network, tile=tile, tile_overlap=tile_overlap, precision=precision, strength=strength, auto=auto
+    )
+    _check_companions(restorer, mask, protect, reference)
     settings: dict[str, Any] = {"model": name, "weights": version, "tile": str(tile), "overlap": tile_overlap}
     settings |= {"mask": str(mask.absolute())} if mask else {}
     settings |= {"pages": pages} if pages != "first" else {}
     settings["precision"] = precision
+    settings |= {"strength": strength} if strength != 1 else {}
+    settings |= {"auto": True} if restorer.auto else {}
+    settings |= {"protect": str(protect.absolute())} if protect else {}
 
-    def mask_of(job: Job) -> Path | None:
-        return companion(mask, job, output, "mask")
+    def masks_of(job: Job) -> tuple[Path | None, Path | None]:
+        return companion(mask, job, output, "mask"), companion(protect, job, output, "mask")
 
     def draw(job: Job) -> dict[str, float]:
         return write_comparison(job.source, job.target, sheet_of(job), companion(reference, job, output, "reference"))
 
-    record = Manifest(manifest, settings, mask_of) if manifest else None
+    record = Manifest(manifest, settings, masks_of) if manifest else None
     return Restoration(
-        jobs, restorer, record, skip_existing, mask_of, draw if compare else None, pages, progress, report, elsewhere
+        jobs[rank::world],
+        restorer,
+        record,
+        skip_existing,
+        masks_of,
+        draw if compare else None,
+        pages,
+        progress,
+        report,
+        alone=restorer.takes_mask or protect is not None,
     )
 
 
@@ -174,19 +190,21 @@ class Restoration(Iterator[RestoredFile]):
         restorer: Restorer,
         record: Manifest | None,
         skip_existing: bool,
-        mask_of: Callable[[Job], Path | None],
+        masks_of: Callable[[Job], tuple[Path | None, Path | None]],
         draw: Callable[[Job], dict[str, float]] | None,
         pages: str,
         progress: Callable[[Job, int, int], None] | None,
         report: Callable[[RestoredFile], None] | None,
-        elsewhere: Processes,
+        *,
+        alone: bool,
     ):
         self._restorer, self._record = restorer, record
         there = [(skip_existing and job.target.exists()) or bool(record and record.has(job)) for job in jobs]
         self.skipped = [job for job, done in zip(jobs, there, strict=True) if done]
         self.todo = [job for job, done in zip(jobs, there, strict=True) if not done]
-        self._mask_of, self._draw, self._pages = mask_of, draw, pages
-        self._progress, self._report, self._elsewhere = progress, report, elsewhere
+        self._masks_of, self._draw, self._pages = masks_of, draw, pages
+        self._progress, self._report = progress, report
+        self._alone = alone  # each image has a mask of its own, so that none go through the network together
         self._facts: dict[int, dict[str, Any]] = {}
         self.pages: dict[int, int] = {}
         self._results = self._restore()
@@ -197,10 +215,9 @@ class Restoration(Iterator[RestoredFile]):
     def close(self) -> None:
         """End the work: what is being written is finished, nothing else is begun."""
         self._results.close()
-        self._elsewhere.close()
 
     def _restore(self) -> Generator[RestoredFile]:
-        with closing(self._elsewhere), closing(self._record) if self._record else nullcontext():
+        with closing(self._record) if self._record else nullcontext():
             for job in self.skipped:
                 yield self._told(self._done_before(job))
             make_folders(self.todo)  # before any work, or each file would fail for this one reason
@@ -235,7 +252,8 @@ class Restoration(Iterator[RestoredFile]):
             raise SerpentError(job.refused)
         if self._record:
             self._record.begin(job)
-        return self._elsewhere(Source.loaded, job.source, self._pages)
+        source = Source(job.source)
+        return source.load() if self._pages == "first" else source.load(self._pages)
 
     def _work(self, job: Job, source: Source) -> Restored:
         tiles = 1
@@ -247,14 +265,14 @@ class Restoration(Iterator[RestoredFile]):
             if self._progress:
                 self._progress(job, done, total)
 
-        restored = source.restore(self._restorer, job.target, count, self._mask_of(job), pages=self._pages)
-        self._facts[job.index] = {"width": restored.width, "height": restored.height}
+        restored = source.restore(self._restorer, job.target, count, *self._masks_of(job), pages=self._pages)
+        self._facts[job.index] = {"width": restored.width, "height": restored.height, "left": restored.left}
         self._facts[job.index] |= {"pages": source.pages, "tiles": tiles}
         return restored
 
     def _kind(self, source: Source) -> tuple[Hashable, int] | None:
         pixels = source.read_pixels
-        if not 0 < pixels <= SMALL or source.kind is None or self._restorer.takes_mask:
+        if not 0 < pixels <= SMALL or source.kind is None or self._alone:
             return None
         return source.kind, min(MOST, TOGETHER // pixels)
 
@@ -262,13 +280,13 @@ class Restoration(Iterator[RestoredFile]):
         made = Source.restore_together(sources, [job.target for job in jobs], self._restorer)
         for job, restored in zip(jobs, made, strict=True):
             self.pages[job.index] = 1
-            self._facts[job.index] = {"width": restored.width, "height": restored.height}
+            self._facts[job.index] = {"width": restored.width, "height": restored.height, "left": restored.left}
             if self._progress:
                 self._progress(job, 1, 1)
         return made
 
     def _write(self, job: Job, restored: Restored) -> None:
-        restored.write(self._elsewhere)
+        restored.write()
         if self._draw:
             self._facts[job.index]["figures"] = self._draw(job)
         if self._record:
@@ -287,7 +305,7 @@ class Restoration(Iterator[RestoredFile]):
 
 def _threads(device: torch.device) -> int:
     """How many threads read, and how many write. Beside a network on the CPU more of them only take its cores."""
-    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // local_world() // 4))
+    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 def _path(path: str | Path | None) -> Path | None:
@@ -316,9 +334,9 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_companions(restorer: Restorer, mask: Path | None, reference: Path | None) -> None:
+def _check_companions(restorer: Restorer, mask: Path | None, protect: Path | None, reference: Path | None) -> None:
     """Raise UsageError where every image would fail for one reason, after its restoration even."""
-    for path in filter(None, (mask, reference)):
+    for path in filter(None, (mask, protect, reference)):
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
     if mask and not restorer.takes_mask:

@@ -4,8 +4,9 @@ import io
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -63,11 +64,6 @@ class Source:
         except Exception:  # `picture` reports it
             return 1
 
-    @classmethod
-    def loaded(cls, path: Path, pages: str) -> "Source":
-        """A source that has read what `load` reads."""
-        return cls(path).load(pages)
-
     def load(self, pages: str = "first") -> "Source":
         """Read the file now, unless it is large, or all its pages are wanted: those are read one by one."""
         if not self.large and (pages == "first" or self._count() == 1):
@@ -98,15 +94,18 @@ class Source:
         target: Path,
         progress: Callable[[int, int], None],
         mask: Path | None = None,
+        protect: Path | None = None,
         *,
         pages: str = "first",
     ) -> "Restored":
         """Restore the image. Whatever `Restored` has not written yet is written by its `write`.
 
-        `mask` is an image file whose light pixels are missing, for weights of `inpaint`. `pages` is "first" or "all":
+        `mask` is an image file whose light pixels are missing, for weights of `inpaint`, and `protect` one whose light
+        pixels stay as they are. `pages` is "first" or "all":
         each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
         `progress` is called with (tiles done, tiles in all); of several pages with those of as many pages as this one.
         """
+        masks = Masks(_read_mask(mask), _read_mask(protect))
         if pages == "all" and (count := self._count()) > 1:
             if not self._tiff:
                 raise ImageError(
@@ -116,14 +115,15 @@ class Source:
             if target.suffix.lower() not in (".tif", ".tiff"):
                 raise ImageError(f"{self.path}: holds {count} pages, which {target.suffix} does not; choose .tif by -o")
             self.pages = count
-            return _restore_pages(self, target, restorer, progress, _read_mask(mask))
+            return _restore_pages(self, target, restorer, progress, masks)
         by_rows = mask is None and self.large and self._tiff and target.suffix.lower() in (".tif", ".tiff")
-        if by_rows and (done := _restore_by_rows(self, target, restorer, progress)):
+        if by_rows and (done := _restore_by_rows(self, target, restorer, progress, masks)):
             return done
         picture = self._checked(restorer, target)
         self._picture = None  # the pixels are not needed after the restoration
-        restored = restorer.picture(picture, mask=_read_mask(mask), label=str(self.path), progress=progress)
-        return Restored(target, picture.pixels.shape[1], picture.pixels.shape[0], restored, self.check_unchanged)
+        restored = restorer.picture(picture, **masks.asked, label=str(self.path), progress=progress)
+        height, width = picture.pixels.shape[:2]
+        return Restored(target, width, height, restored, self.check_unchanged, masks.left)
 
     def _checked(self, restorer: Restorer, target: Path) -> Picture:
         """The picture, if its restored one will fit into the target."""
@@ -142,9 +142,11 @@ class Source:
         """`restore` for several of one `kind`, which go through the network together. They keep what they have read."""
         pictures = [source._checked(restorer, target) for source, target in zip(sources, targets, strict=True)]
         height, width = pictures[0].pixels.shape[:2]
+        told: list[list[float]] = [[] for _ in pictures]
+        made = restorer.pictures(pictures, left=[one.append for one in told])
         return [
-            Restored(target, width, height, restored, source.check_unchanged)
-            for source, target, restored in zip(sources, targets, restorer.pictures(pictures), strict=True)
+            Restored(target, width, height, restored, source.check_unchanged, left[0] if left else None)
+            for source, target, restored, left in zip(sources, targets, made, told, strict=True)
         ]
 
     def check_unchanged(self) -> None:
@@ -161,8 +163,30 @@ def _read_mask(path: Path | None) -> np.ndarray | None:
     return pixels.mean(-1).astype(pixels.dtype)
 
 
+@dataclass(frozen=True)
+class Masks:
+    """What is said of an image's pixels, as (H, W) in the depth of its file or None, and what `auto` says of it."""
+
+    missing: np.ndarray | None
+    protected: np.ndarray | None
+    told: list[float] = field(default_factory=list)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Arguments of `Restorer.picture` and `Restorer.strips`."""
+        return {"mask": self.missing, "protect": self.protected, "left": self.told.append}
+
+    @property
+    def left(self) -> float | None:
+        """The mean of what `auto` left of the image's pages, or None."""
+        return sum(self.told) / len(self.told) if self.told else None
+
+
 class Restored:
-    """A restored image on its way to its file. `width` and `height` are those of the input."""
+    """A restored image on its way to its file. `width` and `height` are those of the input.
+
+    `left` is the share of it that `auto` left as it was (of pages the mean), or None without `auto`.
+    """
 
     def __init__(
         self,
@@ -171,23 +195,22 @@ class Restored:
         height: int,
         picture: Picture | None,
         check_source: Callable[[], None] = lambda: None,
+        left: float | None = None,
     ):
+        self.left = left
         self.target, self.width, self.height, self._picture = target, width, height, picture
         self._check_source = check_source
 
-    def write(self, by: Callable[..., None] = lambda write, *args: write(*args)) -> None:
-        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile.
-
-        `by` calls a function with arguments, here or elsewhere.
-        """
+    def write(self) -> None:
+        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile."""
         if self._picture is not None:
             self._check_source()
-            by(write_image, self.target, self._picture)
+            write_image(self.target, self._picture)
             self._picture = None
 
 
 def _restore_pages(
-    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], mask: np.ndarray | None
+    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], masks: Masks
 ) -> Restored:
     """Each page of a TIFF, in their order, of which one is in memory at a time, and of a large one some rows."""
     path = source.path
@@ -214,7 +237,7 @@ def _restore_pages(
                 notes: list[str] = []
                 with _what_is_wrong(label):
                     data = pages.page(number)
-                    rows = _rows_of(io.BytesIO(data), LARGE) if mask is None else None
+                    rows = _rows_of(io.BytesIO(data), LARGE) if masks.missing is None else None
                     if rows:
                         picture = _about(rows, io.BytesIO(data), restorer.scale, notes, count, whole=True)
                     else:
@@ -224,10 +247,10 @@ def _restore_pages(
                     tell(path, note)
                 if rows:
                     height, width, restored = rows.height, rows.width, picture
-                    shape, strips = _strips_of(rows, restorer, label, part)
+                    shape, strips = _strips_of(rows, restorer, label, part, masks)
                 else:
                     height, width = picture.pixels.shape[:2]
-                    restored = restorer.picture(picture, mask=mask, label=label, progress=part)
+                    restored = restorer.picture(picture, **masks.asked, label=label, progress=part)
                     shape, strips = samples_of(restored)
                 size = size if number else (width, height)
                 for what in left_at_size(restored):
@@ -237,7 +260,7 @@ def _restore_pages(
                 with closing(strips):
                     output.write(fitting(restored, ".tif"), strips, shape, restored.pixels.dtype, count - number)
         source.check_unchanged()
-    return Restored(target, *size, None)
+    return Restored(target, *size, None, left=masks.left)
 
 
 @contextmanager
@@ -254,7 +277,7 @@ def _what_is_wrong(label: str) -> Iterator[None]:
 
 
 def _restore_by_rows(
-    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None]
+    source: Source, target: Path, restorer: Restorer, progress: Callable[[int, int], None], masks: Masks
 ) -> Restored | None:
     """As `Source.restore` of a large TIFF; None where it has to be read whole."""
     path, notes = source.path, []
@@ -264,12 +287,12 @@ def _restore_by_rows(
         about = _about(rows, header, restorer.scale, notes)
         for note in notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
-        shape, strips = _strips_of(rows, restorer, str(path), progress)
+        shape, strips = _strips_of(rows, restorer, str(path), progress, masks)
         with closing(rows), closing(strips), replacing(target) as new:
             write_tiff(new, fitting(about, ".tif"), strips, shape, rows.dtype)
             source.check_unchanged()
     tell_of_left_out(target, about)
-    return Restored(target, rows.width, rows.height, None)
+    return Restored(target, rows.width, rows.height, None, left=masks.left)
 
 
 def _rows_of(file: BinaryIO, least: int = 0) -> TiffRows | None:
@@ -295,7 +318,7 @@ def _about(
 
 
 def _strips_of(
-    rows: TiffRows, restorer: Restorer, label: str, progress: Callable[[int, int], None]
+    rows: TiffRows, restorer: Restorer, label: str, progress: Callable[[int, int], None], masks: Masks
 ) -> tuple[tuple[int, int, int], Generator[np.ndarray]]:
     """The shape (H, W, samples) of an image that is restored by rows, and it in parts."""
 
@@ -308,7 +331,9 @@ def _strips_of(
     shape = (rows.height * restorer.scale, rows.width * restorer.scale, rows.samples)
 
     def strips() -> Generator[np.ndarray]:
-        with closing(restorer.strips(read, rows.height, rows.width, label=label, progress=progress)) as parts:
+        with closing(
+            restorer.strips(read, rows.height, rows.width, **masks.asked, label=label, progress=progress)
+        ) as parts:
             yield from (np.dstack([c] if a is None else [c, a]) for c, a in parts)
 
     return shape, strips()

@@ -34,7 +34,12 @@ _RATE = Fraction(25)  # frames per second, if a file does not say
 
 
 def restore_video(
-    source: Path, target: Path, restorer: Restorer, *, progress: Callable[[int, int], None] | None = None
+    source: Path,
+    target: Path,
+    restorer: Restorer,
+    *,
+    protect: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Restore the first video stream of a file, and take along its sound, subtitles and whatever else it carries.
 
@@ -51,13 +56,15 @@ def restore_video(
         source: any file that FFmpeg reads.
         target: the file to write, with one of the suffixes in `CONTAINERS`. It appears whole or not at all.
         restorer: restores each frame, separately.
+        protect: an image of the size of the frames as they are stored; where it is light they stay as they were.
         progress: called with (frames done, all frames as the file says, 0 if it does not say).
 
     Returns:
         The number of frames.
 
     Raises:
-        UsageError: PyAV is missing, the suffix is another one, or source and target are the same file.
+        UsageError: PyAV is missing, the suffix is another one, source and target are the same file, or `protect` has
+            another size.
         SerpentError: no video, a damaged file, sound or subtitles that need another container, or a target that cannot
             be written.
     """
@@ -88,6 +95,7 @@ def restore_video(
             raise SerpentError(f"{source}: holds no frames")
         try:
             work = _Work(source, target, film, first, times, restorer)
+            work.frames.protect(protect)
             with replacing(target) as new:
                 count = work.write(new, progress)
                 line = work.told(new)

@@ -6,12 +6,14 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serpent_ir.errors import UsageError
 from serpent_ir.files.video_planes import fill, half, put, rows_of, samples, take_colour_out, without_colour
-from serpent_ir.image import Picture
+from serpent_ir.image import Picture, read_image_pixels
 from serpent_ir.inference import Restorer
 
 if TYPE_CHECKING:
@@ -121,6 +123,18 @@ class Frames:
         self._hdr = _light(first)
         self._transparent = self._late_fields = False
         self._own = threading.local()
+        self._protected: np.ndarray | None = None
+
+    def protect(self, mask: Path | None) -> None:
+        """Keep what is light in an image as it is in every frame. Raises UsageError if it has another size."""
+        if mask is None:
+            return
+        pixels = read_image_pixels(mask)
+        height, width = self.size[1] // self.scale, self.size[0] // self.scale
+        if pixels.shape[:2] != (height, width):
+            size = "x".join(map(str, pixels.shape[1::-1]))
+            raise UsageError(f"{mask}: is {size} px and the frames are {width}x{height}; they must be the same")
+        self._protected = pixels.mean(-1).astype(pixels.dtype)
 
     def _encoder(self, form: "av.VideoFormat", encoders: tuple[Encoder, ...]) -> tuple[Encoder, str]:
         """The encoder that loses least, and the name of the pixel format that it receives."""
@@ -246,8 +260,20 @@ class Frames:
         done: list[Picture] = []
         for _, some in itertools.groupby(given, key=Given.kind):
             pictures = [one.picture for one in some]
-            done += self.restorer.pictures(pictures) if len(pictures) > 1 else map(self.restorer.picture, pictures)
+            mask = self._mask_for(pictures[0])
+            if len(pictures) > 1:
+                done += self.restorer.pictures(pictures, protect=mask)
+            else:
+                done.append(self.restorer.picture(pictures[0], protect=mask))
         return done
+
+    def _mask_for(self, picture: Picture) -> np.ndarray | None:
+        """What is protected in a frame; in one of its fields a line is if either of the frame's two is."""
+        mask, height = self._protected, len(picture.pixels)
+        if mask is None or len(mask) == height:
+            return mask
+        lines = np.pad(mask, ((0, len(mask) % 2), (0, 0)), mode="edge")
+        return np.maximum(lines[::2], lines[1::2])[:height]
 
     def _given(self, frame: "av.VideoFrame") -> "Given":
         if self.grey:
