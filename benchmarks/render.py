@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md from the JSON files of benchmarks/network.py and scan.py, and of `serpent report`.
+"""Write benchmarks/RESULTS.md from the JSON files of the other benchmarks, and of `serpent report`.
 
 python benchmarks/render.py
 """
@@ -187,6 +187,49 @@ def plans(records: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def calls(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in records:
+        against = f", and at {record['against']} side by side" if record.get("against") else ""
+        lines += ["", f"# What a user calls, on one {record['device']}", ""]
+        lines += [
+            f"`benchmarks/end_to_end.py` with {record['name']}, {record['cores']} cores, PyTorch {record['torch']}"
+            f"{against}."
+        ]
+        if "note" in record:
+            lines += [record["note"]]
+        lines += ["*network*: a plain call of the network on an input that is on the device.", ""]
+        lines += ["| image | ms | before | over the network | before |", "| --- | --- | --- | --- | --- |"]
+        for row in record.get("images", []):
+            then = row.get("against")
+            cells = [f"{row['size']} {row['kind']}", _number(row["ours"]), _number(then)]
+            cells += [f"{row['ours / network']:.2f}", f"{row['against / network']:.2f}" if then else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        if phases := record.get("phases"):
+            names = [name for name in phases[0] if name != "size"]
+            lines += ["", "Milliseconds of what every JPEG goes through, each alone:", ""]
+            lines += [f"| image | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+            lines += [f"| {' | '.join([row['size'], *(_number(row[n]) for n in names)])} |" for row in phases]
+        rates = {"batches": ("images", "`serpent restore` of folders"), "video": ("frames", "`serpent video`")}
+        for part, (what, title) in rates.items():
+            for row in record.get(part, []):
+                before = row.get(f"against {what} a second")
+                told = f"{title}, {row[what]} {what} of {row['size']}: {_number(row[f'ours {what} a second'])} a second"
+                told += f", before {_number(before)}" if before else ""
+                told += f"; {row['ours GB']:.2f} GB of main memory"
+                if "encoder frames a second" in row:
+                    told += f"; the encoder alone {_number(row['encoder frames a second'])}"
+                lines += ["", told + "."]
+        for row in record.get("start", []):
+            before = f", before {row['against']:.2f}" if "against" in row else ""
+            lines += [
+                "",
+                f"`serpent restore` of one image of 256x256 from the command to the file: {row['ours']:.2f} s{before};",
+            ]
+            lines += [f"importing PyTorch alone takes {row['import torch']:.2f} s."]
+    return lines
+
+
 def render(folder: Path = FOLDER / "results") -> str:
     """RESULTS.md from the files of a folder."""
 
@@ -194,7 +237,13 @@ def render(folder: Path = FOLDER / "results") -> str:
         return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}.*.json"))]
 
     return (
-        "\n".join(networks(read("network")) + scans(read("scan")) + rivals(read("profile")) + plans(read("plan")))
+        "\n".join(
+            networks(read("network"))
+            + scans(read("scan"))
+            + rivals(read("profile"))
+            + plans(read("plan"))
+            + calls(read("end_to_end"))
+        )
         + "\n"
     )
 

@@ -1,5 +1,6 @@
 """What benchmarks/network.py derives and benchmarks/render.py writes; what they measure needs a GPU."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -122,3 +123,35 @@ def test_the_share_of_data_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
         assert record[part][0].keys() == published[part][0].keys()
     for row in record["steps"]:
         assert row["share"] == pytest.approx(1 - row["kept_ms"] / row["prefetched_ms"])
+
+
+@pytest.mark.filterwarnings("ignore:serpent_ir")
+def test_what_a_user_calls_is_measured_beside_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with small images, and in this process."""
+    calls = load("end_to_end")
+    monkeypatch.setitem(calls.SIZES, "256", (24, 40))
+    state = calls._State("serpent_b.deblur", "cpu")
+
+    class Worker:
+        def ask(self, what: str, size: str, kind: str) -> list[float]:
+            return getattr(calls, f"_{what}")(state, size, kind)
+
+    args = argparse.Namespace(sizes=["256"], kinds=list(calls.KINDS), repeats=1)
+    rows = calls._images({"ours": Worker(), "against": Worker()}, args)
+    assert [row["kind"] for row in rows] == ["network", *calls.KINDS]
+    assert all(row["against / network"] == row["against"] / rows[0]["ours"] for row in rows)
+    phases = calls._phases(state, "256")
+    assert list(phases) == ["size", "decode", "upload", "to floats", "network", "to samples", "download", "encode"]
+    record = {
+        "device": "cpu",
+        "cores": 2,
+        "torch": "2",
+        "name": "x",
+        "against": "y",
+        "images": rows,
+        "phases": [phases],
+    }
+    record["batches"] = [{"size": "256", "images": 400, "ours images a second": 600.0, "ours GB": 1.5}]
+    lines = load("render").calls([record])
+    assert any(line.startswith("| 256 numpy | ") for line in lines)
+    assert "`serpent restore` of folders, 400 images of 256: 600 a second; 1.50 GB of main memory." in lines
