@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", default="serpent_h")
     parser.add_argument("--sizes", nargs="+", type=size, metavar="CROPxBATCH", help="of each GPU")
     parser.add_argument("--gpus", nargs="+", type=int, help="how many; by default 1 and all that are here")
-    parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--recompute", action="store_true", help="compute activations again in the backward pass")
     parser.add_argument("--profile", action="store_true", help="list the slowest kernels of each step")
     parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, in one process and in two")
     parser.add_argument("--out", type=Path, required=True)

@@ -203,7 +203,7 @@ def begin_apart() -> None:
 def fail_to_capture() -> None:
     """On a CPU: go about steps as on a GPU, where captures fail in the second process, half-way through backward."""
 
-    def captured(self, part):
+    def graphed(self, part):
         self.graphs.append(GraphedStep(part, self.workers))
         return self.graphs[-1]
 
@@ -224,6 +224,6 @@ def fail_to_capture() -> None:
         finally:
             hook.remove()
 
-    Trainer._captured = captured
+    Trainer._graphed = graphed
     GraphedStep._capture = capture
     torch.cuda.synchronize = lambda: None

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from serpent_ir import cli, create_model
 from serpent_ir.errors import UsageError, memory_line
-from serpent_ir.files import Job, Manifest, Outcome, pipeline, plan
+from serpent_ir.files import Job, Manifest, Outcome, find_jobs, pipeline
 from serpent_ir.system.processes import rank_and_world
 
 # Where no C compiler is, the scan says once that a slower one serves.
@@ -64,7 +64,7 @@ def serpent(*args: object, input: bytes | None = None) -> Result:
 
 
 def targets(*inputs: str) -> list[str]:
-    return sorted(str(job.target) for job in plan([Path(path) for path in inputs], Path("out")))
+    return sorted(str(job.target) for job in find_jobs([Path(path) for path in inputs], Path("out")))
 
 
 def test_patterns_are_mirrored_from_where_they_begin(photos):
@@ -126,7 +126,7 @@ def test_raw_files_of_cameras_are_told_and_never_taken_for_their_previews(photos
     )
     for suffix in ("heic", "gif", "DNG"):  # no folder of that name
         with pytest.raises(UsageError, match=rf"out\.{suffix}: cannot write \.{suffix}; use \.png"):
-            plan([Path("photos/a.png")], Path(f"out.{suffix}"))
+            find_jobs([Path("photos/a.png")], Path(f"out.{suffix}"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
@@ -181,11 +181,11 @@ def test_what_an_earlier_run_wrote_is_no_input(photos, weights):
     assert len(files(Path("photos/new"))) == 6
     Path("list").write_text("\n".join(["./photos/a.png", "photos/new/a.png", "photos/new/trip"]))
     with pytest.warns(UserWarning, match="@list: 2 of its names are inside of photos/new, the output, and left out"):
-        (job,) = plan([Path("@list")], Path("photos/new"))
+        (job,) = find_jobs([Path("@list")], Path("photos/new"))
     assert str(job.target) == "photos/new/photos/a.png"
     assert targets("photos/*.png") == ["out/a.png"]
     Path("list").write_text("photos/a.png")
-    (job,) = plan([Path("@list")], Path("photos"))  # named alone, it was meant
+    (job,) = find_jobs([Path("@list")], Path("photos"))  # named alone, it was meant
     assert str(job.target) == "photos/photos/a.png"
 
 

@@ -117,7 +117,7 @@ def test_a_network_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     image = torch.rand(1, 3, 13, 9, device=DEVICE).half()
     expected = exact(model, image)
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "CAPTURED", 0)
+        patch.setattr(cuda, "LARGEST_GRAPHED", 0)
         with torch.no_grad():
             NETWORK.serves(model, image)
         check(run(model, image, way=NETWORK), expected, 2e-2, "network")

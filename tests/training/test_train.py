@@ -1,4 +1,4 @@
-"""Training and evaluation on a few images that code draws."""
+"""Training on a few images that code draws: what it leaves, plans and refuses."""
 
 import json
 import math
@@ -10,20 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from serpent_ir import create_model, list_models, load_model
-from serpent_ir.data import read_rgb8
-from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir import create_model, load_model
 from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.evaluate import evaluate, evaluate_network
 from serpent_ir.image.folders import find_images
 from serpent_ir.models import load_weights
-from serpent_ir.train import own_stream, plan, train
+from serpent_ir.train import plan, train
 from serpent_ir.training.checkpoints import Checkpoints
-from serpent_ir.training.losses import create_loss
 from serpent_ir.training.recipe import Recipe, Stage
-from serpent_ir.training.recompute import recompute_blocks
 from serpent_ir.training.schedule import Schedule
-from serpent_ir.training.step import GraphedStep
 from training_files import TINY, draw_folders, draw_image, quiet_trainer, recipe_file, rows_of
 
 
@@ -134,87 +129,6 @@ def test_the_schedule_is_a_function_of_the_step():
     assert schedule.seconds_left(2, 1.0) == 1 + 5 * 2
     assert schedule.seconds_left(8, 1.0) == 0
     assert [schedule.decay(step) for step in (0, 10**6)] == [0.1, recipe.ema]
-
-
-@pytest.mark.parametrize(
-    ("name", "frequency"), [("l1", 0.0), ("l2", 0.0), ("charbonnier", 0.0), ("log", 0.0), ("l1", 0.25)]
-)
-def test_losses_and_their_gradients(name, frequency):
-    g = torch.Generator().manual_seed(0)
-    restored, clean = torch.rand(2, 2, 3, 6, 5, generator=g, dtype=torch.float64)
-    d = (restored - clean).requires_grad_()
-    of_images = 0.01 * torch.log(1 + (d * d).mean((1, 2, 3)) / 1e-5)
-    expected = {"l1": d.abs(), "l2": d * d, "charbonnier": torch.sqrt(d * d + 1e-6), "log": of_images}[name].mean()
-    if frequency:
-        # The half of the spectrum that a real image has, written out.
-        rows, columns = torch.arange(6.0).double(), torch.arange(5.0).double()
-        left = torch.exp(-2j * math.pi * torch.outer(rows, rows) / 6)
-        right = torch.exp(-2j * math.pi * torch.outer(columns, columns[:3]) / 5)
-        spectrum = left @ d.to(torch.complex128) @ right / math.sqrt(30)
-        expected = expected + frequency * (spectrum.real.abs() + spectrum.imag.abs()).mean() / 2
-    expected.backward()
-    given = restored.float().requires_grad_()
-    loss = create_loss(name, frequency)(given, clean.float())
-    loss.backward()
-    assert given.grad is not None
-    assert d.grad is not None
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(given.grad.double(), d.grad, rtol=1e-4, atol=1e-6)
-
-
-def losses_of(trainer, steps=3):
-    losses, batches = [], trainer.batches()
-    for _ in range(steps):
-        trainer.train_step(*next(batches))
-        trainer.step += 1
-        losses.append(trainer.update.tally.take()[0])
-    return losses
-
-
-def test_parts_of_a_batch_give_the_gradient_of_the_batch(folders):
-    gradients = []
-    for parts in (1, 2, 4):
-        trainer = quiet_trainer(recipe_file(folders, f"parts{parts}", accumulate=parts, clip=1e9))
-        losses = losses_of(trainer, 1)
-        gradients.append([torch.tensor(losses), *(p.grad for p in trainer.network.parameters())])
-    for parts in gradients[1:]:
-        for whole, part in zip(gradients[0], parts, strict=True):
-            assert (part - whole).abs().max() <= 1e-5 * whole.abs().max()
-
-
-@pytest.mark.parametrize(("model", "options"), [("serpent_b", TINY), ("unet_32", {"channels": 4, "pools": 2})])
-def test_recomputed_blocks_train_with_the_same_bits(folders, model, options):
-    trainers = [
-        quiet_trainer(recipe_file(folders, f"{model}{again}", model=model, model_options=options, recompute=again))
-        for again in (False, True)
-    ]
-    assert losses_of(trainers[0]) == losses_of(trainers[1])
-    for kept, again in zip(*(trainer.network.parameters() for trainer in trainers), strict=True):
-        assert torch.equal(kept, again)
-
-
-@pytest.mark.parametrize("name", list_models())
-def test_the_blocks_of_every_network_are_known(name):
-    with torch.device("meta"):
-        network = create_model(name)
-    recompute_blocks(network)
-    assert network.train()(torch.rand(1, 3, 64, 64, device="meta")).shape == (1, 3, 64, 64)
-
-
-def test_recomputing_keeps_less(folders):
-    kept = []
-    for again in (False, True):
-        trainer = quiet_trainer(recipe_file(folders, f"memory{again}", recompute=again))
-        size = [0]
-
-        def count(tensor, size=size):
-            size[0] += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            trainer.network(torch.rand(2, 3, 32, 32))
-        kept.append(size[0])
-    assert kept[1] < 0.5 * kept[0]
 
 
 def test_a_plan_measures_every_stage_and_writes_nothing(folders):
@@ -335,53 +249,6 @@ def test_a_missing_tensorboard_is_said_before_images_are_read(folders, monkeypat
         train(recipe_file(folders), tensorboard=True)
 
 
-def test_evaluation_reports_means_and_repeats(folders):
-    first = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
-    second = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
-    assert first == second
-    assert {"model", "task", "n", "psnr", "ssim", "input_psnr", "input_ssim"} <= first.keys()
-    assert first["n"] == 2
-    assert math.isclose(first["psnr"], sum(row["psnr"] for row in first["images"]) / 2)
-    with pytest.raises(UsageError, match="undoes deblur, not sr8"):
-        evaluate(folders / "val", "sr8", "serpent_b", weights=_random_weights(folders), device="cpu")
-
-
-def _random_weights(folders):
-    torch.manual_seed(0)
-    save_file(create_model("serpent_b").state_dict(), folders / "w.safetensors", {"task": "deblur"})
-    return folders / "w.safetensors"
-
-
-def test_evaluation_scores_an_identity_network_as_its_input(folders):
-    network = torch.nn.Conv2d(3, 3, 1, bias=False)
-    torch.nn.init.dirac_(network.weight)
-    files = find_images(folders / "val")
-    result = evaluate_network(network, files, "sr8")
-    assert result["psnr"] == result["input_psnr"]
-    clean = create_degradation("sr8").crop(read_rgb8(files[1])).float()[None] / 255
-    y = create_degradation("sr8")(clean, generator=evaluation_generator(0, 1))
-    given = create_degradation("sr8").network_input(y).clamp(0, 1).mul(255).round() / 255
-    expected = -10 * math.log10((given - clean).double().square().mean())
-    assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: graphs are captured on one")
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"recompute": True}, {"frequency": 0.1}])
-def test_a_captured_step_trains_as_a_plain_one(folders, monkeypatch, changes):
-    losses = {}
-    for graphs in (False, True):
-        monkeypatch.setattr("serpent_ir.training.trainer.CUDA_GRAPHS", graphs)
-        with own_stream(torch.device("cuda")):
-            trainer = quiet_trainer(recipe_file(folders, f"graphs{graphs}", device="cuda", model_options={}, **changes))
-            assert isinstance(trainer.call, GraphedStep) == graphs
-            losses[graphs] = losses_of(trainer, trainer.schedule.steps)
-    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
-
-
 def test_validation_computes_in_the_recipes_precision(folders, monkeypatch):
     asked = []
 
@@ -403,51 +270,3 @@ def test_the_memory_of_a_host_is_shared_by_its_processes(folders, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
     with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE is 'two' in the environment"):
         quiet_trainer(recipe_file(folders))
-
-
-def test_other_devices_need_no_stream(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "stream", None)
-    with own_stream(torch.device("cpu")), own_stream(torch.device("mps")):
-        pass
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_step_that_cannot_be_captured_is_called():
-    device = torch.device("cuda")
-    with own_stream(device):
-        total = torch.zeros((), device=device)
-        step = GraphedStep(lambda x: total.add_(x.sum().item()) and None)
-        for _ in range(3):
-            step(torch.ones(2, device=device))
-        with pytest.warns(UserWarning, match="without a CUDA graph"):
-            step(torch.ones(2, device=device))
-        step(torch.ones(2, device=device))
-        assert total.item() == 10
-        for _ in range(3):
-            step(torch.ones(4, device=device))
-        with pytest.warns(UserWarning, match="without a CUDA graph"):  # other shapes are tried again
-            step(torch.ones(4, device=device))
-        assert total.item() == 10 + 4 * 4
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_captured_step_skips_what_is_not_finite(folders):
-    stages = [{"crop": 16, "batch": 4, "steps": 8}]
-    with own_stream(torch.device("cuda")):
-        trainer = quiet_trainer(recipe_file(folders, device="cuda", stages=stages))
-        losses_of(trainer, 5)  # the last from the graph
-        weights = [p.clone() for p in trainer.network.parameters()]
-        adam = [x.clone() for state in trainer.optimizer.state.values() for x in state.values()]
-        degraded, clean = next(trainer.batches())
-        degraded[0, 0, 0, 0] = float("nan")
-        average = [p.clone() for p in trainer.average.parameters()]
-        trainer.train_step(degraded, clean)
-        assert all(torch.equal(a, b) for a, b in zip(average, trainer.average.parameters(), strict=True))
-        assert trainer.update.tally.take()[1] == 1
-        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.network.parameters(), strict=True))
-        now = [x for state in trainer.optimizer.state.values() for x in state.values()]
-        assert all(torch.equal(a, b) for a, b in zip(adam, now, strict=True))
-        losses_of(trainer, 1)
-        assert not torch.equal(weights[0], next(trainer.network.parameters()))

@@ -25,12 +25,12 @@ def convert_files(
     inputs: Sequence[Path], output: Path, convert: "Callable[[Job, Picture], Picture]", done: str
 ) -> None:
     """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
-    from serpent_ir.files import Outcome, plan, run
-    from serpent_ir.files.plan import make_folders
+    from serpent_ir.files import Outcome, find_jobs, run
+    from serpent_ir.files.jobs import make_folders
     from serpent_ir.image import read_image, write_image
     from serpent_ir.system.file_state import FileState
 
-    jobs = plan(inputs, output)
+    jobs = find_jobs(inputs, output)
     make_folders(jobs)
     states: dict[int, FileState | None] = {}
 

@@ -69,7 +69,7 @@ def restore(
     RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
 
     Args:
-        inputs: as `serpent_ir.files.plan.plan` takes them.
+        inputs: as `serpent_ir.files.find_jobs` takes them.
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
         weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
@@ -93,7 +93,7 @@ def restore(
             and with a reference input_psnr, psnr, input_ssim, ssim.
 
     Raises:
-        UsageError: before any work, for what `plan` refuses, or an unknown name, device, tile or precision.
+        UsageError: before any work, for what `find_jobs` refuses, or an unknown name, device, tile or precision.
         SerpentError: at the end, where files failed.
     """
     from serpent_ir.files import restore_files

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from serpent_ir.data.captured import Captured
+from serpent_ir.data.graphed import GraphedBatches
 from serpent_ir.data.training import TrainingSet, Windows
 
 _AHEAD = 2  # batches whose pixels the host reads ahead
@@ -29,7 +29,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         self._seed = seed
         self._begun: deque[tuple[list[Windows], int]] = deque()
         self._stream = torch.cuda.Stream(images.device) if images.device.type == "cuda" else None
-        self._captured = Captured(images.device) if self._stream else None
+        self._graphed = GraphedBatches(images.device) if self._stream else None
         self._asked: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waited = 0.0
 
@@ -62,7 +62,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         done = torch.cuda.Event(enable_timing=True)  # marks the end of the steps queued so far
         done.record(current)
         with torch.cuda.stream(stream):
-            batch = self._images.finish(windows, crop, self._captured)
+            batch = self._images.finish(windows, crop, self._graphed)
             made = torch.cuda.Event(enable_timing=True)
             made.record(stream)
         current.wait_event(made)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serpent_ir.data.captured import Captured
 from serpent_ir.data.files import list_images
+from serpent_ir.data.graphed import GraphedBatches
 from serpent_ir.data.store import ImageStore, Memory, to_device
 from serpent_ir.degradations import Degradation, ImageGenerators
 from serpent_ir.degradations.randomness import image_keys
@@ -152,29 +152,29 @@ class TrainingSet:
             groups.append(Windows(places, (height, width), int(kinds[places[0]]), pixels, table[places]))
         return groups
 
-    def finish(self, groups: list[Windows], crop: int, captured: Captured | None = None) -> tuple[Tensor, Tensor]:
+    def finish(self, groups: list[Windows], crop: int, graphed: GraphedBatches | None = None) -> tuple[Tensor, Tensor]:
         """The second half of `batch`: everything that runs on the device, after the host has read what it must.
 
-        With `captured` it runs from CUDA graphs, if the images are on the device.
+        With `graphed` it runs from CUDA graphs, if the images are on the device.
         """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            parts = [self._finish(group, crop, captured) for group in groups]
+            parts = [self._finish(group, crop, graphed) for group in groups]
             if len(parts) == 1:
                 return parts[0]
             inputs, cleans = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             order = to_device(np.argsort(np.concatenate([group.places for group in groups])), self.device)
             return inputs[order], cleans[order]
 
-    def _finish(self, group: Windows, crop: int, captured: Captured | None) -> tuple[Tensor, Tensor]:
+    def _finish(self, group: Windows, crop: int, graphed: GraphedBatches | None) -> tuple[Tensor, Tensor]:
         if group.pixels is not None:
             return self._make(group.pixels(), to_device(group.numbers, self.device), group.kind, crop)
 
         def make(table: Tensor) -> tuple[Tensor, Tensor]:
             return self._make(self.store.gather(table[:, Column.PLACE], *group.shape), table, group.kind, crop)
 
-        if captured is None:
+        if graphed is None:
             return make(to_device(group.numbers, self.device))
-        return captured(make, group.numbers, key=(group.shape, group.kind, crop))
+        return graphed(make, group.numbers, key=(group.shape, group.kind, crop))
 
     def _make(self, pixels: Tensor, numbers: Tensor, kind: int, crop: int) -> tuple[Tensor, Tensor]:
         """Input and target from windows (B, h, w, 3). Everything that differs between batches is in `numbers`."""

@@ -11,7 +11,7 @@ from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.system.processes import rank_and_world
 
 if TYPE_CHECKING:
-    from serpent_ir.files.plan import Job
+    from serpent_ir.files.jobs import Job
 
 _BEGINNING = b'{"source": "'
 """The beginning of every line."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from serpent_ir.errors import SerpentError, is_out_of_memory, memory_line
-from serpent_ir.files.plan import Job
+from serpent_ir.files.jobs import Job
 
 R = TypeVar("R")
 W = TypeVar("W")

@@ -15,9 +15,9 @@ from torch import nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.files.compare import write_comparison
+from serpent_ir.files.jobs import Job, check_sheets, companion, find_jobs, make_folders, sheet_of
 from serpent_ir.files.manifest import Manifest
 from serpent_ir.files.pipeline import Outcome, Together, run
-from serpent_ir.files.plan import Job, check_sheets, companion, make_folders, plan, sheet_of
 from serpent_ir.files.source import Restored, Source
 from serpent_ir.inference import Restorer, pick_device
 from serpent_ir.inference.network import check_task, device_of
@@ -93,7 +93,7 @@ def restore_files(
     `torchrun` started each does its share.
 
     Args:
-        inputs: image files, folders, patterns, `@LIST` or `-`, as `serpent_ir.files.plan` takes them.
+        inputs: image files, folders, patterns, `@LIST` or `-`, as `serpent_ir.files.find_jobs` takes them.
         output: a folder; or, for one image, an image file.
         model: weights that ship (default `serpent_l.photo`), the network that `weights` are for, or a network.
         weights: a file as `serpent_ir.load_model` takes it; without `model`, the network is the one that it is for.
@@ -117,10 +117,10 @@ def restore_files(
             is yielded.
 
     Returns:
-        An iterator over `RestoredFile`s: first the skipped images, then the others in the order of the plan.
+        An iterator over `RestoredFile`s: first the skipped images, then the others in the order of `find_jobs`.
 
     Raises:
-        UsageError: for what `plan` refuses, or an unknown name, device, tile, precision or option.
+        UsageError: for what `find_jobs` refuses, or an unknown name, device, tile, precision or option.
         SerpentError: weights that cannot be read; or, at the end of the iteration, a manifest that cannot be written.
     """
     rank, world = rank_and_world()
@@ -132,7 +132,7 @@ def restore_files(
         raise UsageError(f"--pages {pages}: use first or all")
     if compare and pages == "all":
         raise UsageError("--compare shows the first page; use it without --pages all")
-    jobs = plan([Path(path) for path in inputs], output)
+    jobs = find_jobs([Path(path) for path in inputs], output)
     if compare:
         check_sheets(jobs)
     version = _version(weights)  # before they are read, as the manifest's other facts

@@ -127,22 +127,22 @@ class _Work:
     ):
         self.film, self.first, self.times = film, first, times
         self.container = CONTAINERS[target.suffix.lower()]
-        self.planned, self.any_codec = along.plan(film, self.container)
-        along.refuse(source, target, film, self.planned, _ADVISED)
+        self.mapped, self.any_codec = along.map_streams(film, self.container)
+        along.refuse(source, target, film, self.mapped, _ADVISED)
         self.frames = Frames(first, film, self.container, restorer)
         self.seen = Seen()
-        self.shift = _beginning(film, first, [one.stream for one in self.planned if one.goes])
+        self.shift = _beginning(film, first, [one.stream for one in self.mapped if one.goes])
 
     def write(self, new: BinaryIO, progress: Callable[[int, int], None] | None) -> int:
         """Write the new file. Returns the number of frames."""
         sink, file = along.Sink(new), self.film.container
         tags = along.file_tags(file)
-        options = along.options_for(tags, self.planned, self.container)
+        options = along.options_for(tags, self.mapped, self.container)
         with along.open_for_writing(sink, self.container, any_codec=self.any_codec, options=options) as made:
             made.metadata.update(tags)
             made.set_chapters(along.chapters_of(file, self.shift))
             video = None
-            for one in self.planned:
+            for one in self.mapped:
                 if one.stream is self.film:
                     # With B-frames, decoding times lag behind by some frames, so that MP4 gives wrong durations.
                     video = self.frames.add_to(made, self.film, bframes=self.times.even, header=self.any_codec)
@@ -213,7 +213,7 @@ class _Work:
         unit = self.film.time_base
         length = round(1 / ((self.film.guessed_rate or _RATE) * unit))  # of one frame
         count, now, by = 0, -length, round(self.shift / unit)
-        others = {one.stream.index: one for one in self.planned if one.goes}
+        others = {one.stream.index: one for one in self.mapped if one.goes}
         decode = _decoder(self.film)
         for packet in self.film.container.demux([self.film, *(one.stream for one in others.values())]):
             if packet.stream_index == self.film.index:
@@ -230,7 +230,7 @@ class _Work:
         """The line on what the new file lacks; empty if it has everything."""
         import av
 
-        followed = [one.stream for one in self.planned if one.goes and one.stream.type != "data"]
+        followed = [one.stream for one in self.mapped if one.goes and one.stream.type != "data"]
         followed = [stream for stream in followed if not along.is_cover(stream)]
         before = Reading(self.film.container, self.film, followed, self.seen)
         new.seek(0)
@@ -243,7 +243,7 @@ class _Work:
             made = (*file.streams.video, *file.streams.audio, *file.streams.subtitles)
             others = sorted((s for s in made if s is not film and not along.is_cover(s)), key=lambda s: s.index)
             gone = lost(before, Reading(file, film, others, seen))
-        return told(self.planned, self.frames.lost(), gone)
+        return told(self.mapped, self.frames.lost(), gone)
 
 
 @dataclass

@@ -159,7 +159,7 @@ def _holds(container: str, stream: Any, *, any_codec: bool = False) -> bool:
     return True
 
 
-def plan(film: Any, container: str) -> tuple[list[Along], bool]:
+def map_streams(film: Any, container: str) -> tuple[list[Along], bool]:
     """What becomes of each stream of a video's file in a container, and whether `any_codec` is needed to write it."""
     import av.stream
 
@@ -192,22 +192,22 @@ def plan(film: Any, container: str) -> tuple[list[Along], bool]:
     return sorted(result, key=lambda one: one.how in ("attachment", "cover")), any_codec
 
 
-def refuse(source: Path, target: Path, film: Any, planned: list[Along], containers: dict[str, str]) -> None:
+def refuse(source: Path, target: Path, film: Any, mapped: list[Along], containers: dict[str, str]) -> None:
     """Raise SerpentError if sound or subtitles have no place in this container but have one in another."""
 
     def without(ways: list[Along]) -> list[Along]:
         return [one for one in ways if one.how == "no" and one.stream.type in ("audio", "subtitle")]
 
-    if lost := without(planned):
+    if lost := without(mapped):
         for suffix, container in containers.items():
-            if not without(plan(film, container)[0]):
+            if not without(map_streams(film, container)[0]):
                 raise SerpentError(
                     f"{source}: {target.suffix} cannot hold its {lost[0].name}; choose another suffix, as {suffix}"
                 )
 
 
 def add_stream(made: Any, one: Along, container: str) -> None:
-    """Add a stream to a container as planned, with its tags and flags."""
+    """Add a stream to a container as `map_streams` decided, with its tags and flags."""
     from av.stream import Disposition
 
     stream = one.stream
@@ -264,10 +264,10 @@ def file_tags(file: Any) -> dict[str, str]:
     return tags
 
 
-def options_for(tags: dict[str, str], planned: list[Along], container: str) -> dict[str, str]:
+def options_for(tags: dict[str, str], mapped: list[Along], container: str) -> dict[str, str]:
     """Options for FFmpeg's muxer: tags with arbitrary keys need another list, which has no covers."""
     any_key = not all(key in _CLASSIC or key.startswith("location-") for key in tags)
-    if container in ("mp4", "mov") and any_key and not any(one.how == "cover" for one in planned):
+    if container in ("mp4", "mov") and any_key and not any(one.how == "cover" for one in mapped):
         return {"movflags": "use_metadata_tags"}
     return {}
 

@@ -115,11 +115,11 @@ def lost(before: Reading, after: Reading) -> list[str]:
     return gone
 
 
-def told(planned: list[Along], frames: list[str], gone: list[str]) -> str:
+def told(mapped: list[Along], frames: list[str], gone: list[str]) -> str:
     """The one line on what became of a file; empty if everything was kept."""
-    left = dict.fromkeys([one.name for one in planned if one.how == "no"] + frames + gone)
+    left = dict.fromkeys([one.name for one in mapped if one.how == "no"] + frames + gone)
     parts = [f"without {', '.join(left)}"] if left else []
-    parts += [f"its {one.name} became {one.how}" for one in planned if one.converted]
+    parts += [f"its {one.name} became {one.how}" for one in mapped if one.converted]
     return "; ".join(parts)
 
 

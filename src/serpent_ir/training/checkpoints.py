@@ -27,9 +27,13 @@ from torch import Tensor
 
 from serpent_ir.errors import SerpentError
 from serpent_ir.system.whole_file import replace_file
+from serpent_ir.training.recipe import Recipe
 
 PART_BYTES = 15 << 20
 """Most bytes of tensors per file, so that files fit under a limit of 16 MiB. A larger tensor gets its own file."""
+
+FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
+"""Keys of a recipe that say where and how it runs. A run may continue with other values; the rest decide the result."""
 
 ASIDE = ".aside"
 """Suffix of a checkpoint's name while another one of the same step takes its place."""
@@ -46,6 +50,26 @@ class Checkpoint:
     facts: dict[str, Any]
     groups: Groups
     score: dict[str, Any] | None
+
+    def changes(self, recipe: Recipe, images: dict[str, Any]) -> list[str]:
+        """The keys in which a recipe that is to go on from here differs from the run's.
+
+        Raises:
+            SerpentError: for a recipe or training images (`images` identifies them) that are those of another run.
+        """
+        differ = recipe.differs_from(self.facts["recipe"])
+        out = Path(recipe.out)
+        if others := [key for key in differ if key not in FREE_TO_CHANGE]:
+            raise SerpentError(
+                f"{out}: holds a run of another recipe ({', '.join(others)}); choose another out=, where "
+                f"start={out / 'weights.safetensors'} goes on from its weights"
+            )
+        if (then := self.facts["images"]) != images:
+            raise SerpentError(
+                f"{out}: was trained on {then['count']} images, and the {images['count']} of train now are others; "
+                "choose another out="
+            )
+        return differ
 
 
 class Checkpoints:

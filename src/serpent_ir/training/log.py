@@ -24,7 +24,7 @@ from serpent_ir.system.whole_file import replace_file
 Say = Callable[[str], None]
 
 PICTURE = 256
-"""Longest side in pixels of an image in a strip of pictures. Of larger images the middle is shown."""
+"""Longest side in pixels of an image in a row of pictures. Of larger images the middle is shown."""
 
 
 def say(line: str) -> None:
@@ -111,10 +111,10 @@ class RunLog:
         """Write degraded | restored | clean images (1, 3, H, W), one row each, as `pictures/step-NUMBER.png`."""
         if not rows or not self.first:
             return
-        strips = [torch.cat([_middle(image) for image in row], -1) for row in rows]
-        width = max(strip.shape[-1] for strip in strips)
-        strips = [torch.nn.functional.pad(strip, (0, width - strip.shape[-1], 0, 0), value=1.0) for strip in strips]
-        sheet = torch.cat(strips, -2).nan_to_num()
+        joined = [torch.cat([_middle(image) for image in row], -1) for row in rows]
+        width = max(row.shape[-1] for row in joined)
+        joined = [torch.nn.functional.pad(row, (0, width - row.shape[-1], 0, 0), value=1.0) for row in joined]
+        sheet = torch.cat(joined, -2).nan_to_num()
         path = self.out / "pictures" / f"step-{step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks keep only their input and compute the rest again in the backward pass."""
+"""Activations computed again: blocks keep only their input, and compute the rest again in the backward pass."""
 
 import functools
 

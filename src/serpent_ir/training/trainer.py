@@ -40,9 +40,6 @@ LOG_EVERY = 50  # steps; reading the loss makes the host wait for the device
 CUDA_GRAPHS = True  # without graphs a step of many small kernels is bound by the host that launches them
 MOST_SKIPPED = 5  # training stops after this many steps in a row whose loss is not finite
 
-FREE_TO_CHANGE = {"train", "val", "out", "device", "accumulate", "recompute", "keep", "val_every"}
-"""Keys of a recipe that say where and how it runs. A run may continue with other values; the rest decide the result."""
-
 
 class Trainer:
     """The training of one recipe. On a CUDA device build it and call it inside `own_stream`.
@@ -118,12 +115,12 @@ class Trainer:
         if self.workers.joined:
             # One sum of all gradients between two graphs. DistributedDataParallel has many sums within the backward
             # pass, and nothing watches NCCL inside a graph, which all processes would have to replay or none.
-            gradients, go = self._captured(self.update.gradients), self._captured(self.update.go)
+            gradients, go = self._graphed(self.update.gradients), self._graphed(self.update.go)
             self.call = lambda *batch: go(self.workers.mean_(gradients(*batch)))
         else:
-            self.call = self._captured(self.update)
+            self.call = self._graphed(self.update)
 
-    def _captured(self, part: Callable[..., Any]) -> Callable[..., Any]:
+    def _graphed(self, part: Callable[..., Any]) -> Callable[..., Any]:
         """A function that calls this part of a step, from a CUDA graph if that is possible."""
         if not CUDA_GRAPHS or self.device.type != "cuda":
             return part
@@ -312,17 +309,7 @@ class Trainer:
             raise UsageError(f"{self.out}: holds a run; go on with --resume, or choose another out=")
 
     def _go_on(self, found: Checkpoint) -> None:
-        differ = self.recipe.differs_from(found.facts["recipe"])
-        if others := [key for key in differ if key not in FREE_TO_CHANGE]:
-            raise SerpentError(
-                f"{self.out}: holds a run of another recipe ({', '.join(others)}); choose another out=, where "
-                f"start={self.out / 'weights.safetensors'} goes on from its weights"
-            )
-        if found.facts["images"] != self._images():
-            raise SerpentError(
-                f"{self.out}: was trained on {found.facts['images']['count']} images, and the {len(self.data)} of "
-                "train now are others; choose another out="
-            )
+        differ = found.changes(self.recipe, self._images())
         try:
             self.network.load_state_dict(found.groups["network"])
             self.average.load_state_dict(found.groups["average"])

@@ -37,7 +37,7 @@ HALF = (torch.bfloat16, torch.float16)
 FUSED_CHANNELS = 64
 # Positions of the first map up to which a pass is captured; longer passes keep the GPU busy without a graph. This also
 # bounds the memory that graphs hold: 1.2 KB per position or 0.6 GB, once per model however many graphs it has.
-CAPTURED = 1 << 19
+LARGEST_GRAPHED = 1 << 19
 
 Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps
 
@@ -101,7 +101,7 @@ def _run_network(model: "Serpent", image: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return _infer(model, x, dtype)
 
-    if image.device.type != "cuda" or positions > CAPTURED or torch.cuda.is_current_stream_capturing():
+    if image.device.type != "cuda" or positions > LARGEST_GRAPHED or torch.cuda.is_current_stream_capturing():
         return run(image)
     return graphs.of(model)(run, image, key=(dtype,), weights=as_built.places(model))
 

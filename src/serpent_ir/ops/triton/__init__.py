@@ -39,7 +39,7 @@ GRADIENT_REGISTERS = 200
 WIDE_FROM = 1 << 31
 
 
-class Plan(NamedTuple):
+class Chunking(NamedTuple):
     """How a map (batch, H, W, d) is cut into programs."""
 
     directions: int  # directions that run side by side: 4 or 1
@@ -60,7 +60,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
-def plan(u: Tensor, tile: tuple[int, int]) -> Plan:
+def chunking(u: Tensor, tile: tuple[int, int]) -> Chunking:
     batch, height, width, d = u.shape
     T, BD = tile[0], min(tile[1], triton.next_power_of_2(d))
     directions = DIRECTIONS if u.numel() <= SIDE_BY_SIDE else 1
@@ -71,10 +71,10 @@ def plan(u: Tensor, tile: tuple[int, int]) -> Plan:
     tiles = triton.cdiv(height * width, T)
     chunks = 1 if walks >= ENOUGH * processors else max(1, PROGRAMS * processors // walks)
     length = max(triton.cdiv(tiles, chunks), triton.cdiv(SHORTEST, T))
-    return Plan(directions, T, BD, triton.cdiv(d, BD), tiles, length, triton.cdiv(tiles, length))
+    return Chunking(directions, T, BD, triton.cdiv(d, BD), tiles, length, triton.cdiv(tiles, length))
 
 
-def _meta(u: Tensor, A_log: Tensor, dt_weight: Tensor, p: Plan) -> dict[str, int | bool]:
+def _meta(u: Tensor, A_log: Tensor, dt_weight: Tensor, p: Chunking) -> dict[str, int | bool]:
     """The compile-time arguments that every kernel over tiles takes."""
     _, height, width, d = u.shape
     N, R = A_log.shape[-1], dt_weight.shape[-1]
@@ -107,11 +107,11 @@ def _prepare(A_log: Tensor, dt_weight: Tensor) -> Tensor:
     return prepared
 
 
-def _planes(proj: Tensor, p: Plan) -> Tensor:
+def _planes(proj: Tensor, p: Chunking) -> Tensor:
     return proj.new_empty(len(proj) * p.directions, proj.shape[-1], p.tiles * p.T, dtype=torch.float32)
 
 
-def _tile_of_planes(planes: Tensor, height: int, p: Plan) -> tuple[tuple[int, int], dict[str, int | bool]]:
+def _tile_of_planes(planes: Tensor, height: int, p: Chunking) -> tuple[tuple[int, int], dict[str, int | bool]]:
     """Grid and compile-time arguments of the kernels that move proj, or its gradient, to planes and back."""
     images, J, padded = planes.shape[-3:]
     BS = 32
@@ -119,7 +119,7 @@ def _tile_of_planes(planes: Tensor, height: int, p: Plan) -> tuple[tuple[int, in
     return grid, {"J": J, "T": p.T, "BS": BS, "BJ": triton.next_power_of_2(J), "TALL": height >= BS}
 
 
-def _fill_planes(proj: Tensor, planes: Tensor, p: Plan, first: int) -> None:
+def _fill_planes(proj: Tensor, planes: Tensor, p: Chunking, first: int) -> None:
     _, height, width, _, _ = proj.shape
     grid, meta = _tile_of_planes(planes, height, p)
     scan_common.planes_kernel[grid](proj, planes, height, width, p.tiles, first, p.directions, **meta)
@@ -142,7 +142,7 @@ def _sum_parts(parts: Tensor, out: Tensor) -> None:
     scan_common.sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, out, n, COUNT=len(parts), BLOCK=1024)
 
 
-def _totals(out: Tensor, p: Plan) -> Tensor:
+def _totals(out: Tensor, p: Chunking) -> Tensor:
     """Float32 arrays for the directions' shares of `out`: one per direction, or one for all (`out` if it can)."""
     if p.directions == 1 and out.dtype == torch.float32:
         return out
@@ -162,7 +162,7 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
         return y
     batch, height, width, d = u.shape
     N, R = A_log.shape[-1], dt_weight.shape[-1]
-    p = plan(u, FORWARD_TILE)
+    p = chunking(u, FORWARD_TILE)
     meta = _meta(u, A_log, dt_weight, p)
     grid = (batch * p.directions * p.chunks * p.blocks,)
     with torch.cuda.device_of(u):
@@ -195,7 +195,7 @@ def backward(
         return tuple(torch.zeros_like(x) for x in inputs)
     batch, height, width, d = u.shape
     N, R = A_log.shape[-1], dt_weight.shape[-1]
-    p = plan(u, BACKWARD_TILE)
+    p = chunking(u, BACKWARD_TILE)
     meta = _meta(u, A_log, dt_weight, p)
     several = p.chunks > 1
     images = batch * p.directions
@@ -236,7 +236,7 @@ def backward(
     return du, dproj, dW.transpose(1, 2).contiguous(), dbias[:, 0].contiguous(), dA_log, dD[:, 0].contiguous()
 
 
-def _collect(shares: Tensor, dproj: Tensor, p: Plan, first: int) -> None:
+def _collect(shares: Tensor, dproj: Tensor, p: Chunking, first: int) -> None:
     blocks, images, _, _ = shares.shape
     _, height, width, _, _ = dproj.shape
     grid, meta = _tile_of_planes(shares, height, p)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from serpent_ir.data import Prefetcher, TrainingSet, captured
-from serpent_ir.data.captured import GRAPHS, IDLE, KEYS, WARMUP, Captured
+from serpent_ir.data import Prefetcher, TrainingSet, graphed
+from serpent_ir.data.graphed import GRAPHS, IDLE, KEYS, WARMUP, GraphedBatches
 from serpent_ir.degradations import DEGRADATIONS, LinearDegradation, create_degradation
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ class OneBuffer:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(captured, "_Graph", OneBuffer)
+    monkeypatch.setattr(graphed, "_Graph", OneBuffer)
     OneBuffer.made = OneBuffer.replayed = 0
     return OneBuffer
 
@@ -66,7 +66,7 @@ def test_a_batch_depends_on_its_table_alone(photos, task, kind, graphs, monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     images.store._upload(3 * int(images.store.sizes.prod(1).sum()))
     images.store.memory = "device"
-    replays = Captured(CPU)
+    replays = GraphedBatches(CPU)
     for samples, crop in requests():
         expected = others.batch(samples, crop, seed=3)
         replayed = images.finish(images.begin(samples, crop, seed=3), crop, replays)
@@ -91,7 +91,7 @@ def test_samples_get_degradations_by_turns(photos, kind, graphs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     images.store._upload(3 * int(images.store.sizes.prod(1).sum()))
     images.store.memory = "device"
-    replays = Captured(CPU)
+    replays = GraphedBatches(CPU)
     for samples, crop in requests():
         expected = images.batch(samples, crop, seed=3)
         replayed = images.finish(images.begin(samples, crop, seed=3), crop, replays)
@@ -100,7 +100,7 @@ def test_samples_get_degradations_by_turns(photos, kind, graphs, monkeypatch):
         assert graphs.made == 3 * 2
 
 
-def call(calls: Captured, key) -> bool:
+def call(calls: GraphedBatches, key) -> bool:
     """Whether a call came from a graph; its result is right in any case."""
     before = OneBuffer.replayed
     numbers = np.arange(6).reshape(3, 2)
@@ -111,7 +111,7 @@ def call(calls: Captured, key) -> bool:
 
 
 def test_which_calls_are_captured(graphs):
-    calls = Captured(CPU)
+    calls = GraphedBatches(CPU)
     assert [call(calls, "a") for _ in range(5)] == [False] * WARMUP + [True] * (5 - WARMUP)
     for key in range(10 * KEYS):  # each once
         assert not call(calls, key)
@@ -134,7 +134,7 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs, monkeypatch, recwarn):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "__init__", refuse)
-    calls = Captured(CPU)
+    calls = GraphedBatches(CPU)
     assert not any(call(calls, key) for key in "aaaaabbbbb")
     assert not calls.able
     assert not recwarn.list

@@ -29,8 +29,8 @@ class Job:
     refused: str = ""
 
 
-def plan(inputs: Sequence[Path], output: Path) -> list[Job]:
-    """Decide what is to be done for the inputs of a command.
+def find_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
+    """The images that the inputs of a command stand for, each with the file that is to be written.
 
     Args:
         inputs: image files; folders, which are mirrored under the output with their subfolders; patterns such as

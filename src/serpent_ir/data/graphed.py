@@ -43,7 +43,7 @@ class _Key:
     graph: _Graph | None = None
 
 
-class Captured:
+class GraphedBatches:
     """Calls functions of a table of numbers, from a CUDA graph once a call has come several times.
 
     All calls must come from one thread and on one stream other than the default one; that stream is also the one that

@@ -1,0 +1,50 @@
+"""Evaluation of networks on a few images that code draws."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serpent_ir import create_model
+from serpent_ir.data import read_rgb8
+from serpent_ir.degradations import create_degradation, evaluation_generator
+from serpent_ir.errors import UsageError
+from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.image.folders import find_images
+from training_files import draw_folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return draw_folders(tmp_path)
+
+
+def test_evaluation_reports_means_and_repeats(folders):
+    first = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
+    second = evaluate(folders / "val", "deblur", "serpent_b", weights=_random_weights(folders), device="cpu", seed=3)
+    assert first == second
+    assert {"model", "task", "n", "psnr", "ssim", "input_psnr", "input_ssim"} <= first.keys()
+    assert first["n"] == 2
+    assert math.isclose(first["psnr"], sum(row["psnr"] for row in first["images"]) / 2)
+    with pytest.raises(UsageError, match="undoes deblur, not sr8"):
+        evaluate(folders / "val", "sr8", "serpent_b", weights=_random_weights(folders), device="cpu")
+
+
+def _random_weights(folders):
+    torch.manual_seed(0)
+    save_file(create_model("serpent_b").state_dict(), folders / "w.safetensors", {"task": "deblur"})
+    return folders / "w.safetensors"
+
+
+def test_evaluation_scores_an_identity_network_as_its_input(folders):
+    network = torch.nn.Conv2d(3, 3, 1, bias=False)
+    torch.nn.init.dirac_(network.weight)
+    files = find_images(folders / "val")
+    result = evaluate_network(network, files, "sr8")
+    assert result["psnr"] == result["input_psnr"]
+    clean = create_degradation("sr8").crop(read_rgb8(files[1])).float()[None] / 255
+    y = create_degradation("sr8")(clean, generator=evaluation_generator(0, 1))
+    given = create_degradation("sr8").network_input(y).clamp(0, 1).mul(255).round() / 255
+    expected = -10 * math.log10((given - clean).double().square().mean())
+    assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)
