@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 from serpent_ir.cli import app
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, export_network, portable_ss2d
+from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, darktable, export_network, portable_ss2d
+from serpent_ir.export.scan import DOMAIN, expand_scans
 from serpent_ir.models import PRESETS, TASK_CHANNELS, TASK_SCALES
 from serpent_ir.models.serpent import Serpent, SerpentConfig
 from serpent_ir.ops import ss2d
@@ -48,16 +50,6 @@ def empty_lists(graph) -> Iterator[str]:
             yield from empty_lists(attribute.g)
 
 
-def outer_values(graph) -> Iterator[str]:
-    """What bodies of loops use of the graph around them: ONNX allows it, and OpenVINO reads no such file."""
-    for node in graph.node:
-        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-            own = {value.name for value in (*body.input, *body.initializer)}
-            own |= {name for inner in body.node for name in inner.output}
-            yield from (name for inner in body.node for name in inner.input if name and name not in own)
-            yield from outer_values(body)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 9)])
 def test_the_portable_scan_is_the_operator(size):
     g = torch.Generator().manual_seed(0)
@@ -68,6 +60,49 @@ def test_the_portable_scan_is_the_operator(size):
     inputs = (u, proj, dt_weight, dt_bias, A_log * 0.3, D)
     expected = ss2d(*inputs, backend="reference")
     torch.testing.assert_close(portable_ss2d(*inputs), expected, rtol=1e-11, atol=1e-11)
+
+
+def graph_of_a_scan(shape: tuple, arrays: dict[str, np.ndarray]) -> "onnx.ModelProto":
+    """One scan as ONNX, of a map (B, H, W, d) whose sides are numbers, or names where they are free."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    row = arrays["dt_weight"].shape[-1] + 2 * arrays["A_log"].shape[-1]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [*shape, *tail])
+        for name, tail in {"u": (arrays["D"].shape[-1],), "proj": (4, row)}.items()
+    ]
+    node = helper.make_node("ss2d", ["u", "proj", *arrays], ["y"], domain=DOMAIN)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*shape, arrays["D"].shape[-1]])
+    values = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(helper.make_graph([node], "scan", inputs, [output], values), opset_imports=opsets)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (5, 7), (37, 50)])  # up to 58 blocks in four groups
+def test_the_scan_of_ordinary_operators_is_the_operator(size, free):
+    """Float32 against float64, with steps so large that states die within one position, and so small that none do."""
+    g = torch.Generator().manual_seed(0)
+    d, states, rank = 8, 3, 2
+    u, proj, dt_weight, dt_bias, A_log, D = (
+        torch.randn(shape, generator=g)
+        for shape in [
+            (2, *size, d), (2, *size, 4, rank + 2 * states), (4, d, rank), (4, d), (4, d, states), (4, d)
+        ]
+    )  # fmt: skip
+    dt_bias = dt_bias * 4 - 3
+    dt_bias[:, 0], dt_bias[:, 1] = 90, -12
+    arrays = {"dt_weight": dt_weight, "dt_bias": dt_bias, "A_log": A_log, "D": D}
+    model = graph_of_a_scan(
+        ("B", "H", "W") if free else (2, *size), {name: value.numpy() for name, value in arrays.items()}
+    )
+    assert expand_scans(model) == 1
+    onnx.checker.check_model(model)
+    assert {node.op_type for node in model.graph.node}.isdisjoint({"Scan", "Loop", "If"})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"u": u.numpy(), "proj": proj.numpy()})
+    expected = ss2d(*(x.double() for x in (u, proj, *arrays.values())), backend="reference").numpy()
+    assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 # Exporting takes seconds a block: one has two levels, the others are as small as can be.
@@ -85,9 +120,9 @@ def test_onnx_of_any_size(task, blocks, tmp_path):
     assert metadata["network"] == "small"
     assert metadata["size"] == "any from 1x1 px up"
     graph = onnx.load(file).graph
-    assert any(node.op_type == "Scan" for node in graph.node)
+    assert {node.op_type for node in graph.node}.isdisjoint({"Scan", "Loop", "If"})
+    assert {node.domain for node in graph.node} <= {""}
     assert not list(empty_lists(graph))
-    assert not list(outer_values(graph))
     channels = TASK_CHANNELS.get(task, 3)
     for height, width in [(1, 1), (2, 37), (16, 16), (45, 23)]:
         image = torch.rand(1, channels, height, width)
@@ -129,6 +164,22 @@ def test_one_size(size, tmp_path):
     assert [(check.height, check.width) for check in checks] == [(size, size)]
 
 
+def test_any_number_of_images_and_weights_in_half(tmp_path):
+    model = small_network()
+    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    _, (whole,) = export_network(model, tmp_path / "whole.onnx", size=16)
+    metadata, (check,) = export_network(model, tmp_path / "half.onnx", size=16, batch=None, half=True)
+    assert metadata["weights"] == "float16, computed in float32"
+    assert metadata["input"] == "image (B, 3, H, W), float32, RGB in [0, 1]"
+    assert check.relative_error == pytest.approx(whole.relative_error, abs=1e-6)
+    kinds = {value.data_type for value in onnx.load(tmp_path / "half.onnx").graph.initializer if len(value.dims) == 2}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    session = onnxruntime.InferenceSession(str(tmp_path / "half.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.rand(3, 3, 16, 16)
+    (got,) = session.run(None, {"image": images.numpy()})
+    np.testing.assert_allclose(got, expected_of(model, images), atol=1e-5)
+
+
 def test_a_unet_too(tmp_path):
     build, config = PRESETS["unet_32"]
     model = build(replace(config, channels=4, pools=2, task="deblur")).eval()
@@ -168,6 +219,10 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path):
         export_network(small_network(), tmp_path / "x.tflite", format="tflite")
     with pytest.raises(UsageError, match="size is 0 px"):
         export_network(small_network(), tmp_path / "x.onnx", size=0)
+    with pytest.raises(UsageError, match="a batch of -1"):
+        export_network(small_network(), tmp_path / "x.onnx", batch=-1)
+    with pytest.raises(UsageError, match="weights in float16 are for --format onnx"):
+        export_network(small_network(), tmp_path / "x.pt2", format="pt2", half=True)
     with pytest.raises(UsageError, match=r"x\.pt2: ends in \.pt2, and the format is onnx"):
         export_network(small_network(), tmp_path / "x.pt2")
     with pytest.raises(UsageError, match="is a folder"):
@@ -187,6 +242,52 @@ def test_the_command(monkeypatch, tmp_path):
     assert "relative error" in result.stdout
     assert "size: any from 1x1 px up" in result.stdout
     assert out.stat().st_size > 10_000
+
+
+def test_a_package_for_darktable(monkeypatch, tmp_path):
+    """The folder of an archive, its manifest and its file; and that others' licences are respected."""
+    monkeypatch.setattr(darktable, "SIDE", 32)
+    model = small_network("photo")
+    out = tmp_path / "x.dtmodel"
+    metadata, checks = darktable.export_for_darktable("serpent_l.photo", model, out)
+    assert [(check.height, check.width) for check in checks] == [(32, 32)]
+    assert metadata["weights_licence"] == "CC BY-SA 4.0"
+    with zipfile.ZipFile(out) as archive:
+        assert archive.namelist() == [f"denoise-serpent-l-photo/{file}" for file in ("config.json", "model.onnx")]
+        told = json.loads(archive.read("denoise-serpent-l-photo/config.json"))
+        content = archive.read("denoise-serpent-l-photo/model.onnx")
+    assert {told[key] for key in ("id", "task", "backend")} == {"denoise-serpent-l-photo", "denoise", "onnx"}
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [1, 3, 32, 32]
+    with pytest.raises(UsageError, match=r"free licence \(serpent_l.photo.*\); serpent_b.deblur: CC BY-NC-SA 4.0"):
+        darktable.export_for_darktable("serpent_b.deblur", model, out)
+    with pytest.raises(UsageError, match=r"x\.onnx: a darktable package ends in \.dtmodel"):
+        darktable.export_for_darktable("serpent_l.photo", model, tmp_path / "x.onnx")
+    result = CliRunner().invoke(app, ["export", "-n", "serpent_b.deblur", "-o", str(out), "--darktable", "--half"])
+    assert result.exit_code != 0
+    assert "leave those options out" in result.output
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_openvino_reads_a_file(dynamic, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="pip install openvino")
+    file = tmp_path / "x.onnx"
+    model = small_network()
+    export_network(model, file, dynamic=dynamic, size=16)
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    image = torch.rand(1, 3, 16, 16)
+    np.testing.assert_allclose(compiled([image.numpy()])[0], expected_of(model, image), atol=1e-5)
+
+
+def test_onnxslim_makes_the_same_of_a_file(tmp_path):
+    onnxslim = pytest.importorskip("onnxslim", reason="pip install onnxslim")
+    file = tmp_path / "x.onnx"
+    model = small_network()
+    export_network(model, file, size=16)
+    slim = onnxslim.slim(str(file)).SerializeToString()
+    image = torch.rand(1, 3, 16, 16)
+    (got,) = onnxruntime.InferenceSession(slim, providers=["CPUExecutionProvider"]).run(None, {"image": image.numpy()})
+    np.testing.assert_allclose(got, expected_of(model, image), atol=1e-5)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -22,7 +22,7 @@ SOURCES = Path(serpent_ir.__file__).parent
 ALIASES = {"serpent_ir.acceleration", "serpent_ir.recipe", "serpent_ir.streaming"}
 """The first is the public name of what stands in `models.acceleration`. The others stay for one release."""
 ENTRIES = {"serpent_ir", "serpent_ir.__main__"}
-LOOSE = {"demo", "errors", "evaluate", "export", "metrics", "train"}
+LOOSE = {"demo", "errors", "evaluate", "metrics", "train"}
 VARIABLES = re.compile(r"[\"'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR)[\"']")
 
 

@@ -1,0 +1,61 @@
+"""Packages for darktable's neural restore: a ZIP file of one folder with config.json and model.onnx.
+
+Facts from darktable's sources (src/ai/README.md, src/ai/backend_common.c, src/common/ai_models.c): the file ends in
+.dtmodel. Its first entry lies in a folder whose name is the model's `id`. Ids are `<task>-<model>`, in lower case. The
+task "denoise" takes one image (1, 3, H, W), float32, RGB in [0, 1], encoded as sRGB, in tiles that overlap by 64 px.
+"""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from torch import nn
+
+from serpent_ir.errors import UsageError
+from serpent_ir.export import Check, export_network
+from serpent_ir.models import licence_of
+from serpent_ir.models.weights import FREE_WEIGHTS
+from serpent_ir.models.wrappers import network_of
+
+SIDE = 768
+"""Pixels of a side of the tiles that darktable gives a model of fixed size."""
+
+
+def export_for_darktable(name: str, model: nn.Module, output: Path) -> tuple[dict[str, str], list[Check]]:
+    """Write the network of the weights called `name` as a .dtmodel file; see `export_network`.
+
+    Raises:
+        UsageError: the weights have no free licence, or do another work than to clean an image at its size.
+        SerpentError: as `export_network`.
+    """
+    if name not in FREE_WEIGHTS:
+        free = ", ".join(sorted(FREE_WEIGHTS))
+        raise UsageError(f"a darktable package needs weights with a free licence ({free}); {name}: {licence_of(name)}")
+    config = network_of(model).config
+    if getattr(network_of(model), "scale", 1) != 1 or getattr(config, "in_channels", 3) != 3:
+        raise UsageError(f"{name}: darktable's denoising takes an image and keeps its size, and this network does not")
+    if output.suffix.lower() != ".dtmodel":
+        raise UsageError(f"{output}: a darktable package ends in .dtmodel")
+    identity = "denoise-" + name.replace("_", "-").replace(".", "-")
+    told = {
+        "id": identity,
+        "name": name.replace("_", " ").replace(".", " "),
+        "description": f"Serpent: noise, blur and JPEG of photos ({FREE_WEIGHTS[name]})",
+        "task": "denoise",
+        "version": "1.0",
+        "backend": "onnx",
+        "num_inputs": 1,
+        "tiling": True,
+    }
+
+    def package(content: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file, data in {"config.json": json.dumps(told, indent=2).encode(), "model.onnx": content}.items():
+                # A date of its own would make two exports of the same network different files.
+                archive.writestr(zipfile.ZipInfo(f"{identity}/{file}"), data, zipfile.ZIP_DEFLATED)
+        return buffer.getvalue()
+
+    more = {"network": name.partition(".")[0], "weights_licence": FREE_WEIGHTS[name]}
+    return export_network(model, output, size=SIDE, told=more, package=package)

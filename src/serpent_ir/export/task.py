@@ -1,0 +1,113 @@
+"""The whole use of a network as one graph of PyTorch's operators."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from serpent_ir import __version__
+from serpent_ir.degradations import Degradation, create_degradation
+from serpent_ir.errors import SerpentError, is_out_of_memory
+from serpent_ir.models.wrappers import network_of
+
+LARGEST = 1 << 16
+"""Pixels of a side."""
+
+
+class WholeTask(nn.Module):
+    """The whole use of a network: (B, C, H, W) in [0, 1] -> (B, 3, scale H, scale W) in [0, 1].
+
+    The network pads and crops with Python branches on the size. Here the same is done with index arithmetic, which a
+    graph for any size can hold. The network then receives a multiple of its own size rule and pads nothing.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        rules = network_of(network)
+        config = rules.config
+        self.network = network
+        self.task = str(getattr(config, "task", ""))
+        self.degradation: Degradation | None = create_degradation(self.task) if self.task else None
+        self.own_scale = int(getattr(rules, "scale", 1))
+        self.upsampling = self.degradation.upsampling if self.degradation else 1
+        self.scale = self.own_scale * self.upsampling
+        self.channels = int(getattr(config, "in_channels", 3))
+        self.multiple = int(getattr(rules, "size_multiple", 1))
+        # PyTorch treats maps of one pixel specially, so the smallest map of a free size has two.
+        self.least = self.multiple // self.upsampling + 1
+
+    def metadata(self, batch: int | None) -> dict[str, str]:
+        """What a person must know to use the file, except the sizes that it takes."""
+        mask = ", then the mask (1 = missing)" if self.channels > 3 else ""
+        times = f"{self.scale} " if self.scale > 1 else ""
+        images = "B" if batch is None else str(batch)
+        return {
+            "producer": f"serpent-ir {__version__}",
+            "task": self.task,
+            "input": f"image ({images}, {self.channels}, H, W), float32, RGB in [0, 1]{mask}",
+            "output": f"restored ({images}, 3, {times}H, {times}W), float32, RGB, clamped to [0, 1]",
+            "size_multiple": str(self.multiple),
+            "padding": "inside: reflected on the right and bottom to size_multiple, cropped after",
+        }
+
+    def forward(self, image: Tensor) -> Tensor:
+        given = self.degradation.network_input(image) if self.degradation else image
+        height, width = (side * self.own_scale for side in given.shape[-2:])
+        restored = self.network(self._padded(self._padded(given, -2), -1))[..., :height, :width]
+        if self.degradation:
+            restored = self.degradation.combine(restored, given)
+        return restored.clamp(0, 1)
+
+    def _padded(self, x: Tensor, dim: int) -> Tensor:
+        """As `image.pad_to_multiple`: reflected, or the edge repeated if the pad is not smaller than the side."""
+        side = x.shape[dim]
+        padded = (side + self.multiple - 1) // self.multiple * self.multiple
+        place = torch.arange(padded, device=x.device)
+        reflected = (side - 1) - (place - (side - 1)).abs()
+        fits = torch.full((), padded - side) < side
+        return x.index_select(dim, torch.where(fits, reflected, place.clamp(max=side - 1)))
+
+
+def symbolic_ss2d(
+    u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, backend: str = "auto"
+) -> Tensor:
+    """ss2d as one node of an ONNX file, until `export.scan.expand_scans` replaces it."""
+    inputs = (u, proj, dt_weight, dt_bias, A_log, D)
+    return torch.onnx.ops.symbolic("serpent_ir::ss2d", inputs, dtype=u.dtype, shape=u.shape, version=1)
+
+
+def trace(
+    task: WholeTask, dynamic: bool, size: int, batch: int | None, *, scan: Callable[..., Tensor]
+) -> torch.export.ExportedProgram:
+    """The task as a graph of PyTorch's own operators, where `scan` replaces ss2d. `batch` is None for any."""
+    # The size is neither square nor a multiple; otherwise PyTorch would assume that for all images.
+    odd = 3 * task.multiple
+    shape = (odd + 1, 2 * odd + 3) if dynamic else (size, size)
+    free = {}
+    if batch is None:
+        free[0] = torch.export.Dim("batch", min=1, max=LARGEST)
+    if dynamic:
+        free[2] = torch.export.Dim("height", min=task.least, max=LARGEST)
+        free[3] = torch.export.Dim("width", min=task.least, max=LARGEST)
+    image = torch.rand(batch or 2, task.channels, *shape)
+    try:
+        program = torch.export.export(
+            task,
+            (image,),
+            dynamic_shapes={"image": free} if free else None,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        program = program.run_decompositions({torch.ops.serpent_ir.ss2d.default: scan})
+        # These asserts are guesses about the memory layout at the traced size. They decide nothing.
+        for node in list(program.graph.nodes):
+            if node.target is torch.ops.aten._assert_scalar.default:
+                program.graph.erase_node(node)
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+        return program
+    except Exception as error:  # torch.export raises a dozen types for code that it cannot trace
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        remedy = "export it without --dynamic and --batch 0" if free else "use PyTorch for this network"
+        raise SerpentError(f"this network cannot be exported: {reason[:300]}; {remedy}") from error
