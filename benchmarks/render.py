@@ -47,7 +47,7 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
         lines += [
             "",
             "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public",
-            "one is called (a loop of one's own gets the time of a call, which the host bounds on small batches):",
+            "one is called (a loop of one's own took that long then: the host bounds a call on small batches):",
             "",
             "| network, batch x size | graph | public | x | call | x | GB | public | x |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -168,6 +168,35 @@ def rivals(profiles: Iterable[list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def plain_loops(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in records:
+        lines += [
+            "",
+            "# A plain training loop",
+            "",
+            f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/train_step.py --loops`, from",
+            "`benchmarks/results/plain_loop.*.json`. Milliseconds of a step (forward under bfloat16 autocast, L1,",
+            "backward, fused Adam) that follows others without waiting, and of one that is waited for; *host* is what",
+            "launching takes. *replayed* is the same loop with the passes of the network from CUDA graphs, *step* the",
+            f"whole step from one, by `GraphedStep`.{' ' + record['note'] if record['note'] else ''}",
+            "",
+            "| network, batch x size | plain | replayed | x | step | plain, waited | replayed | step | host, plain "
+            "| replayed | same bits | call without gradients at 256: plain | replayed |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name in dict.fromkeys(row["model"] for row in record["loops"]):
+            of = {row["way"]: row for row in record["loops"] if row["model"] == name}
+            ways = plain, replayed, step = of["plain"], of["replayed"], of["graphed_step"]
+            cells = [f"{name} {plain['batch']} x {plain['crop']}", _number(plain["ms"]), _number(replayed["ms"])]
+            cells += [_ratio(plain["ms"], replayed["ms"]), _number(step["ms"])]
+            cells += [_number(way["waited_ms"]) for way in ways]
+            cells += [_number(plain["host_ms"]), _number(replayed["host_ms"]), "yes" if replayed["same"] else "no"]
+            cells += [_number(plain.get("infer_ms")), _number(replayed.get("infer_ms"))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def plans(records: Iterable[dict[str, Any]]) -> list[str]:
     lines = []
     for record in records:
@@ -239,6 +268,7 @@ def render(folder: Path = FOLDER / "results") -> str:
     return (
         "\n".join(
             networks(read("network"))
+            + plain_loops(read("plain_loop"))
             + scans(read("scan"))
             + rivals(read("profile"))
             + plans(read("plan"))

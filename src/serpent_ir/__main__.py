@@ -11,6 +11,7 @@ from serpent_ir.system import interrupts
 def main() -> None:
     """Entry point of the console script."""
     interrupts.install()
+    os.environ.setdefault("PILLOW_BLOCKS_MAX", "16")  # 256 MB at most, which Pillow would ask for again for each image
     try:
         from serpent_ir.system.memory import WORK, check_process
 

@@ -45,6 +45,19 @@ def steps(model: nn.Module, where: str, count: int = 5, *shape: int) -> list[Any
     return seen + state(model)
 
 
+def noisy(model: nn.Module, where: str) -> list[Any]:
+    """With numbers of the default generator, of which neither a capture nor a replay takes any."""
+    torch.manual_seed(0)
+    optimiser, seen = adam(model), []
+    for x in images(where, 6):
+        loss = F.l1_loss(model(x + 0.1 * torch.randn_like(x)), x)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        seen += [loss.detach(), torch.rand(3, device=where)]
+    return seen + state(model)
+
+
 def accumulated(model: nn.Module, where: str) -> list[Any]:
     optimiser, seen = adam(model), []
     for number, x in enumerate(images(where, 8)):
@@ -353,7 +366,7 @@ def compiled(model: nn.Module, where: str) -> list[Any]:
 LOOPS: dict[str, Loop] = {
     loop.__name__: loop
     for loop in (
-        steps, accumulated, kept_in_place, several_before, validated, other_shapes, retained, frozen, with_hooks,
+        steps, noisy, accumulated, kept_in_place, several_before, validated, other_shapes, retained, frozen, with_hooks,
         two_models, copied, loaded, moved, interrupted, changed_between, of_the_input, kinds_of_gradients, layouts,
         scaled, cast, recomputed, compiled,
     )

@@ -18,16 +18,19 @@ from serpent_ir.files.compare import write_comparison
 from serpent_ir.files.jobs import Job, check_sheets, companion, find_jobs, make_folders, sheet_of
 from serpent_ir.files.manifest import Manifest
 from serpent_ir.files.pipeline import Outcome, Together, run
+from serpent_ir.files.processes import Processes
 from serpent_ir.files.source import Restored, Source
 from serpent_ir.inference import Restorer, pick_device
 from serpent_ir.inference.network import check_task, device_of
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model, load_model, preset_of
-from serpent_ir.system.processes import own_device, rank_and_world
+from serpent_ir.system.processes import local_world, own_device, rank_and_world
 
 SMALL = 1 << 19
 """Pixels of an image up to which it goes through the network of a GPU together with others of its size."""
 TOGETHER, MOST = 1 << 21, 32
 """Most pixels, and most images, of such a pass."""
+MANY = 8
+"""From this many images on processes of their own read and write them, beside a GPU."""
 AHEAD = 1 << 23
 """Pixels of images that may be read ahead, and that may wait to be written, beyond one for each thread."""
 
@@ -140,8 +143,11 @@ def restore_files(
     if isinstance(model, nn.Module):
         version = _digest(model) if manifest else None
     check_task(network, weights)
-    if device != "auto" or not isinstance(model, nn.Module):
-        network = network.to(pick_device(own_device(device)))
+    stays = device == "auto" and isinstance(model, nn.Module)
+    place = device_of(network) if stays else pick_device(own_device(device))
+    jobs = jobs[rank::world]
+    elsewhere = Processes(2 * _threads(place) if len(jobs) >= MANY and _threads(place) > 1 else 0)
+    network = network if stays else network.to(place)
     restorer = Restorer(
         network, tile=tile, tile_overlap=tile_overlap, precision=precision, strength=strength, auto=auto
     )
@@ -162,7 +168,7 @@ def restore_files(
 
     record = Manifest(manifest, settings, masks_of) if manifest else None
     return Restoration(
-        jobs[rank::world],
+        jobs,
         restorer,
         record,
         skip_existing,
@@ -171,6 +177,7 @@ def restore_files(
         pages,
         progress,
         report,
+        elsewhere,
         alone=restorer.takes_mask or protect is not None,
     )
 
@@ -195,6 +202,7 @@ class Restoration(Iterator[RestoredFile]):
         pages: str,
         progress: Callable[[Job, int, int], None] | None,
         report: Callable[[RestoredFile], None] | None,
+        elsewhere: Processes,
         *,
         alone: bool,
     ):
@@ -203,7 +211,7 @@ class Restoration(Iterator[RestoredFile]):
         self.skipped = [job for job, done in zip(jobs, there, strict=True) if done]
         self.todo = [job for job, done in zip(jobs, there, strict=True) if not done]
         self._masks_of, self._draw, self._pages = masks_of, draw, pages
-        self._progress, self._report = progress, report
+        self._progress, self._report, self._elsewhere = progress, report, elsewhere
         self._alone = alone  # each image has a mask of its own, so that none go through the network together
         self._facts: dict[int, dict[str, Any]] = {}
         self.pages: dict[int, int] = {}
@@ -215,9 +223,10 @@ class Restoration(Iterator[RestoredFile]):
     def close(self) -> None:
         """End the work: what is being written is finished, nothing else is begun."""
         self._results.close()
+        self._elsewhere.close()
 
     def _restore(self) -> Generator[RestoredFile]:
-        with closing(self._record) if self._record else nullcontext():
+        with closing(self._elsewhere), closing(self._record) if self._record else nullcontext():
             for job in self.skipped:
                 yield self._told(self._done_before(job))
             make_folders(self.todo)  # before any work, or each file would fail for this one reason
@@ -252,8 +261,7 @@ class Restoration(Iterator[RestoredFile]):
             raise SerpentError(job.refused)
         if self._record:
             self._record.begin(job)
-        source = Source(job.source)
-        return source.load() if self._pages == "first" else source.load(self._pages)
+        return self._elsewhere(Source.loaded, job.source, self._pages)
 
     def _work(self, job: Job, source: Source) -> Restored:
         tiles = 1
@@ -286,7 +294,7 @@ class Restoration(Iterator[RestoredFile]):
         return made
 
     def _write(self, job: Job, restored: Restored) -> None:
-        restored.write()
+        restored.write(self._elsewhere)
         if self._draw:
             self._facts[job.index]["figures"] = self._draw(job)
         if self._record:
@@ -305,7 +313,7 @@ class Restoration(Iterator[RestoredFile]):
 
 def _threads(device: torch.device) -> int:
     """How many threads read, and how many write. Beside a network on the CPU more of them only take its cores."""
-    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // 4))
+    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // local_world() // 4))
 
 
 def _path(path: str | Path | None) -> Path | None:

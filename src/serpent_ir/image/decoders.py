@@ -20,6 +20,7 @@ from serpent_ir.image.decoding import MAX_PIXELS as MAX_PIXELS
 from serpent_ir.image.decoding import check_size, with_opencv
 from serpent_ir.image.metadata import metadata_of
 from serpent_ir.image.picture import Picture, TiffRecord
+from serpent_ir.image.pillow import colours_and_alpha
 from serpent_ir.image.png import alpha_of_png
 from serpent_ir.image.tiff_records import read_record
 from serpent_ir.image.tiff_samples import read_samples
@@ -86,8 +87,10 @@ def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Pictur
             notes.append("is CIELAB; converted to sRGB")
         if mode == "CMYK":
             image, kept["icc_profile"] = _from_cmyk(image, notes)
-        array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-        picture = _picture(array, mode=mode, format=image.format)
+        transparent = image.has_transparency_data
+        if image.mode != ("RGBA" if transparent else "RGB"):
+            image = _converted(image, "RGBA" if transparent else "RGB")
+        picture = Picture(*colours_and_alpha(image), mode=mode, format=image.format)
         if data.startswith(_PNG) and (alpha := alpha_of_png(data, picture.pixels)) is not None:
             picture = replace(picture, alpha=alpha)
     return _upright(replace(picture, **kept), orientation), notes, lost
@@ -180,6 +183,12 @@ def _from_cmyk(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes
             return rgb, srgb.tobytes()
     notes.append("is CMYK without a usable colour profile; converted to RGB by a formula, colours may differ")
     return image, None
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    converted = image.convert(mode)
+    converted.format = image.format
+    return converted
 
 
 def _picture(array: NDArray[Any], *, mode: str, format: str | None) -> Picture:

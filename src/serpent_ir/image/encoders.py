@@ -1,11 +1,12 @@
 """Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot write. For `image/files.py`."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,13 +66,23 @@ def encode(picture: Picture, suffix: str) -> bytes:
         about = {"icc": picture.icc_profile, "exif": picture.exif, "xmp": picture.xmp, "dpi": picture.dpi}
         return with_chunks(data, is_grey=picture.is_grey, **about, **picture.carried)
     fields = {name: value for name in _FIELDS if (value := getattr(picture, name)) is not None}
-    buffer = io.BytesIO()
     if suffix == ".jxl":
         image_jxl.register()
-    Image.fromarray(array).save(buffer, **SAVE_OPTIONS[suffix], **fields)
+    with _memory_file() as buffer:
+        Image.fromarray(array).save(buffer, **SAVE_OPTIONS[suffix], **fields)
+        buffer.seek(0)
+        data = buffer.read()
     if suffix == ".avif":
-        return _with_numbers(buffer.getvalue(), picture.carried.get("cicp"))
-    return with_segments(buffer.getvalue(), picture.carried) if suffix in (".jpg", ".jpeg") else buffer.getvalue()
+        return _with_numbers(data, picture.carried.get("cicp"))
+    return with_segments(data, picture.carried) if suffix in (".jpg", ".jpeg") else data
+
+
+def _memory_file() -> BinaryIO:
+    """A file in memory. Pillow encodes a JPEG into one of the system without keeping other threads from their work."""
+    try:
+        return os.fdopen(os.memfd_create("serpent"), "w+b")
+    except (AttributeError, OSError):  # not on Linux, or forbidden there
+        return io.BytesIO()
 
 
 def fitting(picture: Picture, suffix: str) -> Picture:

@@ -14,6 +14,7 @@ from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.picture import Span
+from serpent_ir.image.pillow import colours_and_alpha
 from serpent_ir.image.tensors import as_floats, as_samples, torch_dtype
 from serpent_ir.inference.blending import Blend, blended, check_strength, feathered
 from serpent_ir.inference.network import device_of, run_network, says_what_is_too_large, scale_of, undone_by
@@ -370,10 +371,12 @@ class Restorer:
             raise UsageError(f'restore: a PIL image of mode {image.mode}; valid: {", ".join(_MODES)} (convert("RGB"))')
         if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
             image = image.convert("RGBA" if image.mode == "RGB" else "LA")
-        pixels, alpha = np.asarray(image), None
-        if image.mode in ("RGBA", "LA"):
-            alpha = pixels[..., -1]
-            pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
+        if image.mode in ("RGB", "RGBA"):
+            pixels, alpha = colours_and_alpha(image)
+        elif image.mode == "LA":
+            pixels, alpha = (np.asarray(image.getchannel(band)) for band in "LA")
+        else:
+            pixels, alpha = np.asarray(image), None
         pixels, alpha = self._array(pixels, alpha, asked)
         restored = Image.fromarray(pixels)
         if alpha is not None:

@@ -4,8 +4,10 @@ A copy goes in parts: one is moved by the GPU while the CPU fills or empties the
 page-locked at a time, however large an image is.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,35 +27,39 @@ def upload(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
     Its layout in memory is that of the source as far as that has no gaps.
     """
-    if isinstance(source, np.ndarray) and not converts(device):
-        return torch.from_numpy(np.array(source, order="C")).to(device)  # from_numpy warns of what is read-only
-    if isinstance(source, Tensor) and (source.device.type != "cpu" or not converts(device)):
+    if isinstance(source, np.ndarray):
+        return _uploaded(_as_tensor(source), device) if converts(device) else torch.from_numpy(source.copy()).to(device)
+    if source.device.type != "cpu" or not converts(device):
         return source.to(device)
-    if isinstance(source, Tensor):
-        order = sorted(range(source.ndim), key=source.stride, reverse=True)
-        back = sorted(range(source.ndim), key=order.__getitem__)
-        return _uploaded(source.permute(order), device).permute(back)
-    return _uploaded(source, device)
+    order = sorted(range(source.ndim), key=source.stride, reverse=True)
+    back = sorted(range(source.ndim), key=order.__getitem__)
+    return _uploaded(source.permute(order), device).permute(back)
 
 
-def _uploaded(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    dtype = source.dtype if isinstance(source, Tensor) else torch.from_numpy(np.empty(0, source.dtype)).dtype
-    result = torch.empty(tuple(source.shape), dtype=dtype, device=device)
+def _uploaded(source: Tensor, device: torch.device) -> Tensor:
+    result = torch.empty(source.shape, dtype=source.dtype, device=device)
     with torch.cuda.device(device):
         for part in _parts(result):
             # PyTorch gives the memory to another only when the copy from it is done.
-            locked = torch.empty(result[part].shape, dtype=dtype, pin_memory=True)
-            if isinstance(source, Tensor):
-                locked.copy_(source[part])
-            else:
-                np.copyto(locked.numpy(), source[part])
+            locked = torch.empty(result[part].shape, dtype=source.dtype, pin_memory=True)
+            locked.copy_(source[part])
             result[part].copy_(locked, non_blocking=True)
     return result
 
 
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """The memory of an array as a tensor that is only read. `torch.from_numpy` warns of an array that is read-only."""
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable or not array.size:
+        return torch.from_numpy(array if array.size else array.copy())
+    memory: Any = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
+    return torch.from_numpy(np.frombuffer(memory, array.dtype).reshape(array.shape))
+
+
 def download(source: Tensor) -> Tensor:
     """A contiguous copy of a tensor in main memory."""
-    into = torch.empty(source.shape, dtype=source.dtype)
+    memory = np.empty(source.nbytes, np.uint8)  # numpy asks for large pages, which come in a fraction of the time
+    into = torch.from_numpy(memory).view(source.dtype).view(source.shape)
     if not converts(source.device):
         return into.copy_(source)
     moving: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
