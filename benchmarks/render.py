@@ -179,7 +179,7 @@ def plain_loops(records: Iterable[dict[str, Any]]) -> list[str]:
             "`benchmarks/results/plain_loop.*.json`. Milliseconds of a step (forward under bfloat16 autocast, L1,",
             "backward, fused Adam) that follows others without waiting, and of one that is waited for; *host* is what",
             "launching takes. *replayed* is the same loop with the passes of the network from CUDA graphs, *step* the",
-            f"whole step from one, by `GraphedStep`.{' ' + record['note'] if record['note'] else ''}",
+            f"whole step from one, by `GraphedStep`.{' ' + record['note'] if record.get('note') else ''}",
             "",
             "| network, batch x size | plain | replayed | x | step | plain, waited | replayed | step | host, plain "
             "| replayed | same bits | call without gradients at 256: plain | replayed |",

@@ -56,7 +56,12 @@ def test_results_are_written_from_the_files(tmp_path: Path) -> None:
     row |= {"backward_graph_ms": None, "backward_events_ms": 0.213, "public_backward_ms": 0.59}
     (tmp_path / "network.some.json").write_text(json.dumps(network))
     (tmp_path / "scan.some.json").write_text(json.dumps(gpu | {"dtype": "bfloat16", "rows": [row]}))
+    loop = {"model": "unet_32", "batch": 16, "crop": 128, "ms": 40.0, "waited_ms": 41.0, "host_ms": 39.0}
+    loops = [loop | {"way": "plain", "infer_ms": 2.6}, loop | {"way": "replayed", "ms": 10.0, "same": True}]
+    loops.append(loop | {"way": "graphed_step", "ms": 8.0})
+    (tmp_path / "plain_loop.some.json").write_text(json.dumps(gpu | {"note": "", "loops": loops}))
     text = tables.render(tmp_path)
+    assert "| unet_32 16 x 128 | 40.0 | 10.0 | 4.00 | 8.00 | 41.0 | 41.0 | 41.0 | 39.0 | 39.0 | yes | 2.60 |  |" in text
     assert "| serpent_h 2048 | 100 | 463 | 4.63 | 110 | 1.10 | 5.00 |" in text
     assert "| unet_32 2048 | out of memory | 58.1 |" in text
     assert "| serpent_b 16 x 128 | 100 | 52.0 | 0.52 | 110 | 0.47 | 5.00 | 1.28 | 0.26 |" in text

@@ -71,7 +71,8 @@ def test_second_derivatives_and_batched_gradients(where, replayed, monkeypatch) 
         counter = Counter(monkeypatch)
         if kind == "unet_32":
             for a, b in zip(penalised(model), expected, strict=True):
-                torch.testing.assert_close(a, b)
+                # Sums are made in another order, and a GPU's convolutions round their factors to TF32.
+                assert (a - b).abs().max() <= (1e-5 if where == "cpu" else 0.02) * b.abs().max() + 1e-8
         else:
             with pytest.raises(RuntimeError, match="of a Serpent need float64"):
                 penalised(model)
