@@ -17,10 +17,11 @@ from serpent_ir.cli import app
 from serpent_ir.degradations import create_degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.export import FORMATS, METADATA_FILE, TOLERANCE, darktable, export_network, portable_ss2d
+from serpent_ir.export.portable import portable_selective_scan
 from serpent_ir.export.scan import DOMAIN, expand_scans
-from serpent_ir.models import PRESETS, TASK_CHANNELS, TASK_SCALES
+from serpent_ir.models import PRESETS, TASK_CHANNELS, TASK_SCALES, create_model
 from serpent_ir.models.serpent import Serpent, SerpentConfig
-from serpent_ir.ops import ss2d
+from serpent_ir.ops import selective_scan_fn, ss2d
 
 onnx = pytest.importorskip("onnx", reason="pip install 'serpent-ir[export]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'serpent-ir[export]'")
@@ -103,6 +104,30 @@ def test_the_scan_of_ordinary_operators_is_the_operator(size, free):
     (got,) = session.run(None, {"u": u.numpy(), "proj": proj.numpy()})
     expected = ss2d(*(x.double() for x in (u, proj, *arrays.values())), backend="reference").numpy()
     assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_portable_scan_of_sequences_is_the_operator(groups, gate):
+    torch.manual_seed(0)
+    batch, d, length, states = 2, 6, 7, 3
+    shape = (batch, groups, states, length) if groups else (d, states)
+    u, delta, z = torch.randn(3, batch, d, length, dtype=torch.float64)
+    A, B, C = -torch.rand(d, states).double(), torch.randn(shape).double(), torch.randn(shape).double()
+    D, bias = (torch.randn(d).double(), torch.randn(d).double()) if gate else (None, None)
+    given = u, delta, A, B, C, D, z if gate else None, bias, gate
+    for got, expected in zip(portable_selective_scan(*given), selective_scan_fn(*given, True), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
+def test_a_network_of_sequences_that_enlarges(format, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"dim": 8, "blocks": (1,), "d_state": 2, "upsampler": "pixelshuffledirect", "scale": 2}
+    model = create_model("dvmsr", **sizes)
+    metadata, checks = export_network(model, tmp_path / f"a.{format}", format=format, size=5)
+    assert "(1, 3, 2 H, 2 W)" in metadata["output"]
+    assert checks[0].relative_error < 1e-5
 
 
 # Exporting takes seconds a block: one has two levels, the others are as small as can be.

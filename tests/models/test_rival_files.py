@@ -16,7 +16,6 @@ import serpent_ir
 from commands import pixels_of, save_photo, serpent
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate
-from serpent_ir.export import export
 from serpent_ir.inference import Restorer
 from serpent_ir.models import create_model, load_weights
 
@@ -336,5 +335,3 @@ def test_networks_that_enlarge_are_for_tasks_that_ask_for_it(tmp_path):
     torch.save(create_model("swinir_60", upsampler="pixelshuffledirect", scale=2).state_dict(), tmp_path / "x2.pth")
     with pytest.raises(UsageError, match=r"x2\.pth makes images 2 times larger, and sr8 asks for 1 times"):
         evaluate(tmp_path, "sr8", "swinir_60", weights=tmp_path / "x2.pth")
-    with pytest.raises(UsageError, match="a network that makes images 2 times larger by itself cannot be exported"):
-        export("swinir_60", tmp_path / "x2.onnx", weights=tmp_path / "x2.pth")

@@ -123,8 +123,6 @@ def export_network(
         raise UsageError(f"{output}: ends in .{suffix}, and the format is {format}; choose --format {suffix}")
     model = unwrapped(model, compiled=True)
     rules = network_of(model)
-    if (scale := getattr(rules, "scale", 1)) != 1 and not isinstance(rules, Serpent):
-        raise UsageError(f"a network that makes images {scale} times larger by itself cannot be exported")
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     task = WholeTask(model)
@@ -167,6 +165,10 @@ def _onnx(program: torch.export.ExportedProgram, metadata: dict[str, str], half:
     )
     assert onnx_program is not None
     model = onnx_program.model_proto
+    for node in model.graph.node:  # ONNX's tools expect an empty list to be left out; PyTorch writes one for its scans
+        kept = [attribute for attribute in node.attribute if attribute.type != attribute.INTS or attribute.ints]
+        del node.attribute[:]
+        node.attribute.extend(kept)
     if expand_scans(model):
         metadata["scan"] = FORMULATION
     if half:

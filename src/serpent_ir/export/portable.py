@@ -1,6 +1,6 @@
-"""The scan by PyTorch's own scan operator, for pt2 files: H + 2 W and W + 2 H steps, each over a whole line.
+"""The scans by PyTorch's own scan operator. That of sequences takes a step a position, in ONNX files (Scan) too.
 
-The rows of a map advance side by side from zero, their last states are combined from row to row, and a second pass
+That of maps, for pt2 files, takes H + 2 W and W + 2 H steps, each over a whole line. The rows of a map advance side by side from zero, their last states are combined from row to row, and a second pass
 starts each row from the right state.
 """
 
@@ -55,6 +55,49 @@ def _scan_lines(
     _, _, y = scan_op(_output, [dense(starts.movedim(0, 2)), A], outputs, ())
     y = y[..., 0].movedim(0, 3) + D[:, None, None, None] * walks
     return y[0] + y[1].flip(1, 2)
+
+
+def portable_selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`serpent_ir.ops.selective_scan_fn` by PyTorch's scan operator, in L steps. Channels are (groups, d) inside."""
+    from torch._higher_order_ops.scan import scan_op
+
+    groups = max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+
+    def steps(x: Tensor) -> Tensor:
+        return x.unflatten(1, (groups, -1)).movedim(-1, 0)[..., None].clone(memory_format=torch.contiguous_format)
+
+    def of_positions(x: Tensor) -> Tensor:  # (L, batch, groups, 1 or d, N)
+        if x.ndim == 2:
+            x = x.unflatten(0, (groups, -1)).expand(u.shape[2], u.shape[0], groups, -1, -1)
+        else:
+            x = x.expand(-1, groups, -1, -1).movedim(-1, 0)[..., None, :]
+        return x.clone(memory_format=torch.contiguous_format)
+
+    decay = A.unflatten(0, (groups, -1))[None]  # as a state that stays: see `_scan_lines`
+    start = u.new_zeros(u.shape[0], groups, u.shape[1] // groups, A.shape[1])
+    inputs = [steps(dt), steps(dt * u), of_positions(B), of_positions(C)]
+    last, _, y = scan_op(_summed_output, [start, decay], inputs, ())
+    y = y.movedim(0, -1).flatten(1, 2)
+    y = y if D is None else y + D[:, None] * u
+    return (y if z is None else y * F.silu(z)), last.flatten(1, 2)
+
+
+def _summed_output(h: Tensor, A: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+    h, A = _state(h, A, dt, dtu, B)
+    return [h, A, (h * C).sum(-1)]
 
 
 def _state(h: Tensor, A: Tensor, dt: Tensor, dtu: Tensor, B: Tensor) -> list[Tensor]:

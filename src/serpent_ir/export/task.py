@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from serpent_ir import __version__
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, is_out_of_memory
+from serpent_ir.export.portable import portable_selective_scan
+from serpent_ir.models.mambairv2 import MambaIRv2
 from serpent_ir.models.wrappers import network_of
 
 LARGEST = 1 << 16
@@ -33,6 +35,7 @@ class WholeTask(nn.Module):
         self.scale = self.own_scale * self.upsampling
         self.channels = int(getattr(config, "in_channels", 3))
         self.multiple = int(getattr(rules, "size_multiple", 1))
+        self.mirrored = isinstance(rules, MambaIRv2)
         # PyTorch treats maps of one pixel specially, so the smallest map of a free size has two.
         self.least = self.multiple // self.upsampling + 1
 
@@ -40,6 +43,7 @@ class WholeTask(nn.Module):
         """What a person must know to use the file, except the sizes that it takes."""
         mask = ", then the mask (1 = missing)" if self.channels > 3 else ""
         times = f"{self.scale} " if self.scale > 1 else ""
+        how = "mirrored" if self.mirrored else "reflected"
         images = "B" if batch is None else str(batch)
         return {
             "producer": f"serpent-ir {__version__}",
@@ -47,7 +51,7 @@ class WholeTask(nn.Module):
             "input": f"image ({images}, {self.channels}, H, W), float32, RGB in [0, 1]{mask}",
             "output": f"restored ({images}, 3, {times}H, {times}W), float32, RGB, clamped to [0, 1]",
             "size_multiple": str(self.multiple),
-            "padding": "inside: reflected on the right and bottom to size_multiple, cropped after",
+            "padding": f"inside: {how} on the right and bottom to size_multiple, cropped after",
         }
 
     def forward(self, image: Tensor) -> Tensor:
@@ -59,10 +63,13 @@ class WholeTask(nn.Module):
         return restored.clamp(0, 1)
 
     def _padded(self, x: Tensor, dim: int) -> Tensor:
-        """As `image.pad_to_multiple`: reflected, or the edge repeated if the pad is not smaller than the side."""
+        """As the network pads: reflected, or the edge repeated if the pad is not smaller than the side; or mirrored."""
         side = x.shape[dim]
         padded = (side + self.multiple - 1) // self.multiple * self.multiple
         place = torch.arange(padded, device=x.device)
+        if self.mirrored:
+            place = place % (2 * side)
+            return x.index_select(dim, torch.minimum(place, 2 * side - 1 - place))
         reflected = (side - 1) - (place - (side - 1)).abs()
         fits = torch.full((), padded - side) < side
         return x.index_select(dim, torch.where(fits, reflected, place.clamp(max=side - 1)))
@@ -97,7 +104,9 @@ def trace(
             dynamic_shapes={"image": free} if free else None,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        program = program.run_decompositions({torch.ops.serpent_ir.ss2d.default: scan})
+        operators = torch.ops.serpent_ir
+        portable = {operators.ss2d.default: scan, operators.selective_scan.default: portable_selective_scan}
+        program = program.run_decompositions(portable)
         # These asserts are guesses about the memory layout at the traced size. They decide nothing.
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aten._assert_scalar.default:
