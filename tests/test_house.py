@@ -19,8 +19,8 @@ Imports = set[tuple[str, str]]
 """Pairs: who imports, and what."""
 
 SOURCES = Path(serpent_ir.__file__).parent
-ALIASES = {"serpent_ir.acceleration", "serpent_ir.recipe", "serpent_ir.streaming"}
-"""The first is the public name of what stands in `models.acceleration`. The others stay for one release."""
+ALIASES = {"serpent_ir.acceleration", "serpent_ir.compat", "serpent_ir.recipe", "serpent_ir.streaming"}
+"""The first two are public names of what stands in `models`. The others stay for one release."""
 ENTRIES = {"serpent_ir", "serpent_ir.__main__"}
 LOOSE = {"demo", "errors", "evaluate", "metrics", "train"}
 VARIABLES = re.compile(r"[\"'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR)[\"']")

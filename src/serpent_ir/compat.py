@@ -1,0 +1,10 @@
+"""A drop-in for the public selective scan, opt-in: `install()`, or `python -m serpent_ir.compat script.py args...`.
+
+The public name of what stands in `serpent_ir.models`.
+"""
+
+from serpent_ir.models.public_names import install as install
+from serpent_ir.models.script import main as main
+
+if __name__ == "__main__":
+    main()
