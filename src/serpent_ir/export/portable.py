@@ -1,7 +1,7 @@
-"""The scans by PyTorch's own scan operator. That of sequences takes a step a position, in ONNX files (Scan) too.
+"""The scans by PyTorch's own scan operator: that of sequences, a step a position, and for pt2 files that of maps.
 
-That of maps, for pt2 files, takes H + 2 W and W + 2 H steps, each over a whole line. The rows of a map advance side by side from zero, their last states are combined from row to row, and a second pass
-starts each row from the right state.
+That of maps takes H + 2 W and W + 2 H steps, each over a whole line. The rows of a map advance side by side from zero,
+their last states are combined from row to row, and a second pass starts each row from the right state.
 """
 
 import functools
