@@ -1,7 +1,7 @@
 """Predicts how much memory a network needs for an image. This decides between whole images and tiles.
 
 The figures of `BYTES_PER_PIXEL` were measured with `benchmarks/memory.py`: `benchmarks/results/memory.*.json`. Those of
-MambaIR and what follows were measured so at 256 pixels a side. No GPU has been asked about them: there they are unknown.
+MambaIR and what follows were measured so at 256 pixels a side on a CPU. On a GPU they are unknown.
 """
 
 from typing import TYPE_CHECKING

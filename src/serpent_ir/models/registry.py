@@ -101,6 +101,7 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     Which network it is, its sizes, input channels, kind of LayerNorm, upsampler and scale are read from the names and
     shapes of the tensors. It recognises Serpent and the public releases of fastMRI's U-Net, SwinIR,
     Restormer, MambaIR, MambaIRv2, MaIR, DVMSR, PFVM, VmambaIR and EAMamba.
+    Files of other networks go to spandrel, if it is installed.
 
     Args:
         path: a safetensors file, or one that torch.save wrote: a state dict, bare or under `params`, `params_ema` or
@@ -120,7 +121,10 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     shapes = shapes_of(state)
     found = recognise(shapes)
     if found is None:
-        raise SerpentError(f"{path}: {unknown(shapes)}")
+        said = unknown(shapes)
+        if said.startswith("looks like"):  # of a network that is known
+            raise SerpentError(f"{path}: {said}")
+        return _of_spandrel(state, config, path, said)
     name = preset_of(found) or FAMILIES[type(found)]
     _check_fields(name, config, found)
     fields = dict(config)
@@ -129,6 +133,15 @@ def load_model(path: str | os.PathLike[str], **config: Any) -> nn.Module:
     model = _built(build, replace(found, **fields), path)
     fill(model, state, f"{path}: not weights of {name}")
     return model.eval()
+
+
+def _of_spandrel(state: dict[str, Tensor], config: dict[str, Any], path: Any, said: str) -> nn.Module:
+    from serpent_ir.models.spandrel_bridge import from_spandrel
+
+    model = from_spandrel(state, path, said)
+    if config:
+        raise UsageError(f"{path}: a network of spandrel takes no options; remove {', '.join(sorted(config))}")
+    return model
 
 
 def _built(build: Callable[[Any], nn.Module], config: Any, path: str | os.PathLike[str] = "") -> nn.Module:
