@@ -1,6 +1,7 @@
 """The whole use of a network as one graph of PyTorch's operators."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ def trace(
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         operators = torch.ops.serpent_ir
-        portable = {operators.ss2d.default: scan, operators.selective_scan.default: portable_selective_scan}
+        portable: dict[Any, Any] = {operators.ss2d.default: scan}
+        portable[operators.selective_scan.default] = portable_selective_scan
         program = program.run_decompositions(portable)
         # These asserts are guesses about the memory layout at the traced size. They decide nothing.
         for node in list(program.graph.nodes):

@@ -46,9 +46,9 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d, d_model, bias=bias)
         draw_scan(self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[1]
-        u, z = rearrange(self.in_proj(x), "b l (t d) -> t b d l", t=2)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        length = hidden_states.shape[1]
+        u, z = rearrange(self.in_proj(hidden_states), "b l (t d) -> t b d l", t=2)
         u = F.silu(self.conv1d(u)[..., :length])
         proj = self.x_proj(rearrange(u, "b d l -> b l d"))
         dt, B, C = rearrange(proj, "b l p -> b p l").split([self.dt_rank, self.d_state, self.d_state], 1)

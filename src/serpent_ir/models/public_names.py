@@ -55,7 +55,7 @@ def _states(last: Tensor) -> Tensor:
 
 
 def _forward(*given: Any, softplus: bool) -> tuple[Tensor, Tensor]:
-    result = selective_scan_fn(*given, softplus, True)
+    result = selective_scan_fn(*given, delta_softplus=softplus, return_last_state=True)
     return result[0], _states(result[1])
 
 
@@ -74,8 +74,12 @@ def core_fwd(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, n
 
 def core_bwd(u, delta, A, B, C, D, delta_bias, dout, x=None, delta_softplus=False, nrows=1) -> Any:
     """`selective_scan_cuda_core.bwd`: the gradients of u, delta, A, B, C, D and delta_bias."""
-    grads = _backward(dout.to(u.dtype), (u, delta, A, B, C, D, None, delta_bias), delta_softplus)
-    return [grad if B.ndim != 3 or i not in (3, 4) else grad[:, 0] for i, grad in enumerate(grads) if i != 6]
+    wide = u.to(torch.promote_types(u.dtype, dout.dtype))  # oflex's dout is float32
+    du, *others = _backward(dout.to(wide.dtype), (wide, delta, A, B, C, D, None, delta_bias), delta_softplus)
+    kept = [None if du is None else du.to(u.dtype), *(grad for i, grad in enumerate(others, 1) if i != 6)]
+    if B.ndim == 3:
+        kept[3:5] = [grad[:, 0] for grad in kept[3:5] if grad is not None]
+    return kept
 
 
 def mamba_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Any:
@@ -97,7 +101,9 @@ def mamba_bwd(
         return grads
     grads.append(grad_z if dz is None else dz.copy_(grad_z))
     if recompute_out_z:
-        grads.append(selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus))
+        gated = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        assert isinstance(gated, Tensor)
+        grads.append(gated)
     return grads
 
 
