@@ -57,14 +57,15 @@ def main() -> None:
         trees: dict[str, Path | None] = {"ours": None}
         if args.against:
             trees["against"] = _tree(args.against, folder)
-        workers = {tree: stack.enter_context(Worker(path, args.name, args.device)) for tree, path in trees.items()}
-        record: dict[str, Any] = {"name": args.name, "against": args.against, **workers["ours"].ask("machine")}
+        record: dict[str, Any] = {"name": args.name, "against": args.against, "cores": os.cpu_count()}
         if "images" in args.parts:
+            workers = {tree: stack.enter_context(Worker(path, args.name, args.device)) for tree, path in trees.items()}
+            record |= workers["ours"].ask("machine")
             record["images"] = _images(workers, args)
             record["phases"] = [{"size": size, **workers["ours"].ask("phases", size)} for size in args.sizes]
             _save(record, args.out)
-        for worker in workers.values():  # so that the commands have the machine for themselves
-            worker.close()
+            for worker in workers.values():  # so that the commands have the machine for themselves
+                worker.close()
         for part, measure in (("batches", _batches), ("video", _video), ("start", _start)):
             if part in args.parts:
                 record[part] = measure(trees, folder, args)
@@ -180,7 +181,7 @@ class _State:
 def _machine(state: _State) -> dict[str, Any]:
     from timing import machine
 
-    return {**machine(str(state.device)), "cores": os.cpu_count()}
+    return machine(str(state.device))
 
 
 def _call(state: _State, size: str, kind: str) -> list[float]:

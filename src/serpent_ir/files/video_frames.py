@@ -339,7 +339,8 @@ class Frames:
 def side_data(frame: Any) -> dict[str, bytes]:
     """What a frame carries beside its pixels, by PyAV's names."""
     try:
-        return {one.type.name: bytes(one) for one in frame.side_data}
+        there = frame.side_data  # by number, since PyAV 19 goes through the kinds and 18 through what there is of them
+        return {one.type.name: bytes(one) for one in (there[number] for number in range(len(there)))}
     except ValueError:  # a kind for which this PyAV has no name
         return {}
 
