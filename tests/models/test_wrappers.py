@@ -164,3 +164,19 @@ def test_a_torchscript_is_refused_by_name():
         script = torch.jit.trace(small_network("sr8"), torch.rand(1, 3, 8, 8), check_trace=False)
     with pytest.raises(UsageError, match="a TorchScript of Serpent does not say which task"):
         restore(torch.rand(1, 3, 8, 8), script)
+
+
+def test_a_network_that_was_moved_in_part_is_refused_by_name():
+    image = np.zeros((16, 16, 3), np.uint8)
+    network = small_network()
+    part = next(module for module in network.modules() if isinstance(module, torch.nn.Linear))
+    part.bfloat16()
+    with pytest.raises(
+        UsageError, match=r"do not go together \(bfloat16 on cpu and float32 on cpu\).*; move all"
+    ):
+        Restorer(network)(image)
+    part.to("meta")
+    with pytest.raises(UsageError, match=r"weight is on device meta, without values; load its weights$"):
+        Restorer(network)
+    with pytest.raises(UsageError, match="is on device meta"):
+        restore(image, network)

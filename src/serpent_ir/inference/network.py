@@ -58,7 +58,8 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     channels as a separate image. The pass runs on the model's device and in evaluation mode (restored afterwards), by
     default in float32, or with bfloat16 autocast on a CUDA device. For wrapped networks see `models.wrappers`.
 
-    Raises SerpentError if the device has too little memory, or if the result has an unexpected size.
+    Raises SerpentError if the device has too little memory, or if the result has an unexpected size, and UsageError if
+    parts of the network are on devices or of dtypes that do not go together.
     """
     model = unwrapped(model)
     parameter = first_parameter(model)
@@ -66,11 +67,42 @@ def run_network(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tens
     device = parameter.device
     dtype = pick_precision(precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with says_what_is_too_large(x.shape, device), _evaluation_mode(model), torch.inference_mode(), autocast:
+    with (
+        says_what_does_not_fit_together(model),
+        says_what_is_too_large(x.shape, device),
+        _evaluation_mode(model),
+        torch.inference_mode(),
+        autocast,
+    ):
         x = x.to(parameter)
         restored = _each_channel(model, x).float() if x.shape[1] == 3 and takes_grey(model) else model(x).float()
     _check_size(model, x, restored)
     return restored
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Raise UsageError for a network with a parameter on `meta`, since PyTorch computes with whatever memory held."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise UsageError(
+                f"restore: the network's {name} is on the device meta, without values; load its weights first"
+            )
+
+
+@contextmanager
+def says_what_does_not_fit_together(model: nn.Module) -> Iterator[None]:
+    """Turn PyTorch's error for a network that was moved in part into one line that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        places = {(str(tensor.device), str(tensor.dtype)) for tensor in model.parameters()}
+        if len(places) < 2 or is_out_of_memory(error):
+            raise
+        told = " and ".join(f"{dtype.removeprefix('torch.')} on {device}" for device, dtype in sorted(places))
+        raise UsageError(
+            f"restore: parts of the network do not go together ({told}): {str(error).splitlines()[0]}; "
+            "move all of it with .to(device, dtype)"
+        ) from None
 
 
 def takes_grey(model: nn.Module) -> bool:

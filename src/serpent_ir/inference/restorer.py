@@ -17,7 +17,14 @@ from serpent_ir.image.picture import Span
 from serpent_ir.image.pillow import colours_and_alpha
 from serpent_ir.image.tensors import as_floats, as_samples, torch_dtype
 from serpent_ir.inference.blending import Blend, blended, check_strength, feathered
-from serpent_ir.inference.network import device_of, run_network, says_what_is_too_large, scale_of, undone_by
+from serpent_ir.inference.network import (
+    check_has_values,
+    device_of,
+    run_network,
+    says_what_is_too_large,
+    scale_of,
+    undone_by,
+)
 from serpent_ir.inference.samples import Samples, check_scale, grey_to_rgb
 from serpent_ir.inference.samples import to_pixels as _to_pixels
 from serpent_ir.inference.whole_or_tiles import Work, check_tiles, fits, network_block, restored_strips
@@ -148,6 +155,7 @@ class Restorer:
             model = create_model(model, pretrained=True).to(pick_device(device))
         else:
             model = unwrapped(model)
+            check_has_values(model)
             model = model if device == "auto" else model.to(pick_device(device))
         pick_precision(precision, device_of(model))
         if (channels := _channels_of(model)) not in (1, 3):
