@@ -10,7 +10,8 @@ from networks import small_network
 from serpent_ir import create_model, restore
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.evaluate import evaluate_network
-from serpent_ir.export import _WholeTask, export_network
+from serpent_ir.export import export_network
+from serpent_ir.export.task import WholeTask
 from serpent_ir.inference import Restorer
 from serpent_ir.inference.restorer import run_network
 from serpent_ir.models.wrappers import network_of, unwrapped
@@ -82,8 +83,8 @@ def test_tiles_of_a_wrapped_network_begin_where_its_own_do():
 
 def test_the_graph_of_a_wrapped_network_has_its_task():
     wrapped = nn.DataParallel(Lit(small_network("sr8")))
-    task, image = _WholeTask(unwrapped(wrapped, compiled=True)), torch.rand(1, 3, 4, 5)
-    assert task.metadata()["task"] == "sr8"
+    task, image = WholeTask(unwrapped(wrapped, compiled=True)), torch.rand(1, 3, 4, 5)
+    assert task.metadata(batch=1)["task"] == "sr8"
     with torch.no_grad():
         torch.testing.assert_close(task(image), restore(image, wrapped), rtol=1e-4, atol=1e-5)
 
@@ -171,9 +172,7 @@ def test_a_network_that_was_moved_in_part_is_refused_by_name():
     network = small_network()
     part = next(module for module in network.modules() if isinstance(module, torch.nn.Linear))
     part.bfloat16()
-    with pytest.raises(
-        UsageError, match=r"do not go together \(bfloat16 on cpu and float32 on cpu\).*; move all"
-    ):
+    with pytest.raises(UsageError, match=r"do not go together \(bfloat16 on cpu and float32 on cpu\).*; move all"):
         Restorer(network)(image)
     part.to("meta")
     with pytest.raises(UsageError, match=r"weight is on device meta, without values; load its weights$"):

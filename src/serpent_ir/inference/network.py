@@ -84,9 +84,7 @@ def check_has_values(model: nn.Module) -> None:
     """Raise UsageError for a network with a parameter on `meta`, since PyTorch computes with whatever memory held."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
-            raise UsageError(
-                f"restore: the network's {name} is on the device meta, without values; load its weights first"
-            )
+            raise UsageError(f"restore: the network's {name} is on device meta, without values; load its weights")
 
 
 @contextmanager
