@@ -360,7 +360,7 @@ def recomputed(model: nn.Module, where: str) -> list[Any]:
 
 def compiled(model: nn.Module, where: str) -> list[Any]:
     seen = steps(model, where)
-    return seen + steps(torch.compile(model, backend="eager"), where)  # pyright: ignore[reportArgumentType]
+    return seen + steps(torch.compile(model, backend="eager"), where, 2)  # pyright: ignore[reportArgumentType]
 
 
 LOOPS: dict[str, Loop] = {

@@ -164,16 +164,16 @@ def test_memory_is_bounded_and_released(where, replayed) -> None:
         return [kind.graph for kind in replays.of(of).kinds.values() if kind.graph]
 
     for height in range(1, replays.GRAPHS + 3):
-        steps(model, where, 8 if height > replays.GRAPHS else 3, 1, 3, 8 * height, 8)
+        steps(model, where, 8 if height > replays.GRAPHS else 3, 1, 3, 4 * height, 4)
     assert len(graphs(model)) == replays.GRAPHS
     assert len({graph.pool for graph in graphs(model)}) == 1
     model.double()
     assert not graphs(model)
     model.float()
     for width in range(replays.KINDS + 5):
-        model(images(where, 1, 1, 3, 8, 8 + width)[0])
+        model(images(where, 1, 1, 3, 1, 8 + width)[0])
     assert len(replays.of(model).kinds) == replays.KINDS
-    steps(model, where, 64)
+    steps(model, where, 36, 1, 3, 4, 4)
     (graph,) = map(weakref.ref, graphs(model))
     del model
     gc.collect()

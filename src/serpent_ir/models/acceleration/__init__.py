@@ -168,7 +168,8 @@ def attach() -> None:
     as_built.know(VSSBlock, argument=lambda block, x: x.shape[-1])
     as_built.know(Serpent, "config", "size_multiple", "residual", "scale", argument=_config_of(SerpentConfig))
     as_built.know(UNet, "config", "size_multiple", "scale", argument=_config_of(UNetConfig))
-    as_built.know(SwinIR, "config", "size_multiple", "scale", argument=_config_of(SwinIRConfig), buffers=("mean",))
+    of_frame = ("config", "size_multiple", "scale", "_norm")
+    as_built.know(SwinIR, *of_frame, argument=_config_of(SwinIRConfig), buffers=("mean",))
     as_built.know(Restormer, "config", "size_multiple", "scale", argument=_config_of(RestormerConfig))
     as_built.know(WindowAttention, "heads", "window", "shift", buffers=("relative_position_index", "strangers"))
     for kind in (ConvBlock, UpBlock, ResidualGroup, SwinLayer):
