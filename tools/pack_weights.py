@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import benchmark_figures
 import photo_bars
 from photo_grid import measure, told
 from safetensors.torch import save
@@ -69,10 +70,11 @@ FREE_LICENCE = """CC BY-SA 4.0 (file LICENSE in this folder): all training image
   public domain or under CC0, CC BY, BSD or CC BY-SA; whether a network is an adaptation of what it was trained on is
   unsettled, so it has the one licence among them that asks to be passed on."""
 FREE_IMAGES = """\
-{count} images of 512x512 pixels, reductions and crops of photographs with free licences: ATTRIBUTION.csv in this folder
-names author, licence, source page and where it states the licence, image by image. Left out of the collection were
-those under GPL and LGPL, those of which only the linked page says which of several licences they have, those of CC BY
-without a version or an author, and photographs of guests of one website. No validation image was trained on."""
+{count} images of 512x512 pixels, of which each run took as many as is said above: reductions and crops of photographs
+with free licences. ATTRIBUTION.csv in this folder names author, licence, source page and where it states the licence,
+image by image. Left out of the collection were those under GPL and LGPL, those of which only the linked page says which
+of several licences they have, those of CC BY without a version or an author, and photographs of guests of one website.
+No validation image was trained on."""
 
 TASK_TEXT = {
     "deblur": "Gaussian blur, 61x61 with standard deviation 3.0 px, and Gaussian noise of standard deviation 0.05",
@@ -129,6 +131,7 @@ def _told(run: dict[str, Any]) -> str:
     stages += f", of which it made the first {run['stopped']}" if "stopped" in run else ""
     cost = f"{run['minutes']:.1f} minutes on {run.get('gpus', 'one')} {run['device']}"
     rate = f"{run.get('loss', 'l1').upper()}; learning rate {run['lr']:g}"
+    rate += f"; colours of {run['vivid']:.0%} of the samples made stronger" if run.get("vivid") else ""
     task = "` and `".join(dict.fromkeys(run.get("mix") or [run["task"]]))
     return f"- **Run** (`{task}`, {' + '.join(run['train'])}): {stages}; {rate}; {cost}."
 
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--bars", type=Path, help="of `photo`: folder with natural, free and real_noise")
     parser.add_argument("--measure", type=Path, metavar="FILE", help="measure, write this JSON, and stop")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="what --measure wrote, of these weights")
+    parser.add_argument("--benchmarks", type=Path, metavar="FILE", help="what benchmark_figures.py wrote")
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
@@ -217,6 +221,8 @@ def main() -> None:
     card = {"name": name, "sha256": digest}
     card |= {"training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     card |= {"bars": bars} if bars else {}
+    benchmarks = json.loads(args.benchmarks.read_text()) if args.benchmarks else None
+    card |= {"benchmarks": benchmarks} if benchmarks else {}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"
     rows = [row.format(**evaluation) for evaluation in evaluations]
@@ -234,6 +240,7 @@ def main() -> None:
         rows="\n".join(rows),
         grid=(told(grid) if grid else "")
         + (photo_bars.told(bars) if bars else "")
+        + (benchmark_figures.told(benchmarks) if benchmarks else "")
         + (f"\n{args.notes.read_text()}" if args.notes else ""),
         limits=LIMITS[recipe["task"]],
     )
