@@ -80,6 +80,8 @@ SCENES = (
           "serpent_l.deblur", "The weights that were made for just this."),
     Scene("sr8", "8 times the size", photo("astronaut", 0, 110, 256), "sr8", "serpent_l.sr8",
           "Left is the small image, enlarged by bicubic interpolation."),
+    Scene("sr4", "4 times the size of a clean small image", photo("astronaut", 0, 110, 256), "sr4", "serpent_l.sr4",
+          "Left is the small image, enlarged by bicubic interpolation."),
     Scene("sign", "Drawn text: the smallest lines stay lost", sign, "deblur", "serpent_l.deblur",
           "Strokes that the blur has merged come back as other strokes. Don't read numbers from a restored image."),
     Scene("untouched", "Nothing is wrong, and it should stay so", photo("chelsea", 20, 110), "", "serpent_l.photo",
