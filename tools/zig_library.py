@@ -42,7 +42,7 @@ def build(output: Path, target: str) -> None:
             objects.append(f"{folder}/{name}.o")
             source = str(CSRC / "kernels.c")
             subprocess.run([*compiler, f"-DLEVEL={name}", *flags.split(), "-c", source, "-o", objects[-1]], check=True)
-        units = [str(CSRC / f"{name}.c") for name in ("driver", "parts", "threads")]
+        units = [str(CSRC / f"{name}.c") for name in ("driver", "parts", "sequence", "threads")]
         libraries = ["-lm", "-lpthread"] if "linux" in target else []
         subprocess.run([*compiler, "-shared", "-s", "-o", str(output), *units, *objects, *libraries], check=True)
 

@@ -239,7 +239,7 @@ def test_empty_maps_and_too_large_ones():
     sizes = cpu._sizes(inputs[0], inputs[2], inputs[4])
     sizes[1] = 1 << 50
     with pytest.raises(MemoryError):
-        cpu._check(library.backward(*cpu._how(library), sizes, pointers, None, grad_y.data_ptr(), pointers, 0))
+        cpu.check(library.backward(*cpu.how(library), sizes, pointers, None, grad_y.data_ptr(), pointers, 0))
 
 
 FORK = """

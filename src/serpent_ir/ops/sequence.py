@@ -14,10 +14,14 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
-from serpent_ir.ops.backends import DTYPES, Sequences, check_backend, default_backend
+from serpent_ir.ops.backends import DTYPES, Sequences, check_backend, default_backend, warn_once
 from serpent_ir.ops.dense import on_one_device
 
-_MODULES = {"cuda": "serpent_ir.ops.cuda.sequence", "torch": "serpent_ir.ops.sequence_composed"}
+_MODULES = {
+    "cpu": "serpent_ir.ops.sequence_cpu",
+    "cuda": "serpent_ir.ops.cuda.sequence",
+    "torch": "serpent_ir.ops.sequence_composed",
+}
 MAX_STATE = 256
 MAX_LENGTH = 1 << 31
 _NAME = "selective_scan_fn"
@@ -145,7 +149,11 @@ def _module(name: str) -> ModuleType:
 
 
 def _backend(name: str, u: Tensor) -> ModuleType:
-    name = default_backend(u.device, u.dtype) if name == "auto" else name
+    if name == "auto":
+        name = default_backend(u.device, u.dtype)
+        if name == "cpu" and (reason := _module("cpu").unavailable()):
+            warn_once(f"serpent_ir: {reason}; the slower PyTorch scan serves sequences")
+            name = "torch"
     return _module(name if name in _MODULES else "torch")
 
 

@@ -155,8 +155,9 @@ def use_level(name: str | None = None) -> None:
     library.level = library.levels.index(name) if name is not None else len(library.levels) - 1
 
 
-def _how(library: _Library) -> tuple[int, int, int | None]:
+def how(library: _Library | None = None) -> tuple[int, int, int | None]:
     """The dispatch level, the number of threads, and the OpenMP entry to use, if any."""
+    library = library or _library()
     openmp = library.openmp if os.getpid() == library.process else None  # see _forked
     return library.level, torch.get_num_threads(), openmp
 
@@ -177,11 +178,12 @@ def _ready(*tensors: Tensor) -> list[Tensor]:
     return dense(*tensors)
 
 
-def _check(status: int) -> None:
+def check(status: int, operator: str = "ss2d") -> None:
+    """Raise what a function of the library reports."""
     if status == 1:
-        raise MemoryError("ss2d: not enough memory for the scan's states; give smaller images or batches")
+        raise MemoryError(f"{operator}: not enough memory for the scan's states; give smaller images or batches")
     if status:
-        raise RuntimeError(f"ss2d: the CPU library failed with status {status}")
+        raise RuntimeError(f"{operator}: the CPU library failed with status {status}")
 
 
 def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ def _forward(keep: bool, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     states = large_pages(u.new_empty(library.states(sizes))) if keep else None
     if u.numel():
         kept = None if states is None else states.data_ptr()
-        _check(library.forward(*_how(library), sizes, _pointers(inputs), y.data_ptr(), kept))
+        check(library.forward(*how(library), sizes, _pointers(inputs), y.data_ptr(), kept))
     return y, states
 
 
@@ -222,7 +224,7 @@ def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> t
         return tuple(torch.zeros_like(x) for x in inputs)
     grads = tuple(torch.empty_like(x) for x in wide)
     status = library.backward(
-        *_how(library),
+        *how(library),
         _sizes(u, dt_weight, A_log),
         _pointers(tuple(wide)),
         None if states is None else states.data_ptr(),
@@ -230,7 +232,7 @@ def backward(grad_y: Tensor, *inputs: Tensor, states: Tensor | None = None) -> t
         _pointers(grads),
         PARTIAL_FLOATS * torch.get_num_threads(),
     )
-    _check(status)
+    check(status)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
@@ -245,7 +247,7 @@ def norm_gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) ->
         weight, bias = weight.to(y.dtype), bias.to(y.dtype)
         return F.layer_norm(y, weight.shape, weight, bias, eps).mul_(F.silu(z))
     library, (y, weight, bias) = _library(), _ready(y, weight, bias)
-    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), z.data_ptr()))
+    check(library.gate(*how(library), *_gate_arguments(y, weight, bias, eps, z), z.data_ptr()))
     return z
 
 
@@ -253,7 +255,7 @@ def gate(y: Tensor, weight: Tensor, bias: Tensor, eps: float, z: Tensor) -> Tens
     """As `norm_gate`, for maps that the library takes only. Leaves z as it is."""
     y, weight, bias, z = _ready(y, weight, bias, z)
     library, out = _library(), torch.empty_like(y)
-    _check(library.gate(*_how(library), *_gate_arguments(y, weight, bias, eps, z), out.data_ptr()))
+    check(library.gate(*how(library), *_gate_arguments(y, weight, bias, eps, z), out.data_ptr()))
     return out
 
 
@@ -270,7 +272,7 @@ def gate_backward(
         y.new_empty(2, len(weight)),
     )
     written = [x.data_ptr() for x in (grad, out, grad_y, grad_z, affine)]
-    _check(library.gate_backward(*_how(library), *_gate_arguments(y, weight, bias, eps, z), *written))
+    check(library.gate_backward(*how(library), *_gate_arguments(y, weight, bias, eps, z), *written))
     return grad_y, grad_z, affine[0], affine[1], out
 
 
@@ -294,7 +296,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
     out = x.new_empty(x.shape[0], x.shape[1] - 2 + 2 * padding, *x.shape[2:])
     sizes = (ctypes.c_int64 * 5)(*x.shape, padding)
     if out.numel():
-        _check(library.conv(*_how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
+        check(library.conv(*how(library), sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr()))
     return out
 
 
@@ -303,7 +305,7 @@ def conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
     library, (grad, x, taps) = _library(), _ready(grad, x, _taps(weight, bias))
     grad_x, grad_taps = torch.empty_like(x), torch.empty_like(taps)
     pointers = [t.data_ptr() for t in (x, taps, grad, grad_x, grad_taps)]
-    _check(library.conv_backward(*_how(library), (ctypes.c_int64 * 5)(*x.shape, 1), *pointers))
+    check(library.conv_backward(*how(library), (ctypes.c_int64 * 5)(*x.shape, 1), *pointers))
     return grad_x, grad_taps[:-1].t().reshape(weight.shape), grad_taps[-1]
 
 

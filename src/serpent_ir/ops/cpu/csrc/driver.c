@@ -61,7 +61,7 @@ EXPORT const char *serpent_scan_level(int level) {
 
 /* Asks the system to map large fresh memory in pages of 2 MB, where it can. With pages of 4 KB, page faults would take
  * a fifth of the time of a large scan. */
-static void use_large_pages(void *from, int64_t bytes) {
+void use_large_pages(void *from, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 1 << 21;
     uintptr_t begin = ((uintptr_t)from + page - 1) & ~(page - 1);

@@ -26,6 +26,7 @@ typedef struct {
 /* NULL if there is not enough memory. */
 block *borrow(int64_t floats);
 void give_back(block *memory);
+void use_large_pages(void *from, int64_t bytes);
 
 static inline int clamp_threads(int threads, int64_t tasks) {
     if (threads < 1) return 1;

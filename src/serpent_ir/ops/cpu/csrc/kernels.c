@@ -2,6 +2,7 @@
 #include "conv.h"
 #include "gate.h"
 #include "pull.h"
+#include "sequence.h"
 #include "walk.h"
 
 #define JOIN(a, b) a##b
@@ -25,7 +26,7 @@ static void forward(const scan_problem *p, const scan_task *task, float *scratch
             load_chunk(&ws, p, chunk + 1);
             if (p->states) memcpy(kept_states(p, image, k, group) + chunk * states, g->h, states * sizeof(float));
             time_steps(&ws, p, g, 0, 0);
-            walk_chunk(&ws, p, g, 1, 0, 0);
+            walk_chunk(&ws, p, g, 1, 0, 0, 0);
             for (int64_t t = 0; t < ws.count; t++)
                 store_lanes(y + ws.pixel[t] * p->channels, g->dt + t * GROUP, g->width, add);
         }
@@ -34,4 +35,4 @@ static void forward(const scan_problem *p, const scan_task *task, float *scratch
 
 extern const scan_kernels NAMED(LEVEL);
 const scan_kernels NAMED(LEVEL) = {TEXT(LEVEL), scratch_floats, forward, backward, gate, pull_gate,
-                                    conv, pull_conv};
+                                    conv, pull_conv, sequence_floats, forward_sequence, backward_sequence, write_row};

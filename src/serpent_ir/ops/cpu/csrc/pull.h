@@ -26,7 +26,8 @@ ALWAYS_INLINE vf of_pair(const vf *x, const int count) { return count == 2 ? x[0
  * the first channels (`add` unset) are stored; those of the others are added to them. `decays` is [CHUNK][stride]. It
  * is an input if `known`, else it is written in the forward part. */
 ALWAYS_INLINE void pull_states(const workspace *ws, const scan_problem *p, const lane_group *g, int64_t n, int v,
-                               float *decays, int64_t stride, const int states, const int known, const int add) {
+                               float *decays, int64_t stride, const int states, const int known, const int add,
+                               const int grows) {
     const int64_t row = scan_row(p), count = ws->count, sum = n / PULLED_STATES % SUMS * CHUNK * GROUP + v;
     const float *B = ws->rows + p->rank + n, *C = B + p->state;
     const float *dts = g->dt + v, *dtus = g->dtu + v, *grad_ys = g->grad_y + v;
@@ -49,7 +50,8 @@ ALWAYS_INLINE void pull_states(const workspace *ws, const scan_problem *p, const
             for (int w = 0; w < ABREAST; w++) {
                 int64_t at = t * GROUP + w * LANES;
                 float *decay = decays + t * stride + i * GROUP + w * LANES;
-                vf a = known ? vload(decay) : exp2_decay(vload(dts + at) * A_log2e[i][w]);
+                vf exponent = vload(dts + at) * A_log2e[i][w];
+                vf a = known ? vload(decay) : grows ? exp2_any(exponent) : exp2_decay(exponent);
                 if (!known) vstore(decay, a);
                 vstore(befores + (t * PULLED_STATES + i) * GROUP + w * LANES, h[i][w]);
                 h[i][w] = a * h[i][w] + vload(dtus + at) * B[t * row + i];
@@ -82,13 +84,13 @@ ALWAYS_INLINE void pull_states(const workspace *ws, const scan_problem *p, const
         for (int w = 0; w < ABREAST; w++) {
             int64_t at = (n + i) * GROUP + v + w * LANES;
             vstore(g->grad_h + at, pulled[i][w]);
-            vstore(g->sums + (p->rank + 2) * GROUP + at, dA[i][w] * A[i][w]);
+            vstore(g->sums + (p->rank + 2) * GROUP + at, p->plain_A ? dA[i][w] : dA[i][w] * A[i][w]);
         }
 }
 
 /* pull_states for the states from n on, for all channels of the task, and the sums over the channels. */
 ALWAYS_INLINE void pull_some(const workspace *ws, const scan_problem *p, float *partial, int64_t n, float *kept,
-                             const int states) {
+                             const int states, const int grows) {
     for (int64_t i = 0; i < ws->groups; i++) {
         const lane_group *g = &ws->group[i];
         float *decays = kept ? kept + i * kept_floats(p) + (2 * CHUNK + n) * GROUP : ws->decay;
@@ -96,13 +98,13 @@ ALWAYS_INLINE void pull_some(const workspace *ws, const scan_problem *p, float *
         for (int v = 0; v < GROUP; v += ABREAST * LANES) {
             int add = i > 0 || v > 0;
             if (kept && add)
-                pull_states(ws, p, g, n, v, decays + v, stride, states, 1, 1);
+                pull_states(ws, p, g, n, v, decays + v, stride, states, 1, 1, grows);
             else if (kept)
-                pull_states(ws, p, g, n, v, decays + v, stride, states, 1, 0);
+                pull_states(ws, p, g, n, v, decays + v, stride, states, 1, 0, grows);
             else if (add)
-                pull_states(ws, p, g, n, v, decays + v, stride, states, 0, 1);
+                pull_states(ws, p, g, n, v, decays + v, stride, states, 0, 1, grows);
             else
-                pull_states(ws, p, g, n, v, decays + v, stride, states, 0, 0);
+                pull_states(ws, p, g, n, v, decays + v, stride, states, 0, 0, grows);
         }
     }
     for (int i = 0; i < states; i++) {
@@ -160,14 +162,14 @@ static void pull_low(const workspace *ws, const scan_problem *p, float *partial)
 }
 
 /* One chunk backward. `partial`, (rank + 2 state, CHUNK), gets the chunk's gradient of proj from these groups alone. */
-static void pull_chunk(const workspace *ws, const scan_problem *p, float *partial, float *kept) {
+ALWAYS_INLINE void pull_chunk(const workspace *ws, const scan_problem *p, float *partial, float *kept, const int grows) {
     int64_t n = 0;
     for (int64_t i = 0; i < ws->groups; i++) {
         memset(ws->group[i].grad_dt, 0, SUMS * CHUNK * GROUP * sizeof(float));
         memset(ws->group[i].grad_dtu, 0, SUMS * CHUNK * GROUP * sizeof(float));
     }
-    for (; n + 2 <= p->state; n += 2) pull_some(ws, p, partial, n, kept, 2);
-    if (n < p->state) pull_some(ws, p, partial, n, kept, 1);
+    for (; n + 2 <= p->state; n += 2) pull_some(ws, p, partial, n, kept, 2, grows);
+    if (n < p->state) pull_some(ws, p, partial, n, kept, 1, grows);
     for (int64_t i = 0; i < ws->groups; i++) pull_inputs(ws, p, &ws->group[i]);
     pull_low(ws, p, partial);
 }
@@ -198,10 +200,10 @@ static void go_there(workspace *ws, const scan_problem *p) {
             lane_group *g = &ws->group[i];
             if (kept) {
                 time_steps(ws, p, g, 1, 0);
-                walk_chunk(ws, p, g, 0, g->slope + CHUNK * GROUP, 1);
+                walk_chunk(ws, p, g, 0, g->slope + CHUNK * GROUP, 1, 0);
             } else {
                 time_steps(ws, p, g, 0, 0);
-                walk_chunk(ws, p, g, 0, 0, 0);
+                walk_chunk(ws, p, g, 0, 0, 0, 0);
             }
         }
     }
@@ -248,7 +250,7 @@ static void backward(const scan_problem *p, const scan_task *task, float *scratc
                     time_steps(&ws, p, g, 1, 0);
                 memcpy(g->h, g->starts + chunk * states, states * sizeof(float));
             }
-            pull_chunk(&ws, p, partial + chunk * scan_row(p) * CHUNK, kept);
+            pull_chunk(&ws, p, partial + chunk * scan_row(p) * CHUNK, kept, 0);
             for (int64_t i = 0; i < ws.groups; i++) {
                 lane_group *g = &ws.group[i];
                 float *du = task->out + offset + (group + i) * GROUP;

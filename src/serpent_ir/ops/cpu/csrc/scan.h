@@ -32,6 +32,7 @@ typedef struct {
      * (direction, batch, pair, chunk of the direction's walk, rank + 2 state, CHUNK) */
     float *partial;
     int64_t k_begin, k_end, pair_begin, pair_end;
+    int plain_A; /* A_log holds A itself, and its gradient is wanted */
 } scan_problem;
 
 static inline int64_t scan_length(const scan_problem *p) { return p->height * p->width; }
@@ -94,6 +95,29 @@ typedef struct {
     int silu;
 } conv_problem;
 
+/* Numbers in memory, float32, float16 or bfloat16: of a sequence (image, channel, position), or of B or C (image, group,
+ * state, position). Strides count numbers; `of` is that of channels or states. */
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+typedef struct {
+    void *data; /* NULL if there is none */
+    int64_t type, image, group, of, position;
+} view;
+
+/* The scan of sequences: the problem of `rank` 0 in one direction, where an image is one group of channels of a sequence,
+ * and dt is given. */
+typedef struct {
+    scan_problem scan; /* A_log holds A */
+    int64_t groups, shared_B, shared_C; /* groups of a sequence, and how many of them share a group of B, of C */
+    view u, delta, z, B, C, out;
+    const float *bias; /* NULL for 0; so may be scan.D */
+    float *last;       /* (sequence, channel, state) */
+    int softplus, grows;
+    /* Backward: */
+    view grad_out, grad_u, grad_delta, grad_z;
+    const float *grad_last; /* NULL for 0 */
+    view grad_B, grad_C;    /* if its `position` is 0, B or C is one value for each channel and state */
+} sequence_problem;
+
 /* One dispatch level: kernels.c compiled for one instruction set. */
 typedef struct {
     const char *name;
@@ -104,6 +128,11 @@ typedef struct {
     void (*pull_gate)(const gate_problem *p, int64_t begin, int64_t end, float *sums);
     void (*conv)(const conv_problem *p, int64_t number);
     void (*pull_conv)(const conv_problem *p, int64_t number, float *sums);
+    int64_t (*sequence_floats)(const scan_problem *p, int backward);
+    /* For an image (see sequence_problem) and a pair of channel groups. */
+    void (*forward_sequence)(const sequence_problem *s, int64_t image, int64_t pair, float *scratch);
+    void (*backward_sequence)(const sequence_problem *s, int64_t image, int64_t pair, float *scratch);
+    void (*write_row)(const view *v, int64_t first, int64_t count, const float *from);
 } scan_kernels;
 
 #endif

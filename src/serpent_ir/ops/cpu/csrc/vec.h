@@ -100,6 +100,9 @@ ALWAYS_INLINE vf exp2_decay(vf x) {
     return exp2_fraction(f) * power_of_two(rounded);
 }
 
+/* The same for any x: infinity from 2^128 on. */
+ALWAYS_INLINE vf exp2_any(vf x) { return exp2_decay(-at_least(-x, -128.0f)); }
+
 /* e^z for z from -87 to 88. The reduction is in two parts, since an error in z log2(e) would grow with |z|. */
 ALWAYS_INLINE vf exp_in_range(vf z) {
     vf rounded = z * 1.44269504f + ROUND;

@@ -237,11 +237,11 @@ ALWAYS_INLINE void time_steps(workspace *ws, const scan_problem *p, lane_group *
 }
 
 /* One step of `states` states. h, A_log2e and kept point to the first of them; each state adds to a sum of its own in
- * y. */
+ * y. `grows`: decays may be above 1. */
 ALWAYS_INLINE void step_states(float *h, const float *A_log2e, const float *B, const float *C, float *kept, vf dt,
-                               vf dtu, vf *y, const int states) {
+                               vf dtu, vf *y, const int states, const int grows) {
     for (int i = 0; i < states; i++) {
-        vf a = exp2_decay(dt * vload(A_log2e + i * GROUP));
+        vf exponent = dt * vload(A_log2e + i * GROUP), a = grows ? exp2_any(exponent) : exp2_decay(exponent);
         vf next = a * vload(h + i * GROUP) + dtu * B[i];
         vstore(h + i * GROUP, next);
         if (kept) vstore(kept + i * GROUP, a);
@@ -253,7 +253,7 @@ ALWAYS_INLINE void step_states(float *h, const float *A_log2e, const float *B, c
  * in four sums: shorter dependency chains, and smaller rounding errors than in one long sum. `keep`: store the decays
  * in `kept`. */
 ALWAYS_INLINE void walk_chunk(const workspace *ws, const scan_problem *p, const lane_group *g, const int want_y,
-                              float *kept, const int keep) {
+                              float *kept, const int keep, const int grows) {
     const int64_t row = scan_row(p), state = p->state, rank = p->rank, count = ws->count;
     const float *rows = ws->rows, *us = g->u, *dtus = g->dtu, *A_log2e = g->A_log2e;
     float *states = g->h, *dts = g->dt;
@@ -267,9 +267,9 @@ ALWAYS_INLINE void walk_chunk(const workspace *ws, const scan_problem *p, const 
             const float *A = A_log2e + v;
             int64_t n = 0;
             for (; n + 4 <= state; n += 4, h += 4 * GROUP, A += 4 * GROUP, to += 4 * GROUP)
-                step_states(h, A, B + n, want_y ? C + n : 0, keep ? to : 0, dt, dtu, y, 4);
+                step_states(h, A, B + n, want_y ? C + n : 0, keep ? to : 0, dt, dtu, y, 4, grows);
             for (; n < state; n++, h += GROUP, A += GROUP, to += GROUP)
-                step_states(h, A, B + n, want_y ? C + n : 0, keep ? to : 0, dt, dtu, y + 3, 1);
+                step_states(h, A, B + n, want_y ? C + n : 0, keep ? to : 0, dt, dtu, y + 3, 1, grows);
             if (want_y) vstore(dts + t * GROUP + v, (y[0] + y[1]) + (y[2] + y[3]));
         }
     }
