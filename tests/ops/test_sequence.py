@@ -64,14 +64,18 @@ def test_the_definition_and_its_chunks(case, monkeypatch):
 
 
 @pytest.mark.skipif(GOLDEN is None, reason="the folder shared/mamba_golden does not stand beside this checkout")
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_values_and_gradients_of_the_public_function(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("reference", torch.float64, 1e-11), ("torch", torch.float64, 1e-11), ("cpu", torch.float32, 2.5e-6)],
+)
+def test_values_and_gradients_of_the_public_function(backend, dtype, tolerance):
+    """In float32 three times the worst gradient that the public code itself loses, 8.1e-7, is allowed."""
     files = sorted(GOLDEN.glob("scan_*.safetensors"))
     assert len(files) >= 8
     for path in files:
         with safe_open(path, "pt") as file:
             facts, data = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        leaves = [data[f"in.{n}"].double().requires_grad_() if f"in.{n}" in data else None for n in NAMES]
+        leaves = [data[f"in.{n}"].to(dtype).requires_grad_() if f"in.{n}" in data else None for n in NAMES]
         softplus, wants_last = (json.loads(facts[key].lower()) for key in ("delta_softplus", "return_last_state"))
         given = functools.partial(selective_scan_fn, *leaves, delta_softplus=softplus, backend=backend)
         out, last = given(return_last_state=True)
@@ -87,7 +91,7 @@ def test_values_and_gradients_of_the_public_function(backend):
             checks |= {f"{name}.{n}": g for n, g in zip(there, grads, strict=True)}
         for name, mine in checks.items():
             error = (mine - data[name]).abs().max() / data[name].abs().max()
-            assert error <= 1e-11, f"{path.name}: {name} is off by {error:.1e}"
+            assert error <= tolerance, f"{path.name}: {name} is off by {error:.1e}"
 
 
 def test_four_groups_are_the_four_directions_of_ss2d():
@@ -284,7 +288,9 @@ def test_what_does_not_fit_is_refused_with_the_shapes_that_do():
             selective_scan_fn(*given)
     with pytest.raises(ValueError, match="valid: reference, cpu, cuda, triton, torch"):
         selective_scan_fn(u, delta, A, B, C, backend="cuda9")
-    for backend in ("cpu", "cuda", "triton"):
+    with pytest.raises(ValueError, match="Triton has no kernel for sequences; valid: reference, cpu, cuda, torch"):
+        selective_scan_fn(u, delta, A, B, C, backend="triton")
+    for backend in ("cpu", "cuda"):
         with pytest.raises(ValueError, match=f"selective_scan_fn: backend '{backend}' computes in float32"):
             selective_scan_fn(u.double(), delta, A, B, C, backend=backend)
 

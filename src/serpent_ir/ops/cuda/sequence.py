@@ -20,14 +20,17 @@ from serpent_ir.ops.cuda import nvrtc
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # A sequence is cut into chunks until a multiprocessor has this many warps, but chunks get no shorter than SHORTEST.
-FORWARD_WARPS = 12
+# Forwards it stays whole where a multiprocessor has ENOUGH_WARPS without that: a cut reads the sequence twice.
+FORWARD_WARPS = 24
 BACKWARD_WARPS = 12
+ENOUGH_WARPS = 8
 SHORTEST = 64
 # Positions of a tile, warps of a block, and warps that a multiprocessor should hold, which bounds a thread's registers.
 FORWARD_TILE = 16
 BACKWARD_TILE = 8
 BLOCK = 4
-FORWARD_HELD = 16
+WHOLE_HELD = 12
+FORWARD_HELD = 24
 SUMMARY_HELD = 16
 GRADIENT_HELD = 12
 # Up to this many chunks the forward scan combines them as it starts.
@@ -165,13 +168,15 @@ def _forward(given: Sequences) -> tuple[Tensor, Tensor]:
     layout = _layout(given.A.shape[1], D // groups, FORWARD_TILE)
     sets = layout.sets(D // groups)
     blocks = batch * groups * sets
-    length, chunks = _chunks(L, FORWARD_WARPS * _processors(u.device) // (blocks * layout.warps))
+    processors, warps = _processors(u.device), blocks * layout.warps
+    length, chunks = _chunks(L, 1 if warps >= ENOUGH_WARPS * processors else FORWARD_WARPS * processors // warps)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     last = given.A.new_empty(batch, D, layout.N)
     several = chunks if chunks > 1 else 0
     state, dt_sum = given.A.new_empty(batch, several, D, layout.N), given.A.new_empty(batch, several, D)
     vectors = _vectors(layout.tile // layout.lanes, u, given.delta, given.z, out)
-    scan = nvrtc.load("sequence_forward.cu", _constants(given, layout, vectors, FORWARD_HELD), u.device)
+    constants = _constants(given, layout, vectors, WHOLE_HELD if chunks == 1 else FORWARD_HELD)
+    scan = nvrtc.load("sequence_forward.cu", constants, u.device)
     args = _pointers(u, given.delta, given.z) + _strides(u, given.delta, given.z) + _matrices(given)
     args += _pointers(given.A, given.D, given.delta_bias, state, dt_sum, out, last)
     args += struct.pack("q6i", L, D, groups, sets, length, chunks, chunks > FEW_CHUNKS)
