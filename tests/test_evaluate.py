@@ -48,3 +48,16 @@ def test_evaluation_scores_an_identity_network_as_its_input(folders):
     given = create_degradation("sr8").network_input(y).clamp(0, 1).mul(255).round() / 255
     expected = -10 * math.log10((given - clean).double().square().mean())
     assert math.isclose(result["images"][1]["input_psnr"], expected, rel_tol=1e-5)
+
+
+def test_the_protocol_is_that_of_the_call(folders):
+    """What a network that changes nothing restores is what it was given; Y has less of the noise than RGB."""
+    files = find_images(folders / "val")
+    found = {name: evaluate_network(torch.nn.Identity(), files, "denoise", protocol=name) for name in ("rgb", "jpeg")}
+    assert found["jpeg"]["protocol"] == "jpeg"
+    for result in found.values():
+        assert result["psnr"] == result["input_psnr"]
+        assert result["ssim"] == result["input_ssim"]
+    assert found["jpeg"]["psnr"] > found["rgb"]["psnr"] + 2
+    with pytest.raises(UsageError, match="unknown protocol 'psnr'; the known ones are rgb, sr"):
+        evaluate_network(torch.nn.Identity(), files, "denoise", protocol="psnr")

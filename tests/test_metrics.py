@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio as peak_snr
 from skimage.metrics import structural_similarity
 from torch import nn
 from torchmetrics.functional.image import lpips as theirs
@@ -103,6 +105,35 @@ def test_ssim_is_that_of_scikit_image_but_for_the_border():
     np.testing.assert_allclose(ours[5:-5, 5:-5], their_map[5:-5, 5:-5], rtol=1e-9)
     assert theirs == pytest.approx(ours[5:-5, 5:-5].mean(), rel=1e-9)  # scikit-image leaves the border out of its mean
     assert theirs == pytest.approx(ours.mean(), abs=0.02)
+
+
+def test_protocols_are_those_of_scikit_image_on_what_they_compare():
+    restored, clean = pair(1, 3, 61, 45, seed=3)
+    a, b = (rounded(image)[0].transpose(1, 2, 0) for image in (restored, clean))
+    luma = [rgb2ycbcr(image)[..., 0] for image in (a, b)]  # 16 to 235
+
+    def expected(x: np.ndarray, y: np.ndarray, full: float, border: int) -> tuple[float, float]:
+        inner = slice(border, x.shape[0] - border), slice(border, x.shape[1] - border)
+        x, y = x[inner], y[inner]
+        gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        axis = 2 if x.ndim == 3 else None
+        similarity = structural_similarity(x, y, data_range=full, channel_axis=axis, **gaussian)
+        return peak_snr(x, y, data_range=full), similarity
+
+    for name, scale, values in (
+        ("sr", 3, expected(*luma, 255, 3)),
+        ("sr", 4, expected(*luma, 255, 4)),
+        ("denoise", 1, expected(a, b, 1, 0)),
+        ("jpeg", 1, expected(*luma, 255, 0)),
+        ("ntire-esr", 4, expected(a, b, 1, 4)),
+    ):
+        assert psnr(restored, clean, name, scale=scale).item() == pytest.approx(values[0], abs=1e-6)
+        assert ssim(restored, clean, name, scale=scale).item() == pytest.approx(values[1], abs=1e-6)
+    assert psnr(restored, clean, "denoise") == psnr(restored, clean)
+    with pytest.raises(UsageError, match="unknown protocol 'y'; the known ones are rgb, sr, denoise, jpeg, ntire-esr"):
+        psnr(restored, clean, "y")
+    with pytest.raises(UsageError, match="nothing is left of 8x8 px within a border of 4"):
+        psnr(restored[..., :8, :8], clean[..., :8, :8], "ntire-esr")
 
 
 def test_identical_images():

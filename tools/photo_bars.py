@@ -1,5 +1,5 @@
 """What `photo` weights must achieve on photographs, besides the grid of strengths: real noise, good photos, JPEG,
-tiles.
+tiles. Each image is measured as the network gives it, and after `auto`, which people get by default.
 
     python tools/photo_bars.py WEIGHTS --data ../shared/data [--every 12] -o FILE.json
 
@@ -22,6 +22,7 @@ from serpent_ir.data import read_rgb8
 from serpent_ir.degradations import evaluation_generator
 from serpent_ir.image.folders import find_images
 from serpent_ir.inference import Restorer
+from serpent_ir.inference.blending import Blend, blended
 from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import psnr
 from serpent_ir.models import create_model
@@ -29,13 +30,17 @@ from serpent_ir.models import create_model
 TILE, TILED_EVERY = 256, 12
 NOTES = """\
 real_noise: crops of the PolyU set, JPEGs of five cameras with the mean of many shots as truth. Tiles: undegraded
-images, whole (as the input) and in tiles of 256 px. An image that comes back to the last bit counts in no mean."""
+images, whole (as the input) and in tiles of 256 px, both without `auto`. An image that comes back to the last bit
+counts in no mean."""
+AUTO = " with auto"
+"""What the names of bars end in whose images went through `auto`."""
 
 
 def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str] = ()) -> dict[str, Any]:
     """PSNR (dB) by name of a bar, for all bars or those in `names`.
 
-    `images` holds each image's PSNR and that of its input, None if infinite; there are also means.
+    `images` holds each image's PSNR and that of its input, None if infinite; there are also means. Bars but that of
+    tiles have a second one, with `AUTO` in its name.
     """
     natural, free = (find_images(data / name / "val")[::every] for name in ("natural", "free"))
     noisy = find_images(data / "real_noise" / "noisy")
@@ -47,15 +52,22 @@ def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str]
         for index, file in enumerate(files):
             clean = _read(file)
             given = damage(clean, index)
-            yield {"file": file.name, **_compared(given, restored(given), clean)}
+            yield {"file": file.name, **_compared(given, *both(given), clean)}
+
+    def both(given: Tensor) -> tuple[Tensor, Tensor]:
+        made = restored(given)
+        judged = blended([made.clamp(0, 1)], lambda rows: given[:, :, slice(*rows)], given.shape[2], Blend(judged=True))
+        return made, torch.cat(list(judged), 2)
 
     def real() -> Iterator[dict[str, Any]]:
         for file in noisy:
             given, clean = _read(file), _read(data / "real_noise" / "mean" / file.name)
-            yield {"file": file.name, **_compared(given, restored(given), clean)}
+            yield {"file": file.name, **_compared(given, *both(given), clean)}
 
     def tiled() -> Iterator[dict[str, Any]]:
-        restorer = Restorer(network, device=str(next(network.parameters()).device), precision="float32", tile=TILE)
+        restorer = Restorer(
+            network, device=str(next(network.parameters()).device), precision="float32", tile=TILE, auto=False
+        )
         for file in find_images(data / "natural" / "val")[::TILED_EVERY]:
             clean = _read(file)
             if max(clean.shape[-2:]) <= TILE:
@@ -74,15 +86,22 @@ def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str]
         "tiles against whole": tiled(),
     }
     found = {name: list(rows[name]) for name in names or rows}
-    return {name: {**_summary(images), "images": images} for name, images in found.items()}
+    bars: dict[str, Any] = {}
+    for name, rows_of in found.items():
+        judged = [{**row, "psnr": row["auto"]} for row in rows_of if "auto" in row]
+        for label, images in ((name, rows_of), (name + AUTO, judged)):
+            images = [{key: value for key, value in row.items() if key != "auto"} for row in images]
+            bars |= {label: {**_summary(images), "images": images}} if images else {}
+    return bars
 
 
 def _read(file: Path) -> Tensor:
     return read_rgb8(file)[None].float() / 255
 
 
-def _compared(given: Tensor, restored: Tensor, clean: Tensor) -> dict[str, float | None]:
-    return {"input_psnr": _finite(psnr(given, clean)), "psnr": _finite(psnr(restored, clean))}
+def _compared(given: Tensor, restored: Tensor, judged: Tensor, clean: Tensor) -> dict[str, float | None]:
+    images = {"input_psnr": given, "psnr": restored, "auto": judged}
+    return {name: _finite(psnr(image, clean)) for name, image in images.items()}
 
 
 def _finite(value: Tensor) -> float | None:
@@ -92,7 +111,9 @@ def _finite(value: Tensor) -> float | None:
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means, and the least of the results and of the gains. If the input is clean, there are no gains."""
     restored = [row["psnr"] for row in rows if row["psnr"] is not None]
-    told: dict[str, Any] = {"n": len(rows), "psnr": mean(restored), "worst": min(restored)}
+    told: dict[str, Any] = {"n": len(rows), "same": len(rows) - len(restored)}
+    told |= {"psnr": mean(restored), "worst": min(restored)} if restored else {"psnr": math.inf, "worst": math.inf}
+    told["under_42"] = sum(value < 42 for value in restored)
     gains = [row["psnr"] - row["input_psnr"] for row in rows if None not in (row["psnr"], row["input_psnr"])]
     if gains:
         told["input_psnr"] = mean(row["input_psnr"] for row in rows if row["input_psnr"] is not None)

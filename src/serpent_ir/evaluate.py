@@ -14,7 +14,7 @@ from serpent_ir.errors import ImageError, SerpentError, UsageError
 from serpent_ir.inference import pick_device
 from serpent_ir.inference.network import OutOfMemoryError, device_of, says_what_is_too_large
 from serpent_ir.inference.restorer import run_network
-from serpent_ir.metrics import SSIM_WINDOW, Lpips, psnr, ssim
+from serpent_ir.metrics import PROTOCOLS, SSIM_WINDOW, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped
 from serpent_ir.system.devices import device_name, pick_precision
@@ -31,6 +31,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     seed: int = 0,
+    protocol: str = "rgb",
     lpips_weights: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -46,12 +47,14 @@ def evaluate(
         device: as `serpent_ir.inference.restorer.pick_device` takes it.
         precision: as `restore` takes it.
         seed: seed of the noise, which is drawn on the CPU per (seed, index of the image in path order).
+        protocol: what is compared, by a name of `serpent_ir.metrics.PROTOCOLS`. Its scale is that of the task.
         lpips_weights: a file as `serpent_ir.metrics.Lpips` takes it; if given, LPIPS is measured too.
         progress: called with (images done, all images).
 
     Returns:
-        A dict: model, weights (the file, or None), task, precision, n (images), seed, psnr in dB, ssim (means over
-        images), input_psnr, input_ssim (the same for what the network was given), device, and `images`: file (path),
+        A dict: model, weights (the file, or None), task, protocol, precision, n (images), seed, psnr in dB, ssim (means
+        over images), input_psnr, input_ssim (the same for what the network was given), device, and `images`: file
+        (path),
         psnr, ssim, input_psnr, input_ssim of each image. An image with an infinite PSNR (untouched or perfect) counts
         in neither mean of PSNR, unless all images have one; n_psnr says how many count. With `lpips_weights` also lpips
         and input_lpips, and lpips_net, "alex" or "vgg".
@@ -76,8 +79,9 @@ def evaluate(
     network = network.to(target)
     files = list_images(data)
     result = evaluate_network(
-        network, files, degradation.name, precision=precision, seed=seed, lpips=lpips, progress=progress
-    )
+        network, files, degradation.name, precision=precision, seed=seed, protocol=protocol, lpips=lpips,
+        progress=progress,
+    )  # fmt: skip
     about = {"model": model, "weights": str(weights) if weights else None, "task": task}
     return {**about, **result, "data": str(data)}
 
@@ -89,12 +93,15 @@ def evaluate_network(
     *,
     precision: str = "auto",
     seed: int = 0,
+    protocol: str = "rgb",
     lpips: Lpips | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """As `evaluate`, for a network that is already on its device."""
     network = unwrapped(network)
     degradation = create_degradation(task)
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {protocol!r}; the known ones are {', '.join(PROTOCOLS)}")
     device = device_of(network)
     dtype = pick_precision(precision, device)
     rows = []
@@ -102,7 +109,9 @@ def evaluate_network(
         clean = read_clean(file, degradation)
         try:
             with says_what_is_too_large(clean.shape, device):
-                rows.append(_figures_of(network, clean.to(device), degradation, precision, seed, index, lpips))
+                rows.append(
+                    _figures_of(network, clean.to(device), degradation, precision, seed, protocol, index, lpips)
+                )
         except OutOfMemoryError as error:
             raise SerpentError(f"{file}: {error}") from None
         except UsageError as error:
@@ -112,7 +121,7 @@ def evaluate_network(
     net = {} if lpips is None else {"lpips_net": lpips.name}
     images = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
     about = {**mean_figures(rows), **net, "device": device_name(device), "precision": str(dtype).removeprefix("torch.")}
-    return {"n": len(images), "seed": seed, **about, "images": images}
+    return {"n": len(images), "seed": seed, "protocol": protocol, **about, "images": images}
 
 
 def _figures_of(
@@ -121,10 +130,13 @@ def _figures_of(
     degradation: Degradation,
     precision: str,
     seed: int,
+    protocol: str,
     index: int,
     lpips: Lpips | None,
 ) -> dict[str, float]:
-    row, given, restored = evaluate_image(network, clean, degradation, precision=precision, seed=seed, index=index)
+    row, given, restored = evaluate_image(
+        network, clean, degradation, precision=precision, seed=seed, protocol=protocol, index=index
+    )
     if lpips is not None:
         row |= {"lpips": lpips(restored, clean).item(), "input_lpips": lpips(degradation.before(given), clean).item()}
     return row
@@ -138,20 +150,24 @@ def evaluate_image(
     index: int,
     seed: int = 0,
     precision: str = "auto",
+    protocol: str = "rgb",
     known: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """The `FIGURES` of image number `index`, what the network was given (1, C, H, W), and its result (1, 3, H, W).
 
-    `clean` (1, 3, H, W) lies on the network's device. `precision` is as `run_network` takes it. `known` are figures
-    that need not be computed: those of the input, which are the same for every network.
+    `clean` (1, 3, H, W) lies on the network's device. `precision` is as `run_network` takes it, `protocol` as
+    `evaluate` does. `known` are figures that need not be computed: those of the input, which are the same for every
+    network.
     """
     degraded, clean = degradation.pair(clean, generator=evaluation_generator(seed, index))
     given = degradation.network_input(degraded)
     restored = degradation.combine(run_network(network, given, precision=precision), given)
     image = degradation.before(given)
-    row = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
+    scale = degradation.scale
+    row = {"psnr": psnr(restored, clean, protocol, scale=scale), "ssim": ssim(restored, clean, protocol, scale=scale)}
     if not known:
-        row |= {"input_psnr": psnr(image, clean), "input_ssim": ssim(image, clean)}
+        row["input_psnr"] = psnr(image, clean, protocol, scale=scale)
+        row["input_ssim"] = ssim(image, clean, protocol, scale=scale)
     figures = torch.cat(list(row.values())).tolist()  # all at once, since each read waits for the GPU
     return {**dict(zip(row, figures, strict=True)), **(known or {})}, given, restored
 

@@ -1,13 +1,16 @@
-"""PSNR, SSIM and LPIPS, with one protocol for every number in this project.
+"""PSNR, SSIM and LPIPS, by stated protocols.
 
-Images are RGB in [0, 1]. Both images are first clamped and rounded to the 8 bits of a saved file. No border is cropped
-and nothing is converted to luminance. There is one value per image, and the caller averages over images. PSNR and SSIM
-are computed in float64, so that results do not depend on the device.
+Images are RGB in [0, 1]. Both images are first clamped and rounded to the 8 bits of a saved file. There is one value
+per image, and the caller averages over images. PSNR and SSIM are computed in float64, so that results do not depend on
+the device. By the protocol `rgb`, which all numbers of this project have that name no other, no border is cropped and
+nothing is converted to luminance. `PROTOCOLS` holds those of the field, for numbers beside published ones.
 """
 
 import importlib.util
 import math
 import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,51 +22,85 @@ from serpent_ir.errors import SerpentError, UsageError, is_out_of_memory
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window (standard deviation 1.5), and of the smallest image it takes."""
 
+
+@dataclass(frozen=True)
+class Protocol:
+    """What of two images is compared.
+
+    Attributes:
+        luma: Y of YCbCr by ITU-R BT.601 in studio range (16 to 235), not rounded, instead of RGB.
+        border: pixels that are cut on each side; None: as many as the scale.
+        inside: SSIM is the mean over windows that lie in the image, as Wang's code has it, and not over every pixel.
+    """
+
+    luma: bool = False
+    border: int | None = 0
+    inside: bool = True
+
+
+PROTOCOLS = {
+    "rgb": Protocol(inside=False),
+    "sr": Protocol(luma=True, border=None),
+    "denoise": Protocol(),
+    "jpeg": Protocol(luma=True),
+    "ntire-esr": Protocol(border=4),
+}
+"""`sr`: super-resolution (Set5, Set14). `denoise`: colour denoising (CBSD68, Kodak24, McMaster), whose noise is
+added in
+floating point and not clipped. `jpeg`: JPEG artefacts (LIVE1). `ntire-esr`: the challenges in efficient
+super-resolution."""
+
 _STRIP = 128  # rows of SSIM computed at once: memory holds about 20 float64 copies of a strip of one channel
+_LUMA = (65.481, 128.553, 24.966)  # of R, G and B in [0, 1]; 16 is added: Y from 16 to 235
 _C1, _C2 = 0.01**2, 0.03**2
 _GAUSSIAN = [math.exp(-(offset**2) / (2 * 1.5**2)) for offset in range(-(SSIM_WINDOW // 2), SSIM_WINDOW // 2 + 1)]
 _WEIGHTS = [value / sum(_GAUSSIAN) for value in _GAUSSIAN]
 
 
-def psnr(restored: Tensor, clean: Tensor) -> Tensor:
+def psnr(restored: Tensor, clean: Tensor, protocol: str = "rgb", *, scale: int = 1) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image: (B, 3, H, W) twice, in [0, 1] -> (B,) float64 on their device.
 
     -10 log10 of the mean squared error over all pixels and channels. Images that are identical in 8 bits give infinity.
-    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ or one is of integers.
+    `protocol` is a name of `PROTOCOLS`; that of `sr` asks for the `scale` by which the image was enlarged. A NaN in an
+    image makes its value NaN. Raises UsageError if the shapes differ, one is of integers, nothing is left within the
+    border, or there is no such protocol.
     """
     _check_shapes(restored, clean)
+    known, border = _protocol(protocol, scale, clean)
     if not len(clean):
         return clean.new_zeros(0, dtype=torch.float64)
     # One channel at a time, since float64 copies of a large image take more memory than its restoration.
     errors = [
-        torch.stack([(eight_bits(x) - eight_bits(y)).square().mean() for x, y in zip(a, b, strict=True)]).mean()
+        torch.stack([(x - y).square().mean() for x, y in _planes(a, b, known, border)]).mean()
         for a, b in zip(restored, clean, strict=True)
     ]
     # torchmetrics' PSNR is not used: it takes the logarithm of the base in float32, which costs 1e-6 dB.
     return -10 * torch.stack(errors).log10()
 
 
-def ssim(restored: Tensor, clean: Tensor) -> Tensor:
+def ssim(restored: Tensor, clean: Tensor, protocol: str = "rgb", *, scale: int = 1) -> Tensor:
     """Structural similarity of each image: (B, 3, H, W) twice, in [0, 1] -> (B,) float64 on their device.
 
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03, data range 1, biased
-    variances, channels separately. The mean is over every pixel, and nothing is cropped: windows that cross the border
-    see the image reflected about the centre of its edge pixel. This is the default of torchmetrics since its pull
+    variances, channels separately. By `rgb` the mean is over every pixel, and nothing is cropped: windows that cross
+    the border see the image reflected about the centre of its edge pixel. This is the default of torchmetrics since
+    its pull
     request 2721 (September 2024). Older torchmetrics and scikit-image leave a border of 5 px out of the mean; this
     function gives the same value with any version.
 
-    A NaN in an image makes its value NaN. Raises UsageError if the shapes differ, one is of integers or a side is under
-    11 px.
+    `protocol` and `scale` are as for `psnr`. A NaN in an image makes its value NaN. Raises UsageError if the shapes
+    differ, one is of integers, a side within the border is under 11 px, or there is no such protocol.
     """
     _check_shapes(restored, clean)
-    height, width = clean.shape[-2:]
+    known, border = _protocol(protocol, scale, clean)
+    height, width = (side - 2 * border for side in clean.shape[-2:])
     if min(height, width) < SSIM_WINDOW:
         raise UsageError(
             f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} px; this one is {width}x{height} px"
         )
     if not len(clean):
         return clean.new_zeros(0, dtype=torch.float64)
-    return torch.stack([_ssim_of_one(a, b) for a, b in zip(restored.split(1), clean.split(1), strict=True)])
+    return torch.stack([_ssim_of_one(a, b, known, border) for a, b in zip(restored, clean, strict=True)])
 
 
 class Lpips:
@@ -145,17 +182,48 @@ def eight_bits(image: Tensor) -> Tensor:
     return image.double().clamp(0, 1).mul(255).round().div(255)
 
 
-def _ssim_of_one(restored: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of (1, C, H, W), one channel and one strip of rows at a time."""
+def _protocol(name: str, scale: int, clean: Tensor) -> tuple[Protocol, int]:
+    """The protocol of that name, and its border in pixels."""
+    if name not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {name!r}; the known ones are {', '.join(PROTOCOLS)}")
+    border = PROTOCOLS[name].border
+    border = scale if border is None else border
     height, width = clean.shape[-2:]
-    columns = _reflected(0, width, width, clean.device)
-    sums = []
-    for start in range(0, height, _STRIP):
-        rows = _reflected(start, min(start + _STRIP, height), height, clean.device)
-        for channel in range(clean.shape[1]):
-            x, y = (eight_bits(image[0, channel][rows][:, columns]) for image in (restored, clean))
-            sums.append(_similarity(x, y).sum())
-    return torch.stack(sums).sum() / clean[0].numel()
+    if min(height, width) <= 2 * border:
+        raise UsageError(f"{name}: nothing is left of {width}x{height} px within a border of {border}")
+    return PROTOCOLS[name], border
+
+
+def _planes(restored: Tensor, clean: Tensor, protocol: Protocol, border: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is compared of two images (3, H, W): pairs of planes (h, w) float64 in [0, 1], one after the other."""
+    inner = slice(border, clean.shape[-2] - border), slice(border, clean.shape[-1] - border)
+    images = (restored[:, *inner], clean[:, *inner])
+    if not protocol.luma:
+        for x, y in zip(*images, strict=True):
+            yield eight_bits(x), eight_bits(y)
+        return
+    x, y = images
+    yield _luma(x), _luma(y)
+
+
+def _luma(image: Tensor) -> Tensor:
+    red, green, blue = (eight_bits(plane) * weight for plane, weight in zip(image, _LUMA, strict=True))
+    return (red + green + blue + 16) / 255
+
+
+def _ssim_of_one(restored: Tensor, clean: Tensor, protocol: Protocol, border: int) -> Tensor:
+    """SSIM of (C, H, W), one plane and one strip of rows at a time."""
+    sums, count = [], 0
+    for x, y in _planes(restored, clean, protocol, border):
+        height, width = x.shape
+        reach = SSIM_WINDOW // 2 if protocol.inside else 0
+        columns = _reflected(reach, width - reach, width, x.device)
+        for start in range(reach, height - reach, _STRIP):
+            rows = _reflected(start, min(start + _STRIP, height - reach), height, x.device)
+            windows = _similarity(x[rows][:, columns], y[rows][:, columns])
+            sums.append(windows.sum())
+            count += windows.numel()
+    return torch.stack(sums).sum() / count
 
 
 def _similarity(x: Tensor, y: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
+    protocol: Annotated[
+        str,
+        typer.Option(help="What is compared: rgb, sr (Y, border of the scale cut), denoise, jpeg (Y) or ntire-esr."),
+    ] = "rgb",
     lpips_weights: Annotated[
         Path | None,
         typer.Option(
@@ -51,7 +55,7 @@ def evaluate(
     with progress_of("evaluated") as progress:
         result = evaluate(
             data, task, model_name(name, weights, task), weights=weights, device=device, precision=precision,
-            seed=seed, lpips_weights=lpips_weights, progress=progress,
+            seed=seed, protocol=protocol, lpips_weights=lpips_weights, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(finite(result), allow_nan=False))
@@ -64,4 +68,5 @@ def evaluate(
     if lpips_weights is not None:
         columns.append(f"LPIPS ({result['lpips_net']})")
     counted = f", PSNR of the {result['n_psnr']} that are not infinite" if result["n_psnr"] < result["n"] else ""
-    print_table(f"{weights or result['model']}, {task}, {result['n']} images{counted}", columns, rows)
+    by = f", by {protocol}" if protocol != "rgb" else ""
+    print_table(f"{weights or result['model']}, {task}, {result['n']} images{by}{counted}", columns, rows)
