@@ -29,8 +29,9 @@ SMALL = 1 << 19
 """Pixels of an image up to which it goes through the network of a GPU together with others of its size."""
 TOGETHER, MOST = 1 << 21, 32
 """Most pixels, and most images, of such a pass."""
-MANY = 8
-"""From this many images on processes of their own read and write them, beside a GPU."""
+MANY = 1 << 30
+"""From this many images on processes of their own read and write them, beside a GPU; threads do below that. So far that
+is never: the processes are forked, and no run beside a GPU has shown yet that they serve there."""
 AHEAD = 1 << 23
 """Pixels of images that may be read ahead, and that may wait to be written, beyond one for each thread."""
 
