@@ -26,6 +26,7 @@ SHIPPED = {  # all of them; at least so many dB on faces256/val: what was measur
     "serpent_h.deblur": 28.9,
     "serpent_h.sr8": 25.5,
     "serpent_l.deblur": 29.2,
+    "serpent_l.denoise": 33.5,
     "serpent_l.photo": 32.8,
     "serpent_l.photo_x4": 26.6,
     "serpent_l.sr2": 35.8,

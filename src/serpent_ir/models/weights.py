@@ -29,7 +29,9 @@ module's."""
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 """The folder of the weights that ship."""
 
-FREE_WEIGHTS = dict.fromkeys([f"serpent_l.{task}" for task in ("photo", "sr4", "sr2", "photo_x4")], "CC BY-SA 4.0")
+FREE_WEIGHTS = dict.fromkeys(
+    [f"serpent_l.{task}" for task in ("photo", "sr4", "sr2", "photo_x4", "denoise")], "CC BY-SA 4.0"
+)
 """Licences of weights that were trained on images with free licences alone."""
 
 NAMED = 20
