@@ -107,7 +107,7 @@ def test_commands_that_are_not_run_could_be(page, line):
         asked = {extra for word in words for part in re.findall(r"\[(.*)\]", word) for extra in part.split(",")}
         assert asked <= extras.keys()
     else:
-        assert words[0] in ("python", "pytest", ".venv/bin/pytest", "git"), f"{line}: what is it?"
+        assert words[0] in ("python", "pytest", ".venv/bin/pytest", "git", "npm"), f"{line}: what is it?"
 
 
 def _parses(group: click.Command, context: click.Context) -> None:

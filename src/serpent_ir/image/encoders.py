@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,21 +68,31 @@ def encode(picture: Picture, suffix: str) -> bytes:
     fields = {name: value for name in _FIELDS if (value := getattr(picture, name)) is not None}
     if suffix == ".jxl":
         image_jxl.register()
-    with _memory_file() as buffer:
-        Image.fromarray(array).save(buffer, **SAVE_OPTIONS[suffix], **fields)
-        buffer.seek(0)
-        data = buffer.read()
+    image = Image.fromarray(array)
+    data = _through_memory_file(image, fields) if suffix in (".jpg", ".jpeg") else b""
+    if not data:
+        buffer = io.BytesIO()
+        image.save(buffer, **SAVE_OPTIONS[suffix], **fields)
+        data = buffer.getvalue()
     if suffix == ".avif":
         return _with_numbers(data, picture.carried.get("cicp"))
     return with_segments(data, picture.carried) if suffix in (".jpg", ".jpeg") else data
 
 
-def _memory_file() -> BinaryIO:
-    """A file in memory. Pillow encodes a JPEG into one of the system without keeping other threads from their work."""
+def _through_memory_file(image: Image.Image, fields: dict[str, Any]) -> bytes:
+    """The bytes of a JPEG, or none where a file in memory cannot hold them.
+
+    Pillow encodes into a file of the system without keeping other threads from their work. Such a file counts against
+    the bound on the size of files, and a write that stopped half-way may pass for a whole one, so the end is checked.
+    """
     try:
-        return os.fdopen(os.memfd_create("serpent"), "w+b")
-    except (AttributeError, OSError):  # not on Linux, or forbidden there
-        return io.BytesIO()
+        with os.fdopen(os.memfd_create("serpent"), "w+b") as buffer:
+            image.save(buffer, **SAVE_OPTIONS[".jpg"], **fields)
+            buffer.seek(0)
+            data = buffer.read()
+    except (AttributeError, OSError):  # not on Linux, forbidden there, or full
+        return b""
+    return data if data.endswith(b"\xff\xd9") else b""
 
 
 def fitting(picture: Picture, suffix: str) -> Picture:

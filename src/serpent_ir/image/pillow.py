@@ -14,6 +14,9 @@ def colours_and_alpha(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np
     `np.array(image)` makes two more copies of the whole image on the way, and takes four times as long.
     """
     width, height = image.size
+    if width * height <= _BAND:
+        whole = np.array(image)
+        return np.ascontiguousarray(whole[..., :3]), whole[..., 3].copy() if image.mode == "RGBA" else None
     pixels = np.empty((height, width, 3), np.uint8)
     alpha = np.empty((height, width), np.uint8) if image.mode == "RGBA" else None
     step = max(1, _BAND // max(1, width))
