@@ -14,10 +14,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.four_levels import FourLevels, check_levels
-from serpent_ir.models.frame import pixel_shuffles
+from serpent_ir.models.four_levels import FourLevelNetwork, check_levels
+from serpent_ir.models.frame import pixel_shuffles, steps_of
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.models.restormer import ChannelNorm
 from serpent_ir.models.ss2d import along, draw_scan, draw_uniform, kept, scan
 
@@ -160,33 +159,17 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-class EAMamba(FourLevels, PyTorchModelHubMixin):
+class EAMamba(FourLevelNetwork, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
 
     The release takes multiples of 8 only. Others are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
-    scale = 1
-
     def __init__(self, config: EAMambaConfig):
-        def block(c: int) -> Block:
+        def block(c: int, level: int) -> Block:
             return Block(c, config)
 
-        super().__init__(config.dim, config.blocks, config.refinement, block, config.in_channels)
-        self.config = config
-        if config.dual_pixel:
-            self.skip_conv = nn.Conv2d(config.dim, 2 * config.dim, 1, bias=False)
-        self.output = nn.Conv2d(2 * config.dim, config.out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        image = pad_to_multiple(x, self.size_multiple)
-        features, first = self.features(image)
-        if self.config.dual_pixel:
-            restored = self.output(features + self.skip_conv(first))
-        else:
-            restored = image[:, : self.config.out_channels] + self.output(features)
-        return restored[..., :height, :width]
+        super().__init__(config, block)
 
 
 class Group(nn.Module):
@@ -217,8 +200,7 @@ class EAMambaSR(nn.Module, PyTorchModelHubMixin):
         self.norm = ChannelNorm(dim, bias=True)
         self.conv_after_body = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.LeakyReLU())
-        steps = (3,) if config.scale == 3 else (2,) * (config.scale.bit_length() - 1)
-        self.upsample = pixel_shuffles(dim, steps, dim)
+        self.upsample = pixel_shuffles(dim, steps_of(config.scale), dim)
         self.conv_last = nn.Conv2d(dim, config.out_channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

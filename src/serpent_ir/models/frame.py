@@ -86,6 +86,11 @@ def pixel_shuffles(c_in: int, factors: tuple[int, ...], c_out: int) -> nn.Sequen
     return nn.Sequential(*(module for pair in pairs for module in pair))
 
 
+def steps_of(scale: int) -> tuple[int, ...]:
+    """The factors of pixel shuffles that make an image `scale` times larger: 3, or as many twos as it takes."""
+    return (3,) if scale == 3 else (2,) * (scale.bit_length() - 1)
+
+
 class ResidualGroup(nn.Module):
     """Blocks of channels-last maps (B, H, W, c), a convolution, and a skip."""
 
@@ -129,8 +134,7 @@ class Frame(nn.Module):
         elif config.upsampler != "none":
             self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, middle, 3, padding=1), nn.LeakyReLU())
         if config.upsampler == "pixelshuffle":
-            steps = (3,) if config.scale == 3 else (2,) * (config.scale.bit_length() - 1)
-            self.upsample = pixel_shuffles(middle, steps, middle)
+            self.upsample = pixel_shuffles(middle, steps_of(config.scale), middle)
         elif config.upsampler == "nearest+conv":
             self.conv_up1 = nn.Conv2d(middle, middle, 3, padding=1)
             if config.scale == 4:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from serpent_ir.models.four_levels import FourLevels, check_levels
+from serpent_ir.models.four_levels import FourLevelNetwork, check_levels
 from serpent_ir.models.mambair import ResidualStateSpaceBlock
-from serpent_ir.models.padding import pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,14 @@ class Block(ResidualStateSpaceBlock):
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
-class MambaIRUNet(FourLevels, PyTorchModelHubMixin):
+class MambaIRUNet(FourLevelNetwork, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
 
     The release takes multiples of 8 only. Others are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
-    scale = 1
-
     def __init__(self, config: MambaIRUNetConfig):
-        def block(c: int) -> Block:
+        def block(c: int, level: int) -> Block:
             return Block(c, config.d_state, config.expand)
 
-        super().__init__(config.dim, config.blocks, config.refinement, block, config.in_channels)
-        self.config = config
-        if config.dual_pixel:
-            self.skip_conv = nn.Conv2d(config.dim, 2 * config.dim, 1, bias=False)
-        self.output = nn.Conv2d(2 * config.dim, config.out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        image = pad_to_multiple(x, self.size_multiple)
-        features, first = self.features(image)
-        if self.config.dual_pixel:
-            restored = self.output(features + self.skip_conv(first))
-        else:
-            restored = image[:, : self.config.out_channels] + self.output(features)
-        return restored[..., :height, :width]
+        super().__init__(config, block)

@@ -34,36 +34,34 @@ def _frame(shapes: Shapes, inside: str = BLOCKS) -> dict[str, Any]:
     }
 
 
+def _ss2d(shapes: Shapes) -> dict[str, Any]:
+    """The fields of `SS2D` in a block."""
+    expand = factor(shapes, r"\.self_attention\.in_proj\.weight$", 2)
+    return {"d_state": size(shapes, r"\.A_logs$", 1), "expand": expand}
+
+
 def _mambair(shapes: Shapes) -> MambaIRConfig | None:
     if not (has(shapes, rf"^{GROUPS}\d+\.{BLOCKS}\d+\.conv_blk\.cab\.") and has(shapes, r"\.self_attention\.")):
         return None
-    return MambaIRConfig(
-        **_frame(shapes),
-        d_state=size(shapes, r"\.A_logs$", 1),
-        expand=factor(shapes, r"\.self_attention\.in_proj\.weight$", 2),
-        light=has(shapes, r"\.cab\.[45]\."),
-    )
+    return MambaIRConfig(**_frame(shapes), **_ss2d(shapes), light=has(shapes, r"\.cab\.[45]\."))
 
 
 def _pfvm(shapes: Shapes) -> PFVMConfig | None:
     if not has(shapes, rf"^{GROUPS}\d+\.{BLOCKS}\d+\.(skip_scale3|conv_blk\.conv3x3)"):
         return None
-    expand = factor(shapes, r"\.self_attention\.in_proj\.weight$", 2)
-    return PFVMConfig(**_frame(shapes), d_state=size(shapes, r"\.A_logs$", 1), expand=expand)
+    return PFVMConfig(**_frame(shapes), **_ss2d(shapes))
 
 
 def _mair(shapes: Shapes) -> MaIRConfig | None:
     """No file tells the width of the stripes. In the releases it is 8 for classical SR and the tiny network, else 4."""
     if not has(shapes, rf"^{GROUPS}\d+\.{BLOCKS}\d+\.self_attention\.gating\."):
         return None
-    frame, states = _frame(shapes), size(shapes, r"\.A_logs$", 1)
-    expand = factor(shapes, r"\.self_attention\.in_proj\.weight$", 2)
+    inside = _ss2d(shapes)
     return MaIRConfig(
-        **frame,
-        d_state=states,
-        expand=expand,
+        **_frame(shapes),
+        **inside,
         mlp_ratio=factor(shapes, r"\.conv_blk\.fc1\.weight$"),
-        stripe=8 if states == 1 or expand == 2 else 4,
+        stripe=8 if inside["d_state"] == 1 or inside["expand"] == 2 else 4,
     )
 
 
@@ -109,16 +107,15 @@ def _four_levels(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _ends(shapes: Shapes) -> dict[str, Any]:
+    """The fields of what is around these levels in `FourLevelNetwork`."""
+    return {"dual_pixel": has(shapes, r"^skip_conv\."), "out_channels": size(shapes, r"^output\.", 0, 3)}
+
+
 def _mambair_unet(shapes: Shapes) -> MambaIRUNetConfig | None:
     if not has(shapes, r"^(encoder_level\d|latent)\.\d+\.self_attention\."):
         return None
-    return MambaIRUNetConfig(
-        **_four_levels(shapes),
-        d_state=size(shapes, r"\.A_logs$", 1),
-        expand=factor(shapes, r"\.self_attention\.in_proj\.weight$", 2),
-        dual_pixel=has(shapes, r"^skip_conv\."),
-        out_channels=size(shapes, r"^output\.", 0, 3),
-    )
+    return MambaIRUNetConfig(**_four_levels(shapes), **_ends(shapes), **_ss2d(shapes))
 
 
 def _vmambair(shapes: Shapes) -> VmambaIRConfig | None:
@@ -128,16 +125,22 @@ def _vmambair(shapes: Shapes) -> VmambaIRConfig | None:
     return VmambaIRConfig(**_four_levels(shapes), d_state=states, scale=2 ** len(_stages(shapes, r"tail\.0\.")))
 
 
+def _all_around(shapes: Shapes) -> dict[str, Any]:
+    """The fields of EAMamba's block."""
+    return {
+        "d_state": size(shapes, r"\.mamba\.A_logs$", 1),
+        "expand": factor(shapes, r"\.mamba\.in_proj\.weight$", 2),
+        "ffn_expand": factor(shapes, r"\.ffn\.project_in\.weight$"),
+    }
+
+
 def _eamamba(shapes: Shapes) -> EAMambaConfig | None:
     if not has(shapes, r"^(encoder_level\d|latent)\.\d+\.mamba\."):
         return None
     return EAMambaConfig(
         **_four_levels(shapes),
-        d_state=size(shapes, r"\.mamba\.A_logs$", 1),
-        expand=factor(shapes, r"\.mamba\.in_proj\.weight$", 2),
-        ffn_expand=factor(shapes, r"\.ffn\.project_in\.weight$"),
-        dual_pixel=has(shapes, r"^skip_conv\."),
-        out_channels=size(shapes, r"^output\.", 0, 3),
+        **_ends(shapes),
+        **_all_around(shapes),
     )
 
 
@@ -149,9 +152,7 @@ def _eamamba_sr(shapes: Shapes) -> EAMambaSRConfig | None:
     return EAMambaSRConfig(
         dim=dim,
         blocks=blocks_of(shapes, GROUPS, r"blocks\."),
-        d_state=size(shapes, r"\.mamba\.A_logs$", 1),
-        expand=factor(shapes, r"\.mamba\.in_proj\.weight$", 2),
-        ffn_expand=factor(shapes, r"\.ffn\.project_in\.weight$"),
+        **_all_around(shapes),
         scale=round(math.prod(stages) ** 0.5),
         in_channels=size(shapes, r"^conv_first\.weight$", 1, 3),
         out_channels=size(shapes, r"^conv_last\.", 0, 3),

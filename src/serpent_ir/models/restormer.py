@@ -4,19 +4,17 @@ Parameter names and shapes are those of the public release, so its state dicts l
 release's too. Maps are (B, c, H, W), channels-last in memory.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.four_levels import FourLevelNetwork, check_levels
 from serpent_ir.models.layers import LayerNorm
-from serpent_ir.models.padding import pad_to_multiple
 
 FFN_EXPANSION = 2.66
 
@@ -38,8 +36,7 @@ class RestormerConfig:
         object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.blocks) != 4 or len(self.heads) != 4:
             raise UsageError("restormer: blocks and heads are of four levels")
-        if self.dim % 2:
-            raise UsageError(f"restormer: dim is {self.dim}; it must be even, for a half of it is unshuffled")
+        check_levels("restormer", self.blocks, self.dim)
         for c, heads in zip((self.dim << i for i in range(4)), self.heads, strict=True):
             if heads < 1 or c % heads:
                 raise UsageError(f"{c} channels cannot be shared out among {heads} heads")
@@ -123,80 +120,17 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-def resampled(c_in: int, c_out: int, shuffle: str) -> nn.Sequential:
-    """A convolution, then the pixel (un)shuffle that `shuffle` describes. It leaves the map channels-last."""
-    body = nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
-        Rearrange(shuffle, p=2, q=2),
-        Rearrange("b h w c -> b c h w"),
-    )
-    return nn.Sequential(OrderedDict(body=body))
-
-
-def downsample(c: int) -> nn.Sequential:
-    """(B, c, H, W) -> (B, 2c, H/2, W/2)."""
-    return resampled(c, c // 2, "b c (h p) (w q) -> b h w (c p q)")
-
-
-def upsample(c: int) -> nn.Sequential:
-    """(B, c, H, W) -> (B, c/2, 2H, 2W)."""
-    return resampled(c, 2 * c, "b (c p q) h w -> b (h p) (w q) c")
-
-
-class Restormer(nn.Module, PyTorchModelHubMixin):
+class Restormer(FourLevelNetwork, PyTorchModelHubMixin):
     """Takes images (B, in_channels, H, W) in [0, 1], of any size from 1x1 up. Returns (B, out_channels, H, W).
 
     Other sizes than multiples of `size_multiple` are reflect-padded on the right and bottom, and cropped afterwards.
     """
 
-    size_multiple = 8
-    scale = 1
     layer_norm_macs = 0
     """The release writes LayerNorm out as single operations, so the counter of the paper's tables does not see it."""
 
     def __init__(self, config: RestormerConfig):
-        super().__init__()
-        self.config = config
-        dim, counts, heads = config.dim, config.blocks, config.heads
+        def block(c: int, level: int) -> TransformerBlock:
+            return TransformerBlock(c, config.heads[level], bias=config.norm_bias)
 
-        def level(c: int, index: int, count: int | None = None) -> nn.Sequential:
-            blocks = range(counts[index] if count is None else count)
-            return nn.Sequential(*(TransformerBlock(c, heads[index], bias=config.norm_bias) for _ in blocks))
-
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(config.in_channels, dim, 3, padding=1, bias=False)))
-        self.encoder_level1 = level(dim, 0)
-        self.down1_2 = downsample(dim)
-        self.encoder_level2 = level(2 * dim, 1)
-        self.down2_3 = downsample(2 * dim)
-        self.encoder_level3 = level(4 * dim, 2)
-        self.down3_4 = downsample(4 * dim)
-        self.latent = level(8 * dim, 3)
-        self.up4_3 = upsample(8 * dim)
-        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=False)
-        self.decoder_level3 = level(4 * dim, 2)
-        self.up3_2 = upsample(4 * dim)
-        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
-        self.decoder_level2 = level(2 * dim, 1)
-        self.up2_1 = upsample(2 * dim)  # the last level keeps the channels of its skip
-        self.decoder_level1 = level(2 * dim, 0)
-        self.refinement = level(2 * dim, 0, config.refinement)
-        if config.dual_pixel:
-            self.skip_conv = nn.Conv2d(dim, 2 * dim, 1, bias=False)
-        self.output = nn.Conv2d(2 * dim, config.out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        image = pad_to_multiple(x, self.size_multiple)
-        first = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
-        one = self.encoder_level1(first)
-        two = self.encoder_level2(self.down1_2(one))
-        three = self.encoder_level3(self.down2_3(two))
-        x = self.up4_3(self.latent(self.down3_4(three)))
-        x = self.decoder_level3(self.reduce_chan_level3(torch.cat([x, three], 1)))
-        x = self.decoder_level2(self.reduce_chan_level2(torch.cat([self.up3_2(x), two], 1)))
-        x = self.refinement(self.decoder_level1(torch.cat([self.up2_1(x), one], 1)))
-        if self.config.dual_pixel:
-            restored = self.output(x + self.skip_conv(first))
-        else:
-            restored = image[:, : self.config.out_channels] + self.output(x)
-        return restored[..., :height, :width]
+        super().__init__(config, block)

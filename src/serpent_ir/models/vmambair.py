@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
 from serpent_ir.models.four_levels import FourLevels, check_levels
+from serpent_ir.models.frame import pixel_shuffles, steps_of
 from serpent_ir.models.padding import pad_to_multiple
 from serpent_ir.models.restormer import ChannelNorm, GatedFeedForward
 from serpent_ir.models.ss2d import K, draw_scan, draw_uniform, four_directions, scan
@@ -123,16 +124,15 @@ class VmambaIR(FourLevels, PyTorchModelHubMixin):
     """The release writes LayerNorm out as single operations, as Restormer does."""
 
     def __init__(self, config: VmambaIRConfig):
-        def block(c: int) -> Block:
+        def block(c: int, level: int) -> Block:
             return Block(c, config.d_state)
 
         super().__init__(config.dim, config.blocks, config.refinement, block, config.in_channels)
         self.config, self.scale = config, config.scale
         c = 2 * config.dim
-        doublings = range(config.scale.bit_length() - 1)
-        pairs = ((nn.Conv2d(c, 4 * c, 3, padding=1), nn.PixelShuffle(2)) for _ in doublings)
-        enlarged = nn.Sequential(*(module for pair in pairs for module in pair))
-        self.tail = nn.Sequential(enlarged, nn.Conv2d(c, config.out_channels, 3, padding=1))
+        self.tail = nn.Sequential(
+            pixel_shuffles(c, steps_of(config.scale), c), nn.Conv2d(c, config.out_channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (side * self.scale for side in x.shape[-2:])
