@@ -2,9 +2,8 @@
 
     python tools/benchmark_figures.py WEIGHTS NETWORK.TASK --data ../shared/data/natural/val -o FILE.json
 
-For `sr2` and `sr4`: Set5 and Set14, PSNR of Y as MATLAB's rgb2ycbcr makes it from 8 bits, without a border of `scale`.
-For `denoise`: CBSD68, Kodak24 (in its cropped form) and McMaster at 15, 25 and 50 of 255, noise in float and not
-clipped, PSNR of RGB, the result rounded to 8 bits.
+For `sr2` and `sr4`: Set5 and Set14 by the protocol `sr`. For `denoise`: CBSD68, Kodak24 (in its cropped form) and
+McMaster at 15, 25 and 50 of 255, noise in float and not clipped, by the protocol `denoise` (`serpent_ir.metrics`).
 """
 
 import argparse
@@ -20,10 +19,9 @@ from serpent_ir.data import read_rgb8
 from serpent_ir.degradations.downsampling import imresize_down
 from serpent_ir.inference import pick_device
 from serpent_ir.inference.restorer import run_network
-from serpent_ir.metrics import eight_bits, psnr
+from serpent_ir.metrics import psnr
 from serpent_ir.models import create_model
 
-LUMA = (65.481, 128.553, 24.966)
 SIGMAS = (15, 25, 50)
 NOT_CBSD68 = "bsds_156065"  # CBSD68 is the first 69 of the 100 images by name, as text, without this one
 PUBLISHED = {
@@ -57,12 +55,6 @@ PUBLISHED = {
 """PSNR in dB as the papers print it."""
 
 
-def luma(x: Tensor) -> Tensor:
-    """Y (B, 1, H, W) of RGB in [0, 1], rounded to 8 bits before, as float64 in [16/255, 235/255]."""
-    weights = torch.tensor(LUMA, dtype=torch.float64)[:, None, None]
-    return (16 + (weights * eight_bits(x.cpu())).sum(1, keepdim=True)) / 255
-
-
 def enlarged(network: nn.Module, folder: Path, scale: int) -> dict[str, dict[str, float]]:
     """PSNR of Y by image, for Set5 and Set14."""
     found: dict[str, dict[str, float]] = {}
@@ -72,9 +64,7 @@ def enlarged(network: nn.Module, folder: Path, scale: int) -> dict[str, dict[str
             height, width = (side // scale * scale for side in clean.shape[-2:])
             clean = clean[..., :height, :width]
             restored = run_network(network, imresize_down(clean, scale))
-            inside = (..., slice(scale, height - scale), slice(scale, width - scale))
-            error = (luma(restored)[inside] - luma(clean)[inside]).square().mean()
-            found.setdefault(name, {})[file.stem] = (-10 * error.log10()).item()
+            found.setdefault(name, {})[file.stem] = psnr(restored.cpu(), clean, "sr", scale=scale).item()
     return found
 
 
@@ -89,7 +79,7 @@ def denoised(network: nn.Module, folder: Path) -> dict[str, dict[str, float]]:
                 clean = _read(file)
                 noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
                 restored = run_network(network, clean + sigma / 255 * noise).cpu()
-                found.setdefault(f"{name}, {sigma}", {})[file.stem] = psnr(restored, clean).item()
+                found.setdefault(f"{name}, {sigma}", {})[file.stem] = psnr(restored, clean, "denoise").item()
     return found
 
 

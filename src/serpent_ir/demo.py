@@ -262,8 +262,7 @@ def degrade_and_restore(
     start = time.perf_counter()
     restored = restorer(y)
     seconds = time.perf_counter() - start
-    given = degradation.network_input(y)
-    given = degradation.before(given)
+    given = degradation.before(degradation.network_input(y))
     before, after = (psnr(image, clean).item() for image in (given, restored))
     file = folder / f"{_name_of(path)[0]}-restored.png"
     write_image(file, Picture(to_pixels(restored, np.uint8)))

@@ -45,9 +45,8 @@ PROTOCOLS = {
     "jpeg": Protocol(luma=True),
     "ntire-esr": Protocol(border=4),
 }
-"""`sr`: super-resolution (Set5, Set14). `denoise`: colour denoising (CBSD68, Kodak24, McMaster), whose noise is
-added in
-floating point and not clipped. `jpeg`: JPEG artefacts (LIVE1). `ntire-esr`: the challenges in efficient
+"""`sr`: super-resolution (Set5, Set14). `denoise`: colour denoising (CBSD68, Kodak24, McMaster), whose noise is added
+in floating point and not clipped. `jpeg`: JPEG artefacts (LIVE1). `ntire-esr`: the challenges in efficient
 super-resolution."""
 
 _STRIP = 128  # rows of SSIM computed at once: memory holds about 20 float64 copies of a strip of one channel
@@ -84,9 +83,8 @@ def ssim(restored: Tensor, clean: Tensor, protocol: str = "rgb", *, scale: int =
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03, data range 1, biased
     variances, channels separately. By `rgb` the mean is over every pixel, and nothing is cropped: windows that cross
     the border see the image reflected about the centre of its edge pixel. This is the default of torchmetrics since
-    its pull
-    request 2721 (September 2024). Older torchmetrics and scikit-image leave a border of 5 px out of the mean; this
-    function gives the same value with any version.
+    its pull request 2721 (September 2024). Older torchmetrics and scikit-image leave a border of 5 px out of the mean;
+    this function gives the same value with any version.
 
     `protocol` and `scale` are as for `psnr`. A NaN in an image makes its value NaN. Raises UsageError if the shapes
     differ, one is of integers, a side within the border is under 11 px, or there is no such protocol.

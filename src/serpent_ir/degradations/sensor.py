@@ -103,7 +103,7 @@ def film_grain(x: Tensor, normal: Tensor, strength: Tensor, size: Tensor) -> Ten
     """
     grain = blur_each(normal.to(x.device, x.dtype), size, SMOOTHING_RADIUS)
     grain = grain * _each(_taken_from_white(size) * strength, x)
-    luma = _luma_of(x).clamp(0, 1)
+    luma = luma_of(x).clamp(0, 1)
     return grain * (4 * luma * (1 - luma)).sqrt()
 
 
@@ -171,7 +171,7 @@ def _toned(light: Tensor, power: Tensor, contrast: Tensor) -> Tensor:
 
 def _processed(noise: Tensor, sensor: Sensor) -> Tensor:
     """Noise (B, 3, H, W) after a camera's smoothing and sharpening."""
-    luma = _luma_of(noise)
+    luma = luma_of(noise)
     parts = torch.cat([luma, luma, noise - luma], 1)
     parts = blur_each(parts, torch.stack([sensor.luma, *[sensor.chroma] * 4], 1), SMOOTHING_RADIUS)
     kept = sensor.blotches * _taken_from_white(sensor.chroma)
@@ -187,7 +187,7 @@ def _taken_from_white(sigma: Tensor) -> Tensor:
     return (2 * math.sqrt(math.pi) * sigma).clamp(min=1)
 
 
-def _luma_of(x: Tensor) -> Tensor:
+def luma_of(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W), by ITU-R BT.601."""
     return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serpent_ir.degradations.sensor import luma_of
+
 CELL = 16
 """Side of a cell in pixels."""
 NEAR, WIDE = 3, 9
@@ -68,8 +70,8 @@ def moments(before: Tensor, after: Tensor) -> Tensor:
     smaller. Borders are repeated.
     """
     change = after - before
-    luma, luma_after = _luma(change), _luma(after)
-    colour = before - _luma(before)
+    luma, luma_after = luma_of(change), luma_of(after)
+    colour = before - luma_of(before)
     beside, below = _next(luma)
     maps = [
         luma.square(),
@@ -108,11 +110,6 @@ def to_pixels(share: Tensor, height: int, width: int) -> Tensor:
     """
     whole = F.interpolate(share, scale_factor=CELL, mode="bilinear", align_corners=False)
     return whole[..., :height, :width]
-
-
-def _luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), by ITU-R BT.601."""
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def _next(x: Tensor) -> tuple[Tensor, Tensor]:

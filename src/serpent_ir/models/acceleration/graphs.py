@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -140,21 +140,38 @@ class Graphs:
         return output
 
 
-_of: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
-_making = Lock()
+class _Clears(Protocol):
+    lock: Lock
+
+    def clear(self) -> None: ...
 
 
-def of(model: nn.Module) -> Graphs:
-    """The graphs of a model. They are kept beside it, so that it is copied, pickled and saved without them."""
-    graphs = _of.get(model)
-    if graphs is None:
-        with _making:
-            graphs = _of.setdefault(model, Graphs())
-    return graphs
+Kept = TypeVar("Kept", bound=_Clears)
 
 
-def release(model: nn.Module) -> None:
-    """Give back the memory of a model's graphs."""
-    if kept := _of.get(model):
-        with kept.lock:
-            kept.clear()
+class Beside(Generic[Kept]):
+    """The graphs of each model, made when they are first asked for.
+
+    They are kept beside it, so that it is copied, pickled and saved without them.
+    """
+
+    def __init__(self, make: Callable[[], Kept]):
+        self._make, self._making = make, Lock()
+        self._of: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+
+    def __call__(self, model: nn.Module) -> Kept:
+        kept = self._of.get(model)
+        if kept is None:
+            with self._making:
+                kept = self._of.setdefault(model, self._make())
+        return kept
+
+    def release(self, model: nn.Module) -> None:
+        """Give back the memory of a model's graphs."""
+        if kept := self._of.get(model):
+            with kept.lock:
+                kept.clear()
+
+
+of = Beside(Graphs)
+release = of.release

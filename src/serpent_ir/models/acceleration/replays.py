@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serpent_ir.errors import is_out_of_memory
 from serpent_ir.models.acceleration import as_built, captured
 from serpent_ir.models.acceleration.captured import Captured, Definition, Mode, aliases, is_loose, settings, twin
+from serpent_ir.models.acceleration.graphs import Beside
 from serpent_ir.models.serpent import Serpent
 from serpent_ir.system.forks import Lock
 
@@ -285,21 +286,5 @@ class _Replayed(torch.autograd.Function):
         return None, *ctx.lease.backward(grad, ctx.saved_tensors)
 
 
-_of: "weakref.WeakKeyDictionary[nn.Module, Replays]" = weakref.WeakKeyDictionary()
-_making = Lock()
-
-
-def of(model: nn.Module) -> Replays:
-    """The training graphs of a model. They are kept beside it, so that it is copied, pickled and saved without them."""
-    replays = _of.get(model)
-    if replays is None:
-        with _making:
-            replays = _of.setdefault(model, Replays())
-    return replays
-
-
-def release(model: nn.Module) -> None:
-    """Give back the memory of a model's training graphs."""
-    if replays := _of.get(model):
-        with replays.lock:
-            replays.clear()
+of = Beside(Replays)
+release = of.release
