@@ -97,9 +97,9 @@ def restore(
         SerpentError: at the end, where files failed.
     """
     from serpent_ir.files import restore_files
-    from serpent_ir.system.processes import gather, rank_and_world
+    from serpent_ir.system.processes import Meeting
 
-    rank, world = rank_and_world()
+    meeting = Meeting()
     restoration = restore_files(
         inputs, output, model_name(name, weights) if name or not weights else None, weights=weights, device=device,
         precision=precision, tile=int(tile) if tile.isdecimal() else tile, tile_overlap=tile_overlap, pages=pages,
@@ -108,22 +108,27 @@ def restore(
         progress=lambda job, part, parts: watch.tell(job, part, parts, restoration.pages[job.index]),
         report=lambda result: _report(watch, result),
     )  # fmt: skip
-    start = time.perf_counter()
     own: dict[str, Any] = {"rows": [], "problems": [], "skipped": 0}
     todo = restoration.todo
-    with watched(todo, "restored", alone=len(todo) == world == 1 and not as_json) as watch:
+    with meeting:
+        start = time.perf_counter()
+        with watched(todo, "restored", alone=len(todo) == meeting.world == 1 and not as_json) as watch:
+            try:
+                for result in restoration:
+                    if result.status == "skipped":
+                        own["skipped"] += 1
+                        own["problems"] += [result.error] if result.error else []
+            except SerpentError as error:
+                own["problems"].append(str(error))
+        own |= {"rows": watch.rows, "seconds": time.perf_counter() - start}
+        if watch.alone:
+            watch.raise_if_failed()
         try:
-            for result in restoration:
-                if result.status == "skipped":
-                    own["skipped"] += 1
-                    own["problems"] += [result.error] if result.error else []
+            everybody = meeting.gather(own)
         except SerpentError as error:
             own["problems"].append(str(error))
-    own |= {"rows": watch.rows, "seconds": time.perf_counter() - start}
-    if watch.alone:
-        watch.raise_if_failed()
-    everybody = gather(own)
-    if rank == 0 or len(everybody) < world:  # where nobody told the first, each tells of its share
+            everybody = [own]
+    if meeting.rank == 0 or len(everybody) < meeting.world:  # where nobody told the first, each tells of its share
         _sum_up(everybody, as_json)
 
 

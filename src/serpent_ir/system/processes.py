@@ -4,9 +4,13 @@ Nothing else in the package reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
-from serpent_ir.errors import UsageError
+from serpent_ir.errors import SerpentError, UsageError
+
+PATIENCE = timedelta(minutes=15)
+"""How long a process waits for the others to come. They may still be loading weights."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -47,25 +51,60 @@ def launched() -> bool:
     return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and can_meet()
 
 
-def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each process has to say, in the order of ranks. Waits for the slowest of them.
+class Meeting:
+    """The processes that share a batch, from before the work until each has done its share. A context manager.
 
-    So no process ends before the others: `torchrun` stops all where one fails, and a bad image must stop none.
+    They meet before the work, so that one that never comes is noticed within `PATIENCE`, and one that is killed later
+    by its broken connection. Without a place to meet each process is alone.
+
+    Raises SerpentError on entering where the others do not come.
     """
-    _, world = rank_and_world()
-    if world == 1 or not can_meet():
-        return [own]
-    from datetime import timedelta
 
-    import torch.distributed as dist
+    def __init__(self) -> None:
+        self.rank, self.world = rank_and_world()
+        self._apart = self.world == 1 or not can_meet()
+        self._words: Any = None
 
-    everybody: list[Any] = [None] * world
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        dist.all_gather_object(everybody, own)
-    finally:
-        dist.destroy_process_group()
-    return everybody
+    def __enter__(self) -> "Meeting":
+        if not self._apart:
+            import torch.distributed as dist
+
+            try:
+                dist.init_process_group("gloo", timeout=PATIENCE)
+                self._words = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # a share may take long
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise SerpentError(
+                    f"process {self.rank} of {self.world}: the others cannot be met ({reason}); see what they said, "
+                    "then call again"
+                ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._words is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def gather(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each process has to say, in the order of ranks. Waits for the slowest of them.
+
+        So no process ends before the others: `torchrun` stops all where one fails, and a bad image must stop none.
+        Raises SerpentError where one is gone.
+        """
+        if self._words is None:
+            return [own]
+        import torch.distributed as dist
+
+        everybody: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(everybody, own, group=self._words)
+        except RuntimeError:
+            raise SerpentError(
+                f"process {self.rank} of {self.world}: another one is gone, and its share is not done; call again with "
+                "the same --manifest, or with --skip-existing, for the rest"
+            ) from None
+        return everybody
 
 
 def own_device(device: str) -> str:
