@@ -20,7 +20,7 @@ from serpent_ir import evaluate
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
 from serpent_ir.image import Picture, read_image, write_image
 from serpent_ir.inference import Restorer, footprint, restore, tiling
-from serpent_ir.inference import restorer as inference
+from serpent_ir.inference import strip_restorer as inference
 from serpent_ir.inference import whole_or_tiles as passes
 from serpent_ir.system import memory
 

@@ -20,7 +20,7 @@ from serpent_ir.image.picture import Span
 from serpent_ir.image.tiff import TiffOutput, TiffRows, write_tiff
 from serpent_ir.image.tiff_pages import TiffPages, copies_left
 from serpent_ir.inference import Restorer
-from serpent_ir.inference.restorer import Samples
+from serpent_ir.inference.samples import Samples
 from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25
