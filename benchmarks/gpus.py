@@ -140,7 +140,9 @@ def cores_alone(content: bytes, count: int) -> dict[str, float]:
         for name, work in (("decoded", _decode), ("encoded", _encode)):
             start = time.perf_counter()
             spent = sum(pool.map(work, [content] * count))
-            rates[name] = count / (time.perf_counter() - start) if name == "decoded" else count / spent * os.cpu_count()
+            rates[name] = (
+                count / (time.perf_counter() - start) if name == "decoded" else count / spent * (os.cpu_count() or 1)
+            )
     return rates
 
 
