@@ -19,31 +19,11 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from serpent_ir.demo import Limits, Worker, _without_proxies, degrade_and_restore, restore_upload
-from serpent_ir.errors import SerpentError
+from serpent_ir.demo import Limits, _without_proxies, degrade_and_restore, restore_upload
+from serpent_ir.errors import ImageError
 
 PATIENCE = 180  # seconds for what takes one or two: beside other work the first image takes half a minute
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def quick(path: Path) -> str:
-    return path.name
-
-
-def slow(path: Path) -> None:
-    time.sleep(60)
-
-
-def refuses(path: Path) -> None:
-    raise SerpentError(f"{path}: is no image")
-
-
-def breaks(path: Path) -> None:
-    raise RuntimeError("a secret of the server")
-
-
-def dies(path: Path) -> None:
-    os._exit(9)
 
 
 def test_the_page_has_the_word_that_the_command_has(tmp_path):
@@ -54,28 +34,32 @@ def test_the_page_has_the_word_that_the_command_has(tmp_path):
     assert note.startswith("Note: is CMYK without a usable colour profile; converted to RGB")
 
 
-def test_the_worker_outlives_what_its_images_do(capfd):
-    worker = Worker()
-    photo = Path("/a/server/folder/photo.png")
-    try:
-        assert worker(quick, photo, seconds=60) == "photo.png"
-        first = worker._process
-        with pytest.raises(SerpentError, match=r"^photo\.png: is no image$"):  # not where the server keeps it
-            worker(refuses, photo, seconds=60)
-        with pytest.raises(SerpentError, match="failed for a reason of its own") as failure:
-            worker(breaks, photo, seconds=60)
-        assert "secret" not in str(failure.value)
-        assert worker(quick, photo, seconds=60) == "photo.png"
-        assert worker._process is first
-        with pytest.raises(SerpentError, match=r"took longer than 0\.2 s"):
-            worker(slow, photo, seconds=0.2)
-        assert not first.is_alive()
-        with pytest.raises(SerpentError, match="did not fit in memory"):
-            worker(dies, photo, seconds=60)
-        assert worker(quick, photo, seconds=60) == "photo.png"
-    finally:
-        worker.stop()
-    assert "a secret of the server" in capfd.readouterr().err
+def test_another_strength_does_not_run_the_network_again(tmp_path, monkeypatch):
+    from serpent_ir import demo
+    from serpent_ir.cli import restore
+
+    runs: list[str] = []
+    of = demo.Restoration.of
+    monkeypatch.setattr(demo.Restoration, "of", lambda *args: (runs.append(""), of(*args))[1])
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.fromarray(data.astronaut()[60:92, 160:201]).save(photo)
+    Image.fromarray((np.arange(32 * 41).reshape(32, 41) < 640).astype(np.uint8) * 255).save(mask)
+    for strength, protect in ((1.0, None), (0.5, None), (1.4, mask)):
+        restore([photo], tmp_path / "command.png", name="serpent_b.deblur", strength=strength, protect=protect)
+        result = restore_upload(
+            photo, tmp_path, "deblur", "serpent_b", "cpu", Limits(), strength=strength, protect=protect
+        )
+        made, wanted = (np.asarray(Image.open(file)).astype(int) for file in (result.file, tmp_path / "command.png"))
+        assert np.abs(made - wanted).max() <= 1
+        assert (made != wanted).mean() < 0.02
+        assert (f"at a strength of {strength:g}" in result.told) == (strength != 1)
+    assert len(runs) == 1
+    mask.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"^mask\.png: "):  # not where the server keeps it
+        restore_upload(photo, tmp_path, "deblur", "serpent_b", "cpu", Limits(), protect=mask)
+    Image.fromarray(data.astronaut()[60:92, 170:211]).save(photo)  # another photo of that name
+    restore_upload(photo, tmp_path, "deblur", "serpent_b", "cpu", Limits())
+    assert len(runs) == 2
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +172,26 @@ def test_a_photo_is_restored_as_the_command_does(page, tmp_path):
         assert widths[0][1] != widths[1][1]
         assert images.first.is_visible()
         page.locator(".photo button[aria-label='Clear']").first.click()
+
+
+def test_the_slider_blends_what_is_restored(page, tmp_path):
+    from serpent_ir.cli import restore
+
+    Image.fromarray(data.astronaut()[60:124, 160:230]).save(tmp_path / "photo.png")
+    restore([tmp_path / "photo.png"], tmp_path / "none.png", strength=0)
+    assert page.get_by_label("Strength").count() == 0 or not page.get_by_label("Strength").first.is_visible()
+    upload(page, "photo", tmp_path / "photo.png")
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.locator(".told").get_by_text("70x64 pixels in").wait_for()
+    slider = page.locator(".strength input[type=range]")
+    slider.wait_for()
+    slider.focus()
+    page.keyboard.press("Home")  # strength 0
+    slider.dispatch_event("pointerup")
+    page.locator(".told").get_by_text("at a strength of 0").wait_for()
+    with page.expect_download() as download:
+        page.locator(".result .download-link").first.click()
+    assert Path(download.value.path()).read_bytes() == (tmp_path / "none.png").read_bytes()
 
 
 def test_an_upload_whose_name_is_all_suffix_is_restored(page, tmp_path):

@@ -5,12 +5,10 @@ temporary folder that is removed with the server. No other file can be read thro
 """
 
 import functools
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +21,16 @@ from PIL import Image
 
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
+from serpent_ir.files.source import read_mask
 from serpent_ir.image import WRITTEN_SUFFIXES, Picture, read_image, to_pixels, to_tensor, write_image
 from serpent_ir.inference import Restorer
+from serpent_ir.inference.blending import STRENGTHS
+from serpent_ir.inference.reblending import Restoration
 from serpent_ir.metrics import psnr
 from serpent_ir.models import DEFAULT_WEIGHTS, list_models
-from serpent_ir.system.forks import Lock
+from serpent_ir.system.file_state import FileState
 from serpent_ir.system.whole_file import temporary_folder
+from serpent_ir.system.worker import Worker
 
 PREVIEW = 1600
 """Longest side, in pixels, of the preview on the page. The download has all pixels."""
@@ -133,7 +135,7 @@ def _without_proxies() -> Iterator[None]:
         os.environ.update(proxies)
 
 
-def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> Any:
+def build_page(folder: Path, worker: Worker, device: str, limits: Limits) -> Any:
     """The page, a gradio.Blocks. `folder` is for the files that it serves."""
     gr = _gradio()
     weights = [name for name in list_models(pretrained=True) if name.partition(".")[2] in TASKS]
@@ -147,12 +149,13 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
             (name.partition(".")[0] for name in weights if name.endswith(f".{task}")), key=lambda name: name != usual
         )
 
-    def answer(function: Callable[..., Result], path: str | None, *args: Any) -> Any:
+    def answer(function: Callable[..., Result], path: str | None, *args: Any, **options: Any) -> Any:
         if not path:
             raise gr.Error("Choose a photo first.", print_exception=False)
         place = Path(tempfile.mkdtemp(dir=folder))
         try:
-            result = worker(function, Path(path), place, *args, device, limits, seconds=limits.seconds)
+            call = functools.partial(function, **options)
+            result = worker(call, Path(path), place, *args, device, limits, seconds=limits.seconds)
         except SerpentError as error:
             shutil.rmtree(place)
             raise gr.Error(str(error), duration=None, print_exception=False) from None
@@ -173,6 +176,12 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
         file = gr.File(label="Download, with all pixels and metadata", interactive=False, elem_classes="result")
         return [slider, file, told]
 
+    def restored(strength: float, path: str | None, task: str, network: str, protect: str | None) -> Any:
+        asked = path, task, network, protect
+        mask = Path(protect) if protect else None
+        shown = answer(restore_upload, path, task, network, strength=strength, protect=mask)
+        return *shown, gr.Slider(value=strength, visible=True), asked
+
     def clear_with(photo: Any, shown: list[Any]) -> None:
         """Clear the result when its photo changes.
 
@@ -190,6 +199,11 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
             with gr.Column():
                 photo = _of_any_name(gr.File(label="A photo", file_types=kinds, elem_classes="photo"))
                 task, network = choices()
+                protect = _of_any_name(
+                    gr.File(
+                        label="What stays as it is: an image, white there", file_types=kinds, elem_classes="protect"
+                    )
+                )
                 start = gr.Button("Restore", variant="primary")
                 if samples:
                     gr.Examples(
@@ -197,9 +211,19 @@ def build_page(folder: Path, worker: "Worker", device: str, limits: Limits) -> A
                     )
             with gr.Column():
                 shown = outputs()
+                strength = gr.Slider(
+                    *STRENGTHS, 1.0, step=0.05, label="Strength", visible=False, elem_classes="strength"
+                )
+                asked = gr.State((None, "", "", None))  # what the result on the page was made of
         clear_with(photo, shown)
+        photo.change(lambda: gr.Slider(visible=False), None, strength, show_progress="hidden", api_visibility="private")
+        shown = [*shown, strength, asked]
         start.click(
-            lambda *args: answer(restore_upload, *args), [photo, task, network], shown, api_visibility="private"
+            lambda *args: restored(1.0, *args), [photo, task, network, protect], shown, api_visibility="private"
+        )
+        # The network does not run again: `restore_upload` has kept what it made.
+        strength.release(
+            lambda strength, asked: restored(strength, *asked), [strength, asked], shown, api_visibility="private"
         )
         with gr.Tab("Degrade and restore"), gr.Row():
             with gr.Column():
@@ -226,23 +250,64 @@ def _of_any_name(file: Any) -> Any:
     return file
 
 
-def restore_upload(path: Path, folder: Path, task: str, network: str, device: str, limits: Limits) -> Result:
-    """Restore an uploaded file into `folder`. The result is the file that `serpent restore` writes."""
-    restorer = _restorer(f"{network}.{task}", device)
+def restore_upload(
+    path: Path,
+    folder: Path,
+    task: str,
+    network: str,
+    device: str,
+    limits: Limits,
+    *,
+    strength: float = 1.0,
+    protect: Path | None = None,
+) -> Result:
+    """Restore an uploaded file into `folder`. The result is the file that `serpent restore` writes.
+
+    At another strength, or with other pixels protected, the last images are only blended anew: to a level of 16 bits
+    what the command would write.
+    """
+    name = f"{network}.{task}"
+    restoration, notes, seconds = _restoration(path, FileState.of(path), name, device, limits)
+    try:
+        mask = read_mask(protect)
+    except ImageError as error:  # hides the server's paths
+        raise ImageError(str(error).replace(f"{protect}: ", f"{protect.name}: ") if protect else str(error)) from None
+    restored = restoration.at(strength, mask)
     stem, suffix = _name_of(path)
     file = folder / f"{stem}-restored{suffix if suffix in WRITTEN_SUFFIXES else '.png'}"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        picture = _read(path, restorer.scale, limits)
-        start = time.perf_counter()
-        restored = restorer.picture(picture)
-        seconds = time.perf_counter() - start
+    with _noted() as more:
         write_image(file, restored)
     height, width = restored.pixels.shape[:2]
-    told = f"{width}x{height} pixels in {seconds:.1f} s by {network}.{task}"
-    for said in {str(warning.message): None for warning in caught if warning.category is UserWarning}:  # each once
+    told = f"{width}x{height} pixels in {seconds:.1f} s by {name}"
+    told += f", at a strength of {strength:g}" if strength != 1 else ""
+    if restoration.left == 1:
+        told += ": nothing to mend, left as it was"
+    for said in dict.fromkeys((*notes, *more)):  # each once
         told += f"\n\nNote: {said.removeprefix(f'{path}: ').removeprefix(f'{file}: ')}"
-    return Result(_preview(picture, restorer.scale), _preview(restored), file, told)
+    return Result(_preview(restoration.given, restoration.scale), _preview(restored), file, told)
+
+
+@functools.lru_cache(maxsize=2)
+def _restoration(
+    path: Path, state: FileState | None, name: str, device: str, limits: Limits
+) -> tuple[Restoration, tuple[str, ...], float]:
+    """What a network makes of a file, what is to be said of that, and the seconds that it took."""
+    restorer = _restorer(name, device)
+    with _noted() as notes:
+        picture = _read(path, restorer.scale, limits)
+        start = time.perf_counter()
+        restoration = Restoration.of(restorer, picture)
+    return restoration, tuple(notes), time.perf_counter() - start
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What people are warned of inside; all of it is there at the end."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield said
+    said += [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
 def _name_of(path: Path) -> tuple[str, str]:
@@ -288,62 +353,6 @@ def make_samples(folder: Path, tasks: set[str]) -> dict[Path, str]:
             write_image(file, Picture(to_pixels(y, np.uint8)))
             samples[file] = task
     return samples
-
-
-class Worker:
-    """Runs functions one after the other in a process that stays alive, and that is killed if one takes too long."""
-
-    def __init__(self):
-        self._lock = Lock()
-        self._process: Any = None
-        self._connection: Any = None
-
-    def __call__(self, function: Callable[..., Any], *args: Any, seconds: float) -> Any:
-        """Return function(*args), all picklable. Raises SerpentError for its SerpentErrors, and if time is up."""
-        with self._lock:
-            if self._process is None or not self._process.is_alive():
-                context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-                self._connection, theirs = context.Pipe()
-                self._process = context.Process(target=_work, args=(theirs,), daemon=True)
-                self._process.start()
-                theirs.close()
-                self._connection.recv()  # the process is ready; from here on time counts
-            try:
-                self._connection.send((function, args))
-                if not self._connection.poll(seconds):
-                    self.stop()
-                    raise SerpentError(f"took longer than {seconds:g} s and was stopped; try a smaller image")
-                result, failure = self._connection.recv()
-            except (EOFError, BrokenPipeError):
-                self.stop()
-                raise SerpentError("the image did not fit in memory; try a smaller one") from None
-            if failure is not None:
-                raise SerpentError(failure)
-            return result
-
-    def stop(self) -> None:
-        """End the process. The next call starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-
-
-def _work(connection: Any) -> None:
-    """The body of the process: answer calls until its parent has gone."""
-    connection.send(None)
-    while True:
-        try:
-            function, args = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            connection.send((function(*args), None))
-        except SerpentError as error:
-            connection.send((None, str(error).replace(f"{args[0]}: ", f"{args[0].name}: ")))  # hides the server's paths
-        except Exception:
-            traceback.print_exc()  # for whoever runs the server
-            connection.send((None, "failed for a reason of its own; the server's terminal says more"))
 
 
 @functools.lru_cache(maxsize=2)

@@ -110,7 +110,7 @@ class Source:
         each page of a TIFF becomes one of a TIFF of the same kind, one after the other, written as it is restored.
         `progress` is called with (tiles done, tiles in all); of several pages with those of as many pages as this one.
         """
-        masks = Masks(_read_mask(mask), _read_mask(protect))
+        masks = Masks(read_mask(mask), read_mask(protect))
         if pages == "all" and (count := self._count()) > 1:
             if not self._tiff:
                 raise ImageError(
@@ -160,8 +160,8 @@ class Source:
             self._state.check(self.path)
 
 
-def _read_mask(path: Path | None) -> np.ndarray | None:
-    """The mask (H, W) in the depth of the file: the mean of its channels."""
+def read_mask(path: Path | None) -> np.ndarray | None:
+    """A mask (H, W) in the depth of its file: the mean of its channels. None for no file."""
     if path is None:
         return None
     pixels = read_image_pixels(path)
