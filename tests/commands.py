@@ -54,8 +54,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def serpent(*args: object) -> Result:
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="serpent")
+def serpent(*args: object, input: bytes | None = None) -> Result:
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="serpent", input=input)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

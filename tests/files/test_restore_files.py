@@ -10,18 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from commands import save_photo, serpent, untrained_weights
+from commands import save_photo, serpent
 from networks import identity_network, small_network
 from serpent_ir import load_model
 from serpent_ir.errors import UsageError
 from serpent_ir.files import RestoredFile, restore_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:serpent_ir")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return untrained_weights(tmp_path_factory.mktemp("weights"))["deblur"]
 
 
 @pytest.fixture
