@@ -19,7 +19,7 @@ from networks import identity_network
 from serpent_ir import evaluate
 from serpent_ir.errors import ImageError, SerpentError, is_out_of_memory, memory_line
 from serpent_ir.image import Picture, read_image, write_image
-from serpent_ir.inference import Restorer, footprint, restore, tiling
+from serpent_ir.inference import Restorer, footprint, restore, samples, tiling
 from serpent_ir.inference import strip_restorer as inference
 from serpent_ir.inference import whole_or_tiles as passes
 from serpent_ir.system import memory
@@ -166,8 +166,8 @@ def ends(*_: object, **__: object) -> None:
 
 PLACES: dict[str, tuple[object, str, Callable[..., object]]] = {
     "blending": (tiling.Axis, "weights", ends),
-    "to tensor": (inference, "to_tensor", ends),
-    "to pixels": (inference, "_to_pixels", ends),
+    "to tensor": (samples, "to_tensor", ends),
+    "to pixels": (inference, "integers", ends),
     "upsampling": (passes, "network_block", ends),
     "joining": (torch, "cat", ends),
     "transparency": (inference, "fill_transparent", ends),

@@ -69,8 +69,13 @@ def torch_dtype(dtype: DTypeLike) -> torch.dtype:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite. One pass over x, a tenth of the time of `isfinite`."""
-    return bool(torch.stack(x.aminmax()).isfinite().all())
+    """Whether no value is NaN or infinite."""
+    return bool(finite(x))
+
+
+def finite(x: Tensor) -> Tensor:
+    """`all_finite` as a tensor, which nobody waits for. One pass over x, in a tenth of the time of `isfinite`."""
+    return torch.stack(x.aminmax()).isfinite().all()
 
 
 def fill_transparent(x: Tensor, alpha: Tensor) -> Tensor:

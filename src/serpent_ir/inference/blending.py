@@ -68,7 +68,7 @@ def blended(strips: Iterable[Tensor], before: Callable[[Span], Tensor], height: 
     held: Tensor | None = None  # rows from `top` on that wait for what lies below them
     top = known = 0  # the first row that is held, and the first row of cells that is not known yet
     cells: Tensor | None = None
-    left = torch.zeros((), dtype=torch.int64)
+    left: list[Tensor] = []  # of each band, how many cells stay as they were
     for strip in strips:
         held = strip if held is None else torch.cat([held, strip], 2)
         bottom = top + held.shape[2]
@@ -85,13 +85,13 @@ def blended(strips: Iterable[Tensor], before: Callable[[Span], Tensor], height: 
             if cells is not None:
                 share, of_pixels = _shares_of(cells, (start, end), held.shape[-1])
                 amount = amount * of_pixels
-                left = left + (share == 0).sum((1, 2, 3)).cpu()
+                left.append((share == 0).sum((1, 2, 3)))
             if blend.protection is not None:
                 amount = amount * (1 - blend.protection[..., start:end, :].to(held.device))
             part = held[:, :, start - top : end - top]
             part.copy_(torch.lerp(given, part, amount.expand_as(part)).clamp_(0, 1))
         if last and cells is not None and blend.report:
-            blend.report(left / cells[0, 0].numel())
+            blend.report(torch.stack(left).sum(0) / cells[0, 0].numel())
         if done > top:
             yield held[:, :, : done - top]
             held = held[:, :, done - top :].clone()

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from serpent_ir.errors import UsageError
 from serpent_ir.image import Picture, to_tensor
 from serpent_ir.image.picture import Span
-from serpent_ir.image.pillow import colours_and_alpha
+from serpent_ir.image.pillow import image_on
 from serpent_ir.image.tensors import as_floats, as_samples, torch_dtype
 from serpent_ir.inference.masks import Mask
 from serpent_ir.inference.network import run_network, says_what_is_too_large
-from serpent_ir.inference.samples import Samples, grey_to_rgb
+from serpent_ir.inference.samples import Samples, grey_to_rgb, in_memory, joined, of_arrays, of_pillow
 from serpent_ir.inference.strip_restorer import Asked, Left, Progress, StripRestorer
 from serpent_ir.inference.whole_or_tiles import Work, fits
 from serpent_ir.models import DEFAULT_WEIGHTS
 from serpent_ir.system.devices import available_devices, pick_device
-from serpent_ir.system.transfers import converts, download, upload
+from serpent_ir.system.transfers import converts, download, upload_parts
 
 __all__ = ["Restorer", "available_devices", "pick_device", "restore", "restore_picture", "run_network"]
 
@@ -161,15 +161,21 @@ class Restorer(StripRestorer):
         `protect` is for all of them, and `left` has a function for each.
         """
         first, where = pictures[0], self._converting
+        kind = torch_dtype(first.pixels.dtype)
         height, width = first.pixels.shape[:2]
         samples = [picture.pixels[..., :1] if first.is_grey else picture.pixels for picture in pictures]
 
         def read(rows: Span, columns: Span) -> Tensor:
             here = slice(*rows), slice(*columns)
+            parts = [pixels[here] for pixels in samples]
+
+            def fill(some: slice, into: Tensor) -> None:
+                np.stack(parts[some], out=into.numpy())
+
             if converts(where):
-                x = as_floats(upload(np.stack([pixels[here] for pixels in samples]), where))
+                x = as_floats(upload_parts((len(parts), *parts[0].shape), kind, fill, where))
             else:
-                x = torch.cat([to_tensor(pixels[here]) for pixels in samples])
+                x = torch.cat([to_tensor(part) for part in parts])
             return x.expand(-1, 3, -1, -1).contiguous()
 
         work = Work(read, height, width, batch=len(pictures))
@@ -177,11 +183,8 @@ class Restorer(StripRestorer):
             lefts = left or [None] * len(pictures)
             return [self.picture(one, protect=protect, left=each) for one, each in zip(pictures, lefts, strict=True)]
         asked = Asked(protect=protect, left=left)
-        kind = torch_dtype(first.pixels.dtype)
         with says_what_is_too_large((height, width), _CPU):
-            parts = [
-                download(as_samples(strip, kind, grey=first.is_grey)).numpy() for strip in self._blended(work, asked)
-            ]
+            parts = [in_memory(as_samples(strip, kind, grey=first.is_grey)) for strip in self._blended(work, asked)]
             made = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
             made = [grey_to_rgb(pixels) if first.is_grey else pixels for pixels in made]
             return [replace(picture, pixels=pixels) for picture, pixels in zip(pictures, made, strict=True)]
@@ -192,17 +195,27 @@ class Restorer(StripRestorer):
         if image.mode in ("RGB", "L") and image.has_transparency_data:  # one colour is transparent: not after restoring
             image = image.convert("RGBA" if image.mode == "RGB" else "LA")
         if image.mode in ("RGB", "RGBA"):
-            pixels, alpha = colours_and_alpha(image)
+            restored = self._rgb(image, asked)
         elif image.mode == "LA":
-            pixels, alpha = (np.asarray(image.getchannel(band)) for band in "LA")
+            pixels, alpha = self._array(np.asarray(image.getchannel("L")), np.asarray(image.getchannel("A")), asked)
+            restored = Image.fromarray(pixels)
+            restored.putalpha(Image.fromarray(np.asarray(alpha)))
         else:
-            pixels, alpha = np.asarray(image), None
-        pixels, alpha = self._array(pixels, alpha, asked)
-        restored = Image.fromarray(pixels)
-        if alpha is not None:
-            restored.putalpha(Image.fromarray(alpha))
+            restored = Image.fromarray(self._array(np.asarray(image), None, asked)[0])
         restored.info = {key: value for key, value in image.info.items() if key != "transparency"}
         return restored
+
+    def _rgb(self, image: Image.Image, asked: Asked) -> Image.Image:
+        """A PIL image of mode RGB or RGBA -> the restored one. Both modes are four bytes a pixel to Pillow."""
+        width, height = image.size
+        read, whole, top = of_pillow(image, self._converting), None, 0
+        for pixels, alpha in self._integers(read, height, width, asked):
+            packed = torch.empty((*pixels.shape[:2], 4), dtype=torch.uint8, device=pixels.device)
+            packed[..., :3] = pixels
+            packed[..., 3] = 255 if alpha is None else torch.as_tensor(alpha).to(pixels.device)
+            whole, top = joined(whole, in_memory(packed), top, height * self.scale)
+        assert whole is not None
+        return image_on(whole, image.mode)
 
     def _array(self, pixels: np.ndarray, alpha: np.ndarray | None, asked: Asked) -> Samples:
         """Pixels (h, w, 3) or (h, w) and alpha (h, w) -> those of the restored image, of the same dtype."""
@@ -222,25 +235,15 @@ class Restorer(StripRestorer):
             restored = restored.mean(0) if grey else restored.permute(1, 2, 0)
             return download(restored).numpy().astype(pixels.dtype, copy=False), None
 
-        def read(rows: Span, columns: Span) -> Samples:
-            here = slice(*rows), slice(*columns)
-            return pixels[here], None if alpha is None else alpha[here]
-
         height, width = pixels.shape[:2]
-        whole: Samples | None = None
-        top = 0
-        for strip, strip_alpha in self._integers(read, height, width, asked):
-            if len(strip) == height * self.scale:
-                return strip, None if strip_alpha is None else np.array(strip_alpha)
-            if whole is None:
-                shape = height * self.scale, *strip.shape[1:]
-                whole = np.empty(shape, strip.dtype), None if alpha is None else np.empty(shape[:2], strip.dtype)
-            for made, part in zip(whole, (strip, strip_alpha), strict=True):
-                if made is not None:
-                    made[top : top + len(strip)] = part
-            top += len(strip)
+        whole, top = None, 0
+        whole_alpha = None if alpha is None else alpha.copy() if self.scale == 1 else np.empty(0, alpha.dtype)
+        for strip, strip_alpha in self._integers(of_arrays(pixels, alpha, self._converting), height, width, asked):
+            if isinstance(strip_alpha, np.ndarray) and self.scale > 1:
+                whole_alpha, _ = joined(whole_alpha if top else None, strip_alpha, top, height * self.scale)
+            whole, top = joined(whole, in_memory(strip), top, height * self.scale)
         assert whole is not None
-        return whole
+        return whole, whole_alpha
 
     def _tensor(self, image: Tensor, asked: Asked) -> Tensor:
         if image.ndim not in (3, 4) or image.shape[-3] != 3:

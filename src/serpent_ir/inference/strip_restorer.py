@@ -12,12 +12,21 @@ from serpent_ir.degradations import Degradation, erase
 from serpent_ir.errors import UsageError
 from serpent_ir.image import fill_transparent, to_pixels, to_tensor
 from serpent_ir.image.picture import Span
-from serpent_ir.image.tensors import as_floats
+from serpent_ir.image.tensors import as_floats, torch_dtype
 from serpent_ir.inference.blending import Blend, blended, check_strength, feathered
 from serpent_ir.inference.masks import Mask, as_shares, missing_pixels
 from serpent_ir.inference.network import check_has_values, device_of, says_what_is_too_large, scale_of, undone_by
-from serpent_ir.inference.samples import Samples, check_scale, grey_to_rgb
-from serpent_ir.inference.samples import to_pixels as _to_pixels
+from serpent_ir.inference.samples import (
+    InMemory,
+    Read,
+    Samples,
+    check_scale,
+    floats,
+    grey_to_rgb,
+    hides,
+    in_memory,
+    integers,
+)
 from serpent_ir.inference.whole_or_tiles import Work, check_tiles, fits, network_block, restored_strips
 from serpent_ir.models import DEFAULT_WEIGHTS, create_model
 from serpent_ir.models.wrappers import network_of, unwrapped
@@ -111,35 +120,41 @@ class StripRestorer:
         `read` gives some rows and columns, uint8 or uint16, always of the same kind; rows are asked for from top to
         bottom, some of them twice. The strips are of that kind.
         """
-        return self._integers(read, height, width, Asked(mask, protect, label, progress, left))
+        asked = Asked(mask, protect, label, progress, left)
+        for pixels, alpha in self._integers(read, height, width, asked):
+            yield in_memory(pixels), None if alpha is None else np.asarray(alpha)
 
     def _integers(
-        self, read: Callable[[Span, Span], Samples], height: int, width: int, asked: Asked
-    ) -> Generator[Samples]:
-        """`strips`, of whatever is asked."""
+        self, read: Read, height: int, width: int, asked: Asked
+    ) -> Generator[tuple[Tensor, np.ndarray | Tensor | None]]:
+        """`strips` of whatever is asked, on the device where they were converted; alpha where `read` gives it.
+
+        It must be gone through to its end, as `restored_strips`.
+        """
         where = self._converting
         missing = self._missing(asked.mask, height, width)
 
         def tensor(rows: Span, columns: Span) -> Tensor:
             colours, alpha = read(rows, columns)
-            x = _as_floats(colours, where)
+            x = floats(colours, where)
             x = x.expand(-1, 3, -1, -1).contiguous()
-            if alpha is not None and not alpha.all():
-                x = fill_transparent(x, _as_floats(alpha, where))
+            if alpha is not None and hides(alpha):
+                x = fill_transparent(x, floats(alpha, where))
             return x if missing is None else erase(x, missing[..., slice(*rows), slice(*columns)])
 
         kind, first_alpha = read((0, 1), (0, 1))
+        dtype, grey = torch_dtype(kind.dtype) if isinstance(kind, np.ndarray) else kind.dtype, kind.ndim == 2
         top = 0
         with says_what_is_too_large((height, width), _CPU):
             for strip in self._blended(Work(tensor, height, width, label=asked.label, progress=asked.progress), asked):
                 rows = (top, top + strip.shape[2])
                 top = rows[1]
                 before = read(rows, (0, width)) if first_alpha is not None and self.scale == 1 else None
-                pixels = _to_pixels(strip, kind.dtype, grey=kind.ndim == 2, before=before)
+                pixels = integers(strip, dtype, grey=grey, before=before)
                 del strip  # while the next one is made
                 alpha = None if before is None else before[1]
                 if first_alpha is not None and before is None:
-                    alpha = self._alpha(read, (height, width), rows)
+                    alpha = self._alpha(read.part if isinstance(read, InMemory) else read, (height, width), rows)
                 yield pixels, alpha
 
     def _floats(self, batch: Tensor, asked: Asked) -> Tensor:
@@ -197,18 +212,19 @@ class StripRestorer:
         device = device_of(self.model)
         return device if converts(device) else _CPU
 
-    def _alpha(self, read: Callable[[Span, Span], Samples], size: Span, rows: Span) -> np.ndarray:
-        """The alpha of some rows of an image that was made larger."""
+    def _alpha(self, read: Read, size: Span, rows: Span) -> np.ndarray:
+        """The alpha of some rows of an image that was made larger. It is read from main memory."""
 
         def tensor(rows: Span, columns: Span) -> Tensor:
             some = read(rows, columns)[1]
-            assert some is not None
+            assert isinstance(some, np.ndarray)
             return to_tensor(grey_to_rgb(some))
 
         upsampling = Degradation("", scale=self.scale)  # where the network does it itself, too
         block = network_block(tensor, size, rows, (0, size[1] * self.scale), upsampling)
-        kind = read((0, 1), (0, 1))[0].dtype
-        return np.ascontiguousarray(to_pixels(block, kind)[..., 0])
+        kind = read((0, 1), (0, 1))[0]
+        assert isinstance(kind, np.ndarray)
+        return np.ascontiguousarray(to_pixels(block, kind.dtype)[..., 0])
 
     def _missing(self, mask: Mask | None, height: int, width: int) -> Tensor | None:
         """A mask as (1, 1, H, W) of zeros and ones; None where the network takes none."""
@@ -232,9 +248,3 @@ def _channels_of(model: nn.Module) -> int:
     degradation = undone_by(model)
     brought = 0 if degradation is None else degradation.channels - 3
     return getattr(getattr(network_of(model), "config", None), "in_channels", 3) - brought
-
-
-def _as_floats(samples: np.ndarray, device: torch.device) -> Tensor:
-    """(h, w, 3) or (h, w), uint8 or uint16 -> (1, 3, h, w) or (1, 1, h, w) float32 in [0, 1] on a device."""
-    samples = samples[..., None] if samples.ndim == 2 else samples
-    return as_floats(upload(samples, device))[None] if converts(device) else to_tensor(samples)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from serpent_ir.degradations import Degradation
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.image.picture import Span
-from serpent_ir.image.tensors import all_finite
+from serpent_ir.image.tensors import finite
 from serpent_ir.inference.footprint import network_bytes
 from serpent_ir.inference.network import (
     OutOfMemoryError,
@@ -33,6 +33,9 @@ from serpent_ir.system.memory import SHARE, available
 
 LARGEST_TILE = 4096
 """Side in pixels of the largest tile that is chosen. It is far beyond what the networks saw in training."""
+UNASKED = 1 << 27
+"""Bytes of a GPU that an image may take without anyone asking what is free there, which takes a tenth of the time of a
+small one. If they are not free, PyTorch says so."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
     its predicted memory fits in `SHARE` of what is available; otherwise in the largest tiles that fit. If a prediction
     was too low, it continues in smaller tiles. A UserWarning tells of tiles and says why.
 
+    Whether the values of a whole image are finite is asked after the caller has had it, so that nobody waits for a GPU
+    in between. So a caller must go on to the end.
+
     Raises SerpentError: not enough memory (for a whole image if tiles were not allowed, otherwise for the smallest
     tile), or values that are not finite. `check_tiles` must have been called before.
     """
@@ -112,8 +118,8 @@ def restored_strips(model: nn.Module, work: Work) -> Generator[Tensor]:
 def fits(model: nn.Module, work: Work) -> bool:
     """Whether the image is predicted to fit in memory as a whole."""
     scale = scale_of(model)
-    need, free = _need_and_free(model, work, work.height * scale, work.width * scale)
-    return need <= SHARE * free
+    device, need = device_of(model), _need(model, work, work.height * scale, work.width * scale)
+    return (device.type == "cuda" and need <= UNASKED) or need <= SHARE * available(device)
 
 
 def network_block(
@@ -143,7 +149,8 @@ def _strips(
     own = own_scale(model)  # what is cut is the output
     count, done = len(rows.spans) * len(columns.spans), 0
 
-    def tile(across: Span, along: Span) -> Tensor:
+    def tile(across: Span, along: Span) -> tuple[Tensor, Tensor]:
+        """What is restored, and whether it is finite."""
         nonlocal done
         size = (work.height, work.width)
         shape = across[1] - across[0], along[1] - along[0]
@@ -161,17 +168,29 @@ def _strips(
                 restored = degradation.combine(restored, given)
             if restored.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
                 restored = restored.clone()  # of a network that does nothing; it may be the caller's own image
-            if not all_finite(restored):  # clamped, it would pass for an image
-                raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
+            are_finite = finite(restored)
         done += 1
         if work.progress:
             work.progress(done, count)
+        return restored, are_finite
+
+    def check(are_finite: Tensor) -> None:
+        if not are_finite:  # clamped, it would pass for an image
+            raise SerpentError("the network failed on it (NaN or infinite values); try --precision float32")
+
+    def checked(across: Span, along: Span) -> Tensor:
+        restored, are_finite = tile(across, along)
+        check(are_finite)
         return restored
 
     if count == 1:
-        yield tile(rows.spans[0], columns.spans[0])
+        restored, are_finite = tile(rows.spans[0], columns.spans[0])
+        made = [restored]
+        del restored  # while the caller has it
+        yield made.pop()
+        check(are_finite)
     else:
-        yield from blend(rows, columns, tile)
+        yield from blend(rows, columns, checked)
 
 
 def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) -> int | None:
@@ -180,10 +199,13 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
         return None
     if isinstance(work.tile, int):
         return work.tile if work.tile < max(height, width) else None
-    need, free = _need_and_free(model, work, height, width)
+    device, need = device_of(model), _need(model, work, height, width)
+    if device.type == "cuda" and need <= UNASKED:
+        return None
+    free = available(device)
     if need <= SHARE * free:
         return None
-    device, dtype = device_of(model), pick_precision(work.precision, device_of(model))
+    dtype = pick_precision(work.precision, device)
     least = _least_tile(work, multiple)
     side = max(least, LARGEST_TILE // multiple * multiple)
     while side > least:
@@ -202,11 +224,11 @@ def _side(model: nn.Module, work: Work, height: int, width: int, multiple: int) 
     return side
 
 
-def _need_and_free(model: nn.Module, work: Work, height: int, width: int) -> tuple[int, int]:
+def _need(model: nn.Module, work: Work, height: int, width: int) -> int:
+    """Bytes that the image is predicted to take as a whole."""
     device = device_of(model)
     pixels = _network_pixels(model, work.batch, height, width)
-    need = network_bytes(network_of(model), pixels, device, pick_precision(work.precision, device))
-    return need, available(device)
+    return network_bytes(network_of(model), pixels, device, pick_precision(work.precision, device))
 
 
 def _network_pixels(model: nn.Module, batch: int, height: int, width: int) -> int:

@@ -6,7 +6,7 @@ page-locked at a time, however large an image is.
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,19 @@ def upload(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def _uploaded(source: Tensor, device: torch.device) -> Tensor:
-    result = torch.empty(source.shape, dtype=source.dtype, device=device)
+    return upload_parts(source.shape, source.dtype, lambda part, into: into.copy_(source[part]), device)
+
+
+def upload_parts(
+    shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[slice, Tensor], object], device: torch.device
+) -> Tensor:
+    """A tensor on a GPU, whose parts `fill` writes: it gets a span of the first dimension, and the memory for it."""
+    result = torch.empty(shape, dtype=dtype, device=device)
     with torch.cuda.device(device):
         for part in _parts(result):
             # PyTorch gives the memory to another only when the copy from it is done.
-            locked = torch.empty(result[part].shape, dtype=source.dtype, pin_memory=True)
-            locked.copy_(source[part])
+            locked = torch.empty(result[part].shape, dtype=dtype, pin_memory=True)
+            fill(part, locked)
             result[part].copy_(locked, non_blocking=True)
     return result
 
@@ -88,4 +95,4 @@ def _parts(x: Tensor) -> Iterator[slice]:
     """Spans of the first dimension of about `PART` bytes."""
     if x.numel():
         step = max(1, PART * len(x) // x.nbytes)
-        yield from (slice(start, start + step) for start in range(0, len(x), step))
+        yield from (slice(start, min(len(x), start + step)) for start in range(0, len(x), step))
