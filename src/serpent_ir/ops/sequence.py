@@ -20,9 +20,9 @@ from serpent_ir.ops.dense import on_one_device
 _MODULES = {
     "cpu": "serpent_ir.ops.sequence_cpu",
     "cuda": "serpent_ir.ops.cuda.sequence",
+    "triton": "serpent_ir.ops.triton.sequence",
     "torch": "serpent_ir.ops.sequence_composed",
 }
-_SERVED = ("reference", *_MODULES)
 MAX_STATE = 256
 MAX_LENGTH = 1 << 31
 _NAME = "selective_scan_fn"
@@ -61,8 +61,9 @@ def selective_scan_fn(
         delta_bias: (D,), or None for 0.
         delta_softplus: whether dt is softplus(delta + delta_bias).
         return_last_state: whether h after the last position is returned too.
-        backend: `reference`, `cpu`, `cuda` or `torch`, or None to choose by device. `cpu` and `cuda` take no float64,
-            and take tensors on their own kind of device only. Where `cuda` cannot run `torch` serves, with one warning.
+        backend: `reference`, `cpu`, `cuda`, `triton` or `torch`, or None to choose by device. `cpu`, `cuda` and
+            `triton` take no float64, and take tensors on their own kind of device only. Where `cuda` cannot run
+            `triton` serves, and where neither can `torch`, with one warning.
 
     All arguments must lie on u's device. Each may have any of those dtypes and any strides.
 
@@ -81,8 +82,6 @@ def selective_scan_fn(
         ValueError: a shape, dtype, device or backend name does not fit.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    if backend == "triton":
-        raise ValueError(f"{_NAME}: Triton has no kernel for sequences; valid: {', '.join(_SERVED)}")
     if backend is not None:
         check_backend(_NAME, backend, u.dtype)
     B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
@@ -156,9 +155,6 @@ def _backend(name: str, u: Tensor) -> ModuleType:
         name = default_backend(u.device, u.dtype)
         if name == "cpu" and (reason := _module("cpu").unavailable()):
             warn_once(f"serpent_ir: {reason}; the slower PyTorch scan serves sequences")
-            name = "torch"
-        if name == "triton":
-            warn_once("serpent_ir: Triton has no kernel for sequences here; the slower PyTorch scan serves them")
             name = "torch"
     return _module(name if name in _MODULES else "torch")
 

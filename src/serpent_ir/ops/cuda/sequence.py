@@ -12,11 +12,11 @@ import struct
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serpent_ir.ops.backends import Sequences
 from serpent_ir.ops.cuda import nvrtc
+from serpent_ir.ops.sequence_slices import by_slices
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # A sequence is cut into chunks until a multiprocessor has this many warps, but chunks get no shorter than SHORTEST.
@@ -206,38 +206,8 @@ def backward(grad_out: Tensor | None, grad_last: Tensor | None, given: Sequences
         grad_out = torch.zeros_like(given.u) if grad_out is None else grad_out.to(given.u.dtype)
         grad_last = None if grad_last is None else grad_last.float().contiguous()
         if given.A.shape[1] > BACKWARD_STATES:
-            return _by_slices(grad_out, grad_last, read)
+            return by_slices(_forward, _backward, grad_out, grad_last, read, BACKWARD_STATES)
         return _backward(grad_out.contiguous(), grad_last, read)
-
-
-def _by_slices(grad_out: Tensor, grad_last: Tensor | None, given: Sequences) -> list[Tensor | None]:
-    """As `_backward`, for some states at a time: out, before its gate, is a sum over states."""
-    u, delta, A, B, C, D, z, bias, softplus = given
-    grad_y, grad_z = grad_out.float(), None
-    if z is not None:
-        y, _ = _forward(Sequences.of((u.float(), delta, A, B, C, D, None, bias), softplus))
-        wide = z.float()
-        gate = wide.sigmoid()
-        grad_z = grad_y * y * gate * (1 + wide * (1 - gate))
-        grad_y = grad_y * F.silu(wide)
-    parts = []
-    for first in range(0, A.shape[1], BACKWARD_STATES):
-        some = slice(first, first + BACKWARD_STATES)
-        B_some, C_some = (x[:, some].contiguous() if x.ndim == 2 else x[:, :, some] for x in (B, C))
-        skip = D if first == 0 else None
-        piece = Sequences.of(
-            (u.float(), delta.float(), A[:, some].contiguous(), B_some, C_some, skip, None, bias), softplus
-        )
-        last = None if grad_last is None else grad_last[..., some].contiguous()
-        parts.append(_backward(grad_y.contiguous(), last, piece))
-
-    def total(i: int) -> Tensor:
-        return torch.stack([part[i] for part in parts]).sum(0)
-
-    du, ddelta, dbias = total(0), total(1), None if bias is None else total(7)
-    dA = torch.cat([part[2] for part in parts], 1)
-    dB, dC = (torch.cat([part[i] for part in parts], 1 if x.ndim == 2 else 2) for i, x in ((3, B), (4, C)))
-    return [du, ddelta, dA, dB, dC, parts[0][5], grad_z, dbias]
 
 
 def _backward(grad_out: Tensor, grad_last: Tensor | None, given: Sequences) -> list[Tensor | None]:

@@ -56,7 +56,8 @@ class Chunking(NamedTuple):
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where Triton's interpreter stands in for one, some number."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
@@ -64,12 +65,12 @@ def chunking(u: Tensor, tile: tuple[int, int]) -> Chunking:
     batch, height, width, d = u.shape
     T, BD = tile[0], min(tile[1], triton.next_power_of_2(d))
     directions = DIRECTIONS if u.numel() <= SIDE_BY_SIDE else 1
-    processors = _processors(u.device)
+    held = processors(u.device)
     walks, narrow = (batch * directions * triton.cdiv(d, size) for size in (BD, min(BD, 32)))
-    if walks < ENOUGH * processors <= narrow:
+    if walks < ENOUGH * held <= narrow:
         BD, walks = min(BD, 32), narrow
     tiles = triton.cdiv(height * width, T)
-    chunks = 1 if walks >= ENOUGH * processors else max(1, PROGRAMS * processors // walks)
+    chunks = 1 if walks >= ENOUGH * held else max(1, PROGRAMS * held // walks)
     length = max(triton.cdiv(tiles, chunks), triton.cdiv(SHORTEST, T))
     return Chunking(directions, T, BD, triton.cdiv(d, BD), tiles, length, triton.cdiv(tiles, length))
 
