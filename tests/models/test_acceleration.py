@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import serpent_ir
-from serpent_ir import UsageError, create_model
+from serpent_ir import UsageError, create_model, models
 from serpent_ir.acceleration import off, why
 from serpent_ir.models import Serpent
 from serpent_ir.models.acceleration import WAYS, cpu_inference, heads, only
@@ -74,8 +75,11 @@ def test_a_network_is_accelerated_however_it_was_made(tmp_path) -> None:
 
 
 def test_the_definition_stands_in_its_file() -> None:
+    inherited = {"SwinIR": "Frame", "Restormer": "FourLevelNetwork"}
     for kind in WAYS:
-        assert kind.forward.__qualname__ in {f"{base.__name__}.forward" for base in kind.__mro__}
+        name, defined = kind.__name__, inspect.unwrap(kind.forward)
+        assert kind.forward.__qualname__ == defined.__qualname__ == f"{inherited.get(name, name)}.forward"
+        assert Path(defined.__code__.co_filename).parent == Path(models.__file__).parent  # beside `acceleration`
         assert list(inspect.signature(kind.forward).parameters) == ["self", "x"]
     assert "return x + self.ss2d(self.norm(x))" in inspect.getsource(VSSBlock.forward)
 

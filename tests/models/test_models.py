@@ -13,9 +13,12 @@ from serpent_ir.models import WEIGHTS_DIR
 def test_names():
     ours, rivals = ["serpent_b", "serpent_l", "serpent_h"], ["unet_32", "unet_128", "swinir_b", "swinir_l"]
     released = ["swinir_60", "swinir_180", "swinir_240", "restormer_24", "restormer_48"]
-    assert list_models()[:12] == [*ours, *rivals, *released]
-    assert {"mambair_light", "mambairv2_light", "mair_tiny"} < set(list_models())
-    assert list_models("swinir_l") == list_models("swin*_l") == ["swinir_l"]
+    scanning = ["mambair_light", "mambair_sr", "mambair_dn", "mambair_unet"]
+    scanning += ["mambairv2_light", "mambairv2_small", "mambairv2_base", "mambairv2_large"]
+    scanning += ["mair_tiny", "mair_small", "mair_sr", "mair_dn", "dvmsr", "pfvm", "vmambair", "eamamba", "eamamba_sr"]
+    assert list_models() == [*ours, *rivals, *released, *scanning]
+    assert list_models("*_l") == ["serpent_l", "swinir_l"]
+    assert list_models("_l") == ["serpent_l", "swinir_l", "mambair_light", "mambairv2_light", "mambairv2_large"]
     assert all(name.split(".")[0] in list_models() for name in list_models(pretrained=True))
 
 
