@@ -51,6 +51,7 @@ def results(model: nn.Module, image: Tensor, choices: list[Tensor], *, device: s
     return [tensor.detach().cpu().double() for tensor in (out, *grads)]
 
 
+@pytest.mark.filterwarnings("ignore:serpent_ir")  # where no C compiler is
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_a_gpu_errs_no_more_than_a_processor(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
