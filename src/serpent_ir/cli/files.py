@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from serpent_ir.files import Job
     from serpent_ir.image import Picture
 
-_SILENCE = 10.0  # seconds without a word that a person should have to bear
+_SILENCE = 10.0  # seconds that a person should have to wait without a word
 
 
 def convert_files(
     inputs: Sequence[Path], output: Path, convert: "Callable[[Job, Picture], Picture]", done: str
 ) -> None:
-    """Read, convert and write each image; a failure is reported, the others are done, and SerpentError ends it."""
+    """Read, convert and write each image.
+
+    A failure is reported, and the others are done. Then SerpentError is raised if there was one.
+    """
     from serpent_ir.files import Outcome, find_jobs, run
     from serpent_ir.files.jobs import make_folders
     from serpent_ir.image import read_image, write_image
@@ -56,10 +59,10 @@ def convert_files(
 
 @dataclass
 class Watch:
-    """What a person sees of many images at work, and the rows of those that are done.
+    """What a person sees while many images are worked on, and the rows of those that are done.
 
     Attributes:
-        rows: source, target, seconds and error ("" or why it failed) of each, in order.
+        rows: for each image, in order, its source, target, seconds and error ("", or why it failed).
     """
 
     jobs: "Sequence[Job]"
@@ -74,7 +77,7 @@ class Watch:
         self._places = {job.index: place for place, job in enumerate(self.jobs)}
 
     def report(self, job: "Job", error: str, seconds: float, details: str = "", **facts: Any) -> None:
-        """An image is done, or failed."""
+        """Show that an image is done, or that it failed."""
         line = None
         if error and not self.alone:
             say(f"serpent: error: {error}")
@@ -85,9 +88,9 @@ class Watch:
         self.progress(max(self._reached, len(self.rows)), len(self.jobs), line)
 
     def tell(self, job: "Job", part: int, parts: int, pages: int = 1) -> None:
-        """So many parts of an image are done: the bar moves; without one a long wait gets a line now and then.
+        """Show that so many parts of an image are done. Without a bar that moves, a long wait gets a line now and then.
 
-        Of several pages each has as many parts.
+        Each of several pages has as many parts as the others.
         """
         self._reached = max(self._reached, self._places[job.index] + 0.99 * part / parts)  # it is not written yet
         line = None
@@ -98,7 +101,7 @@ class Watch:
         self.progress(self._reached, len(self.jobs), line)
 
     def raise_if_failed(self) -> None:
-        """Raise SerpentError where some images failed; the error of an only one is its own."""
+        """Raise SerpentError if some images failed. For an only image it is that image's own error."""
         if self.alone and self.rows and self.rows[0]["error"]:
             raise SerpentError(self.rows[0]["error"])
         raise_if_failed(self.rows, self.done)
@@ -106,20 +109,20 @@ class Watch:
 
 @contextmanager
 def watched(jobs: "Sequence[Job]", done: str, *, alone: bool) -> Iterator[Watch]:
-    """Each image is reported on stderr as it is done, and so are its parts. `alone`: its failure is not said twice."""
+    """Report each image and its parts on stderr as they are done. The failure of one that is `alone` is said once."""
     with progress_of(done) as progress, terminated_like_interrupted():
         yield Watch(jobs, done, alone, progress)
 
 
 def raise_if_failed(rows: Sequence[dict[str, Any]], done: str) -> None:
-    """Raise SerpentError where some images failed."""
+    """Raise SerpentError if some images failed."""
     if failed := sum(bool(row["error"]) for row in rows):
         raise SerpentError(f"{failed} of {len(rows)} images failed; {len(rows) - failed} {done}")
 
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, as batch systems and `torchrun` send it, ends the work as Ctrl-C does: with whole files only."""
+    """Let SIGTERM, which batch systems and `torchrun` send, end the work as Ctrl-C does: with whole files only."""
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return

@@ -1,4 +1,4 @@
-"""serpent restore."""
+"""The command `serpent restore`: restores image files, one or many."""
 
 import json
 import time
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from serpent_ir.files import RestoredFile
 
 
-@shell_command("Restore images. Outputs keep size (with sr8, 8 times that), depth, format and metadata.")
+@shell_command("Restore images. Outputs keep depth, format, metadata and, unless the weights enlarge, size.")
 def restore(
     inputs: Inputs,
     output: Output,
@@ -39,62 +39,64 @@ def restore(
     precision: Annotated[str, typer.Option(help="auto (bfloat16 on CUDA), float32 or bfloat16.")] = "auto",
     tile: Annotated[str, typer.Option(help="auto (only if memory is short), none, or pixels a side.")] = "auto",
     tile_overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 32,
-    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave out what has an output.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out images that have an output.")
+    ] = False,
     manifest: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Note there what is done, and leave that out: goes on after a stop."),
+        typer.Option(metavar="FILE", help="Record there what is done, and leave that out. A stopped run goes on."),
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="For inpaint: an image, white where pixels are missing; or a folder."),
+        typer.Option(metavar="PATH", help="For inpaint: an image that is white where pixels are missing, or a folder."),
     ] = None,
     strength: Strength = 1.0,
     auto: Auto = None,
     protect: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="An image, white where the picture stays as it is; or a folder."),
+        typer.Option(metavar="PATH", help="An image that is white where the picture stays as it is, or a folder."),
     ] = None,
     pages: Annotated[
-        str, typer.Option(metavar="first|all", help="Of a TIFF of several pages: the first, or all into one file.")
+        str, typer.Option(metavar="first|all", help="Of a TIFF with several pages: the first, or all into one file.")
     ] = "first",
     compare: Annotated[bool, typer.Option("--compare", help="Also write NAME-compare.png: before and after.")] = False,
     reference: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="With --compare: the true image, to measure; or a folder.")
+        Path | None, typer.Option(metavar="PATH", help="With --compare: the true image, or a folder, to measure by.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Restore image files and folders of them into a folder, or one file into one file.
 
-    A file that fails is reported on stderr, the others are done; at the end a line sums up. Of several processes with
-    RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first tells the sum.
+    A file that fails is reported on stderr, and the others are done. A last line sums up. Where several processes have
+    RANK and WORLD_SIZE set, as `torchrun` sets them, each does its share, and the first one tells the sum.
 
     Args:
         inputs: as `serpent_ir.files.find_jobs` takes them.
         output: the same.
         name: weights that ship (default `serpent_l.photo`), or the network that `weights` are for.
-        weights: a file as `load_model` takes it; without `name`, the network is the one that it is for.
-        device: as `serpent_ir.inference.pick_device` takes it; under `torchrun` "auto" is a GPU for each process.
+        weights: a file as `load_model` takes it. Without `name` the file says which network it is for.
+        device: as `serpent_ir.inference.pick_device` takes it. Under `torchrun` "auto" is a GPU for each process.
         precision: as for `serpent_ir.restore`.
         tile: the same.
         tile_overlap: the same.
         skip_existing: leave out images whose output is there, whatever made it.
-        manifest: leave out images that this file names as done with these settings, and note there what gets done.
-        mask: an image whose light pixels are missing, or a folder that mirrors the output's; for weights of `inpaint`.
+        manifest: leave out images that this file names as done with these settings, and record there what gets done.
+        mask: for weights of `inpaint`: an image whose light pixels are missing, or a folder that mirrors the output's.
         strength: as for `serpent_ir.restore`.
-        auto: the same. Of each image a line says how much of it was left as it was.
+        auto: the same. The line of each image says how much of it was left as it was.
         protect: an image whose light pixels stay as they are, or such a folder.
-        pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
+        pages: "first"; or "all", with which each page of a TIFF becomes a page of a TIFF of the same kind.
         compare: also write what `serpent_ir.files.compare` draws, beside each output.
-        reference: what the output should look like, as an image or a folder like that of masks; measured and drawn.
+        reference: what the output should look like, as an image or a folder like that of masks. It is measured and
+            drawn.
         as_json: print restored, failed and skipped (counts), megapixels (of the inputs), seconds,
-            megapixels_per_second, and `images`: source, target, seconds, error, width, height, pages (that
-            were restored), tiles (of the page with most) and left (the share that auto left as it was, or null)
-            of each,
-            and with a reference input_psnr, psnr, input_ssim, ssim.
+            megapixels_per_second, and `images`. Each of these has source, target, seconds, error, width, height, pages
+            (how many were restored), tiles (of the page with most), and left (the share that auto left as it was, or
+            null). With a reference it also has input_psnr, psnr, input_ssim and ssim.
 
     Raises:
-        UsageError: before any work, for what `find_jobs` refuses, or an unknown name, device, tile or precision.
-        SerpentError: at the end, where files failed.
+        UsageError: before any work, for what `find_jobs` refuses, or for an unknown name, device, tile or precision.
+        SerpentError: at the end, if files failed.
     """
     from serpent_ir.files import restore_files
     from serpent_ir.system.processes import Meeting
@@ -128,7 +130,7 @@ def restore(
         except SerpentError as error:
             own["problems"].append(str(error))
             everybody = [own]
-    if meeting.rank == 0 or len(everybody) < meeting.world:  # where nobody told the first, each tells of its share
+    if meeting.rank == 0 or len(everybody) < meeting.world:  # unless all met, each tells of its own
         _sum_up(everybody, as_json)
 
 

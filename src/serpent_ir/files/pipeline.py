@@ -1,4 +1,4 @@
-"""A pipeline over many images: some are read, some worked on and some written at the same time."""
+"""A pipeline over many images, which are read, worked on and written at the same time."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ W = TypeVar("W")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: `error` says in a line why it failed, and is empty where it did not."""
+    """What became of an image. `error` says in one line why it failed, and is empty if it did not."""
 
     job: Job
     error: str
@@ -29,8 +29,9 @@ class Together(Generic[R, W]):
     """How neighbouring images are worked on together.
 
     Attributes:
-        kind: of what was read. Images of one kind go together, at most so many. None is for one that goes alone.
-        work: works on several of a kind. If it fails, each of them is worked on alone.
+        kind: says of what was read which kind it is, and how many of that kind may go together; None for an image that
+            goes alone.
+        work: works on several images of a kind. If it fails, each of them is worked on alone.
     """
 
     kind: Callable[[R], tuple[Hashable, int] | None]
@@ -49,13 +50,13 @@ def run(
     weight: Callable[[R], float] = lambda image: 1.0,
     together: Together[R, W] | None = None,
 ) -> Iterator[Outcome]:
-    """Read, work on and write each image, at the same time for several neighbouring ones; yield what became of each.
+    """Read, work on and write each image, several neighbours at the same time, and yield what became of each.
 
-    So many threads read and write, and `work` runs in the caller's thread as the iteration goes on. At most as many
-    images as there are readers wait before it, and as many as there are writers after it; more of them only while their
-    weights are less than 1 together. `report` is called in the order of the jobs, as soon as each is done, by a thread
-    that writes, and so earlier than the outcome is yielded. A failure is that image's alone. Where the caller is
-    stopped (Ctrl-C) or stops iterating, what is being written is finished and nothing else is begun.
+    `readers` threads read and `writers` threads write, and `work` runs in the caller's thread as the iteration goes on.
+    At most as many images as there are readers wait before it, and at most as many as there are writers wait after it.
+    More may wait only while the sum of their weights is less than 1. A thread that writes calls `report` in the order
+    of the jobs, as soon as each is done, and so before the outcome is yielded. A failure does not stop the others. If
+    the caller is stopped (Ctrl-C) or stops iterating, what is being written is finished and nothing else is begun.
     """
     took: dict[int, float] = {}
     in_order = _InOrder(jobs, report)
@@ -69,7 +70,7 @@ def run(
                 took[job.index] = took.get(job.index, 0) + (time.perf_counter() - start) / len(some)
 
     def worked_on(group: "list[_Read[R]]") -> Iterator[tuple[list[W], str]]:
-        """Of each image what was made of it, or why it failed."""
+        """What was made of each image, or why it failed."""
         made: list[W] = []
         if together and len(group) > 1:
             some = [one.job for one in group]
@@ -122,7 +123,7 @@ def run(
 
 @dataclass
 class _Read(Generic[R]):
-    """An image that was read, in a list so that it can be taken out; or why it failed."""
+    """An image that was read, or why it failed. The image is in a list, so that it can be taken out."""
 
     job: Job
     images: list[R]
@@ -131,7 +132,7 @@ class _Read(Generic[R]):
 
 
 class _Ahead(Generic[R]):
-    """Reads images before their turn, in threads, as many as may wait."""
+    """Reads images in threads before their turn, as many as may wait."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class _Ahead(Generic[R]):
             self._fill()
 
     def group(self, together: Together[R, Any] | None) -> list[_Read[R]]:
-        """The next image, with those after it that go together with it; empty at the end."""
+        """The next image, and those after it that go together with it. Empty at the end."""
         if not self._queue:
             return []
         group = [self._next()]
@@ -163,7 +164,7 @@ class _Ahead(Generic[R]):
         return group
 
     def close(self) -> None:
-        """Begin no more."""
+        """Begin to read no more images."""
         with self._lock:
             self._jobs = iter(())
             for future in self._queue:
@@ -198,7 +199,7 @@ class _Ahead(Generic[R]):
 
 
 class _InOrder:
-    """Reports outcomes in the order of the jobs, each as soon as all before it are there."""
+    """Reports outcomes in the order of the jobs. Each is reported as soon as all before it are there."""
 
     def __init__(self, jobs: Sequence[Job], report: Callable[[Outcome], None]):
         self._jobs, self._report = deque(job.index for job in jobs), report

@@ -1,4 +1,4 @@
-"""Many image files restored: what `serpent restore` does, for programs."""
+"""Restores many image files: what `serpent restore` does, for programs."""
 
 import hashlib
 import os
@@ -26,9 +26,9 @@ from serpent_ir.models import DEFAULT_WEIGHTS, create_model, load_model, preset_
 from serpent_ir.system.processes import local_world, own_device, rank_and_world
 
 SMALL = 1 << 19
-"""Pixels of an image up to which it goes through the network of a GPU together with others of its size."""
+"""Images of up to so many pixels go through the network of a GPU together with others of their size."""
 TOGETHER, MOST = 1 << 21, 32
-"""Most pixels, and most images, of such a pass."""
+"""The most pixels, and the most images, of such a pass."""
 MANY = 1 << 30
 """From this many images on processes of their own read and write them, beside a GPU; threads do below that. So far that
 is never: the processes are forked, and no run beside a GPU has shown yet that they serve there."""
@@ -43,15 +43,15 @@ class RestoredFile:
     Attributes:
         job: the image and its output.
         status: "restored"; "skipped", for an image whose output was there before; or "failed".
-        error: one line that says why it failed, "" where it did not. A skipped image has one where a lost comparison
-            could not be drawn.
+        error: one line that says why it failed, or "". A skipped image has one if its comparison was missing and could
+            not be drawn.
         seconds: how long reading, restoring and writing took.
-        width, height: of the image, in pixels; 0 where it was not restored.
+        width, height: of the image, in pixels; 0 if it was not restored.
         pages: how many pages of it were restored.
-        tiles: how many tiles it was cut into; 1 for a whole image. Of several pages those of the one with most.
-        figures: with a reference input_psnr, psnr (dB), input_ssim and ssim.
+        tiles: how many tiles it was cut into; 1 for a whole image. Of several pages, the page with most counts.
+        figures: with a reference: input_psnr, psnr (dB), input_ssim and ssim.
         sheet: the comparison that was drawn for a skipped image, or None.
-        left: the share of it, from 0 to 1, that `auto` left as it was; None without `auto`.
+        left: the share of the image, from 0 to 1, that `auto` left as it was; None without `auto`.
     """
 
     job: Job
@@ -91,41 +91,42 @@ def restore_files(
 ) -> "Restoration":
     """Restore image files and folders of them into a folder, or one file into one file.
 
-    Everything that can be wrong with the call is checked at once; images are restored as the result is iterated over,
-    in the caller's thread, while the next one is read and the last one written. A file that fails is that file's
-    alone. Whoever stops iterating loses nothing: what is being written is finished. Of several processes that
-    `torchrun` started each does its share.
+    Everything that can be wrong with the call is checked at once. Images are restored in the caller's thread as the
+    result is iterated over, while the next one is read and the last one written. A file that fails does not stop the
+    others. Whoever stops iterating loses nothing: what is being written is finished. Each of several processes that
+    `torchrun` started does its share.
 
     Args:
         inputs: image files, folders, patterns, `@LIST` or `-`, as `serpent_ir.files.find_jobs` takes them.
         output: a folder; or, for one image, an image file.
         model: weights that ship (default `serpent_l.photo`), the network that `weights` are for, or a network.
-        weights: a file as `serpent_ir.load_model` takes it; without `model`, the network is the one that it is for.
-        device: as `serpent_ir.inference.pick_device` takes it; "auto" leaves a network where it is, and under
-            `torchrun` is a GPU for each process.
+        weights: a file as `serpent_ir.load_model` takes it. Without `model` the file says which network it is for.
+        device: as `serpent_ir.inference.pick_device` takes it. "auto" leaves a network where it is; under `torchrun` it
+            is a GPU for each process.
         precision: as for `serpent_ir.restore`.
         tile: the same.
         tile_overlap: the same.
-        pages: "first", or "all": each page of a TIFF becomes one of a TIFF of the same kind.
+        pages: "first"; or "all", with which each page of a TIFF becomes a page of a TIFF of the same kind.
         skip_existing: leave out images whose output is there, whatever made it.
-        manifest: leave out images that this file names as done with these settings, and note there what gets done.
-        mask: an image whose light pixels are missing, or a folder of them named as the outputs; for weights of
-            `inpaint`.
+        manifest: leave out images that this file names as done with these settings, and record there what gets done.
+        mask: for weights of `inpaint`: an image whose light pixels are missing, or a folder of such images that are
+            named as the outputs.
         strength: as for `serpent_ir.restore`.
         auto: the same.
         protect: an image whose light pixels stay as they are, or a folder of them named as the outputs.
         compare: also draw a sheet of before and after beside each output.
-        reference: what the outputs should look like, as an image or such a folder; measured and drawn.
-        progress: called with an image, and how many of how many parts of it are restored.
-        report: called with what became of an image as soon as that is known, perhaps in another thread, and before it
-            is yielded.
+        reference: what the outputs should look like, as an image or such a folder. It is measured and drawn.
+        progress: called with an image, how many parts of it are restored, and how many parts it has.
+        report: called with what became of an image as soon as that is known. That is before it is yielded, and perhaps
+            in another thread.
 
     Returns:
         An iterator over `RestoredFile`s: first the skipped images, then the others in the order of `find_jobs`.
 
     Raises:
-        UsageError: for what `find_jobs` refuses, or an unknown name, device, tile, precision or option.
-        SerpentError: weights that cannot be read; or, at the end of the iteration, a manifest that cannot be written.
+        UsageError: for what `find_jobs` refuses, or for an unknown name, device, tile, precision or option.
+        SerpentError: for weights that cannot be read; or, at the end of the iteration, for a manifest that cannot be
+            written.
     """
     rank, world = rank_and_world()
     output, weights = Path(output), _path(weights)
@@ -187,9 +188,9 @@ class Restoration(Iterator[RestoredFile]):
     """A call of `restore_files` that is under way.
 
     Attributes:
-        skipped: of the share of this process the images that were done before, in order.
-        todo: the others.
-        pages: of each image that was begun, by the index of its job, how many pages are restored.
+        skipped: the images of this process's share that were done before, in order.
+        todo: the other images of its share.
+        pages: how many pages of an image are restored, by the index of its job, for each image that was begun.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class Restoration(Iterator[RestoredFile]):
         return next(self._results)
 
     def close(self) -> None:
-        """End the work: what is being written is finished, nothing else is begun."""
+        """End the work. What is being written is finished, and nothing else is begun."""
         self._results.close()
         self._elsewhere.close()
 
@@ -313,7 +314,7 @@ class Restoration(Iterator[RestoredFile]):
 
 
 def _threads(device: torch.device) -> int:
-    """How many threads read, and how many write. Beside a network on the CPU more of them only take its cores."""
+    """How many threads read, and how many write. Beside a network on the CPU it is one: more would take its cores."""
     return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // local_world() // 4))
 
 
@@ -335,7 +336,7 @@ def _network(model: str | nn.Module | None, weights: Path | None) -> tuple[nn.Mo
 
 
 def _digest(model: nn.Module) -> str:
-    """What tells one network from another in a manifest, where no file or name does."""
+    """A hash that tells one network from another in a manifest where no file or name does."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -344,7 +345,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def _check_companions(restorer: Restorer, mask: Path | None, protect: Path | None, reference: Path | None) -> None:
-    """Raise UsageError where every image would fail for one reason, after its restoration even."""
+    """Raise UsageError for what every image would fail of, some of them only after their restoration."""
     for path in filter(None, (mask, protect, reference)):
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
