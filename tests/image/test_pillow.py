@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from serpent_ir.image import pillow
 from serpent_ir.image.pillow import colours_and_alpha, copy_rows, image_on
 
 SAMPLES = np.random.default_rng(1).integers(0, 256, (150, 7, 4), np.uint8)
 
 
+@pytest.mark.parametrize("band", [1, 500, 1 << 18])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_samples_come_as_pillow_gives_them(mode):
+def test_samples_come_as_pillow_gives_them(mode, band, monkeypatch):
+    monkeypatch.setattr(pillow, "_BAND", band)
     expected = SAMPLES[..., : len(mode)]
     image = Image.fromarray(expected)
     colours, alpha = colours_and_alpha(image)

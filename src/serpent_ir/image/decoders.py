@@ -52,7 +52,7 @@ def decode(data: bytes, planes: int = 1, *, whole: bool = False) -> tuple[Pictur
         if image.format == "EPS":  # Pillow would run it with Ghostscript, which may take any time
             raise ImageError("is PostScript, a program that draws; export it as PNG")
         # The further images of a JPEG are reported with the rest of what follows its image.
-        if (frames := getattr(open_header(data), "n_frames", 1)) > 1 and image.format != "MPO":
+        if image.format not in ("JPEG", "MPO") and (frames := getattr(open_header(data), "n_frames", 1)) > 1:
             notes.append(f"holds {frames} images; the first is taken")
     if tiff:
         # Metadata comes first: when Pillow loads the pixels of a TIFF, it turns them upright.

@@ -6,6 +6,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
 _PHOTOSHOP, _IPTC = b"Photoshop 3.0\0", 0x0404
@@ -15,6 +17,8 @@ _STALE_RESOURCES += (0x0408, 0x040D, 0x0419, 0x041A, 0x0426, 0x043A, 0x043B, 0x0
 # Segments that are read elsewhere, or that only describe how the old file was encoded.
 _CODING = (b"JFIF", b"JFXX", b"AVI1", b"Adobe", b"Ducky", b"ICC_PROFILE\0", b"MPF\0", b"urn:iso:std:iso:ts:21496:-1\0")
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in entropy-coded data: neither a stuffed zero nor a restart
+_IS_MARKER = np.array([_MARKER.match(bytes([0xFF, code])) is not None for code in range(256)])
+_NEAR, _FAR = 64, 1 << 20  # bytes in which a marker is looked for at a time: the next segment, and the image's own data
 _EOI, _SOS = 0xD9, 0xDA
 _SEGMENT = 65533  # bytes that a segment holds
 _GAIN_MAP = re.compile(rb"urn:iso:std:iso:ts:21496|hdrgm:|hdrgainmap|HDRGainMap")
@@ -24,8 +28,8 @@ _DEPTH_MAP = re.compile(rb"aux:depth|aux:disparity|aux:portraiteffectsmatte|aux:
 def segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
     """The marker and content of each segment of a JPEG, and where the image ends, after its last marker."""
     found, place = [], 2
-    while match := _MARKER.search(data, place):
-        marker, place = match[1][0], match.end()
+    while place := _after_marker(data, place):
+        marker = data[place - 1]
         if marker == _EOI:
             return found, place
         if marker in (0x01, 0xD8) or place + 2 > len(data):
@@ -36,12 +40,26 @@ def segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
     return found, len(data)
 
 
-def carried_by_jpeg(data: bytes) -> dict[str, Any]:
+def _after_marker(data: bytes, place: int) -> int:
+    """Where the next marker ends; 0 if there is none."""
+    if match := _MARKER.search(data, place, place + _NEAR):
+        return match.end()
+    codes = np.frombuffer(data, np.uint8)  # which finds it in a tenth of the time, and lets other threads go on
+    for start in range(place, len(data), _FAR):
+        here = codes[start : start + _FAR + 1]
+        begins = np.flatnonzero(here[:-1] == 0xFF)
+        markers = begins[_IS_MARKER[here[begins + 1]]]
+        if len(markers):
+            return start + int(markers[0]) + 2
+    return 0
+
+
+def carried_by_jpeg(found: list[tuple[int, bytes]]) -> dict[str, Any]:
     """Entries of `Picture.carried` from a JPEG's segments. `after_the_image` handles what follows the image."""
     carried: dict[str, Any] = {}
     extended: dict[bytes, list[tuple[int, int, bytes]]] = {}  # by GUID: total length, offset, part
     photoshop = b""
-    for marker, content in segments(data)[0]:
+    for marker, content in found:
         if marker == 0xFE:
             comment = content.rstrip(b"\0")
             carried["comment"] = b"\n".join(filter(None, (carried.get("comment"), comment)))
@@ -93,13 +111,12 @@ def iptc_of(resources: bytes) -> tuple[bytes, bytes]:
     return iptc, other
 
 
-def after_the_image(data: bytes, video: int | None) -> tuple[dict[str, Any], int]:
+def after_the_image(data: bytes, end: int, video: int | None) -> tuple[dict[str, Any], int]:
     """Entries of `Picture.carried` for what follows the image, and where the video of a motion photo begins (0: none).
 
     `video` is where the XMP data says that the video begins. The video is kept with everything that follows it. Before
     it the blocks of Samsung's trailer are kept, because their directory counts backwards from the end of the file.
     """
-    end = segments(data)[1]
     tail = _samsung_start(data, end)
     if video is None or video < end or data[video + 4 : video + 8] != b"ftyp":
         video = _video_start(data, end)

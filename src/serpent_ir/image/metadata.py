@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from serpent_ir.image import xmp as image_xmp
 from serpent_ir.image.carriers import kept_by_none
 from serpent_ir.image.heif import carried_by_heif, carried_by_jp2
-from serpent_ir.image.jpeg import after_the_image, carried_by_jpeg, iptc_of
+from serpent_ir.image.jpeg import after_the_image, carried_by_jpeg, iptc_of, segments
 from serpent_ir.image.jxl import xmp_of
 from serpent_ir.image.png import SIGNATURE, carried_by_png
 from serpent_ir.image.tiff_descriptions import kind_of
@@ -29,6 +29,7 @@ _ORIENTATION = ExifTags.Base.Orientation
 RATINGS, XP = (18246, 18249), tuple(range(40091, 40096))
 _EXIF_OF_TIFF = (270, 271, 272, 305, 306, 315, 33432, *RATINGS, *XP)
 IPTC_TAG, _PHOTOSHOP_TAGS = 33723, (34377, 37724)
+_JPEG = b"\xff\xd8"
 _WEBP_KNOWN = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP ")
 
 
@@ -46,13 +47,14 @@ def metadata_of(
     file.seek(0)
     is_tiff = image is None or image.format == "TIFF"
     data = b"" if is_tiff else file.read()
+    parts, end = segments(data) if data.startswith(_JPEG) else ([], 0)
     try:
         if image is None:
             tags = Image.Exif()
             tags.load_from_fp(file)
             icc, dpi = tags.get(34675), _dpi_of_tags(tags)
         else:
-            fields, carried = _carried(image, data)
+            fields, carried = _carried(image, data, parts)
             # The profile of a space that is converted away, such as CMYK, would be wrong for the RGB pixels.
             icc = image.info.get("icc_profile") or fields.get("icc_profile")
             icc = None if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else icc
@@ -73,7 +75,7 @@ def metadata_of(
     except Exception:  # Pillow raises all kinds of exceptions for damaged tags
         notes.append("its EXIF data is damaged and left out")  # including the orientation
         exif = None
-    xmp, gone = _tidy_xmp(xmp, data, carried, turned=orientation in range(2, 9))
+    xmp, gone = _tidy_xmp(xmp, data, end, carried, turned=orientation in range(2, 9))
     if "damaged_xmp" in gone:
         lost.append("its XMP data is damaged and left out")
     if told := kept_by_none({*carried, *gone}):
@@ -86,13 +88,13 @@ def metadata_of(
     return {"icc_profile": icc or None, "exif": exif, "xmp": xmp, "dpi": dpi, "carried": carried}, orientation
 
 
-def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+def _carried(image: Image.Image, data: bytes, parts: list[tuple[int, bytes]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of `Picture` and entries of `Picture.carried` that Pillow does not give. A damaged part gives nothing."""
     try:
         if data.startswith(SIGNATURE):
             return carried_by_png(data)
-        if data.startswith(b"\xff\xd8"):
-            return {}, carried_by_jpeg(data)
+        if data.startswith(_JPEG):
+            return {}, carried_by_jpeg(parts)
         if data[4:8] == b"ftyp":
             return {}, carried_by_heif(data, has_icc=bool(image.info.get("icc_profile")))
         if image.format == "JXL":
@@ -110,9 +112,9 @@ def _carried(image: Image.Image, data: bytes) -> tuple[dict[str, Any], dict[str,
     return {}, {"comment": comment} if isinstance(comment, bytes) and comment else {}
 
 
-def _after_the_image(data: bytes, xmp: bytes | None) -> tuple[dict[str, Any], int]:
+def _after_the_image(data: bytes, end: int, xmp: bytes | None) -> tuple[dict[str, Any], int]:
     try:
-        return after_the_image(data, image_xmp.video_start(xmp, len(data)) if xmp else None)
+        return after_the_image(data, end, image_xmp.video_start(xmp, len(data)) if xmp else None)
     except (struct.error, IndexError):  # Samsung's directory is damaged
         return {"trailer": b""}, 0
 
@@ -154,7 +156,9 @@ def _bytes_of(value: Any, order: str | None) -> bytes:
     return bytes(value) if max(value) < 256 else struct.pack(f"{order or '<'}{len(value)}I", *value)
 
 
-def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -> tuple[bytes | None, set[str]]:
+def _tidy_xmp(
+    xmp: Any, data: bytes, end: int, carried: dict[str, Any], *, turned: bool
+) -> tuple[bytes | None, set[str]]:
     """XMP data that says the picture is upright and claims nothing that is gone; and the carriers it claimed.
 
     What follows a JPEG's image is looked for here, since the XMP data says where it is. It goes into `carried`.
@@ -162,8 +166,8 @@ def _tidy_xmp(xmp: Any, data: bytes, carried: dict[str, Any], *, turned: bool) -
     gone: set[str] = set()
     xmp = image_xmp.upright(xmp) if isinstance(xmp, bytes) else None
     video = gap = 0
-    if data.startswith(b"\xff\xd8"):
-        found, start = _after_the_image(data, xmp)
+    if data.startswith(_JPEG):
+        found, start = _after_the_image(data, end, xmp)
         carried |= found
         video = len(data) - start if start else 0
         gap = len(found.get("motion_video", b"")) - video if video else 0
