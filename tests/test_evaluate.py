@@ -1,17 +1,24 @@
 """Evaluation of networks on a few images that code draws."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
+from skimage import data
 
-from serpent_ir import create_model
+from networks import small_network
+from serpent_ir import create_model, restore
 from serpent_ir.data import read_rgb8
 from serpent_ir.degradations import create_degradation, evaluation_generator
 from serpent_ir.errors import UsageError
-from serpent_ir.evaluate import evaluate, evaluate_network
+from serpent_ir.evaluate import evaluate, evaluate_network, evaluate_without_truth
 from serpent_ir.image.folders import find_images
+from serpent_ir.metrics import Brisque
 from training_files import draw_folders
 
 
@@ -61,3 +68,21 @@ def test_the_protocol_is_that_of_the_call(folders):
     assert found["jpeg"]["psnr"] > found["rgb"]["psnr"] + 2
     with pytest.raises(UsageError, match="unknown protocol 'psnr'; the known ones are rgb, sr"):
         evaluate_network(torch.nn.Identity(), files, "denoise", protocol="psnr")
+
+
+def test_images_without_a_truth_are_restored_as_they_are(tmp_path):
+    noisy = data.astronaut()[:128, 150:300].astype(int) + np.random.default_rng(0).normal(0, 12, (128, 150, 3))
+    for name, pixels in (("noisy", noisy.clip(0, 255)), ("flat", np.full((64, 64, 3), 90))):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{name}.png")
+    network, options = small_network("sr2"), json.dumps({"dim": 8, "blocks": [1, 1]})
+    about = {"task": "sr2", "network": "serpent_l", "options": options}
+    save_file(network.state_dict(), tmp_path / "w.safetensors", about)
+    found = evaluate_without_truth(tmp_path, "serpent_l", weights=tmp_path / "w.safetensors", device="cpu")
+    flat, noisy_row = found["images"]
+    assert math.isnan(flat["input_brisque"])
+    image = read_rgb8(tmp_path / "noisy.png")[None] / 255
+    brisque = Brisque()
+    assert noisy_row["brisque"] == brisque(restore(image, network)).item()
+    larger = F.interpolate(image, scale_factor=2, mode="bicubic", align_corners=False)
+    assert noisy_row["input_brisque"] == pytest.approx(brisque(larger).item(), abs=0.05)
+    assert (found["n"], found["n_brisque"], found["brisque"]) == (2, 1, noisy_row["brisque"])

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from skimage import data
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio as peak_snr
 from skimage.metrics import structural_similarity
@@ -15,8 +16,9 @@ from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from serpent_ir import metrics
+from serpent_ir.degradations import blur_each
 from serpent_ir.errors import SerpentError, UsageError
-from serpent_ir.metrics import Lpips, eight_bits, psnr, ssim
+from serpent_ir.metrics import Brisque, Lpips, eight_bits, psnr, ssim
 
 
 def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,3 +238,24 @@ def test_lpips_refuses_other_files(tmp_path):
     for name in ("text.pth", "part.pth", "none.pth"):
         with pytest.raises(SerpentError, match=rf"{name}: (not torchvision's AlexNet|no such)"):
             Lpips(tmp_path / name, torch.device("cpu"))
+
+
+def test_brisque_is_that_of_its_package():
+    """The figures are those of brisque 0.2.0 itself beside NumPy 2.3.5: beside 2.4 it gives none (findings)."""
+    brisque = Brisque()
+    image = torch.from_numpy(data.astronaut()).movedim(-1, 0)[None] / 255
+    noisy = image + 25 / 255 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    blurred = blur_each(image, torch.tensor([3.0]))
+    found = brisque(torch.cat([image, image.double().float() + 0.4 / 255, noisy, blurred]))
+    assert found.dtype == torch.float64
+    assert found[0].item() == pytest.approx(10.7948629, abs=1e-5)
+    assert found[1] == found[0]  # rounds away
+    assert found[2] > 40
+    assert found[3] > 60
+    assert brisque(torch.full((1, 3, 48, 48), 0.5)).isnan().all()
+
+
+def test_brisque_names_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "brisque", None)
+    with pytest.raises(UsageError, match=r"pip install 'serpent-ir\[brisque\]'"):
+        Brisque()

@@ -1,4 +1,7 @@
-"""PSNR, SSIM and LPIPS of a network on a folder of clean images, by the protocol of `serpent_ir.metrics`."""
+"""PSNR, SSIM and LPIPS of a network on a folder of clean images, by the protocols of `serpent_ir.metrics`.
+
+And BRISQUE on images of which nobody knows the truth.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,10 +14,10 @@ from torch import Tensor, nn
 from serpent_ir.data import PackedImage, list_images, read_rgb8
 from serpent_ir.degradations import Degradation, create_degradation, evaluation_generator
 from serpent_ir.errors import ImageError, SerpentError, UsageError
-from serpent_ir.inference import pick_device
+from serpent_ir.inference import Restorer, pick_device
 from serpent_ir.inference.network import OutOfMemoryError, device_of, says_what_is_too_large
 from serpent_ir.inference.restorer import run_network
-from serpent_ir.metrics import PROTOCOLS, SSIM_WINDOW, Lpips, psnr, ssim
+from serpent_ir.metrics import PROTOCOLS, SSIM_WINDOW, Brisque, Lpips, psnr, ssim
 from serpent_ir.models import create_model
 from serpent_ir.models.wrappers import unwrapped
 from serpent_ir.system.devices import device_name, pick_precision
@@ -84,6 +87,52 @@ def evaluate(
     )  # fmt: skip
     about = {"model": model, "weights": str(weights) if weights else None, "task": task}
     return {**about, **result, "data": str(data)}
+
+
+def evaluate_without_truth(
+    data: Path,
+    model: str,
+    *,
+    weights: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Restore every image of a folder as it is, as `serpent restore` does, and measure BRISQUE before and after.
+
+    The arguments are as for `evaluate`. An image that is enlarged is compared with its bicubic enlargement.
+
+    Returns:
+        A dict: model, weights, precision, n, device, data, brisque and input_brisque (means over the images that have
+        both), n_brisque (how many these are), and `images`: file, brisque and input_brisque of each, NaN where an image
+        has no statistics. Lower is better. It judges as people do on average: a smooth picture may score well that has
+        lost its texture.
+
+    Raises UsageError as `evaluate`, and for weights that need a mask.
+    """
+    brisque = Brisque()
+    network = create_model(model, pretrained=weights is None, checkpoint_path=weights).to(pick_device(device))
+    restorer = Restorer(network, precision=precision)
+    if restorer.takes_mask:
+        raise UsageError(f"{weights or model} needs a mask for each image, and there is none; choose other weights")
+    files, rows = list_images(data), []
+    for number, file in enumerate(files, 1):
+        image = to_unit(read_rgb8(file))
+        try:
+            restored = restorer(image)
+        except OutOfMemoryError as error:
+            raise SerpentError(f"{file}: {error}") from None
+        before = Degradation("", scale=restorer.scale).network_input(image)
+        rows.append({"brisque": brisque(restored).item(), "input_brisque": brisque(before).item()})
+        if progress:
+            progress(number, len(files))
+    counted = [row for row in rows if all(map(math.isfinite, row.values()))]
+    means = {key: sum(row[key] for row in counted) / len(counted) if counted else math.nan for key in rows[0]}
+    about = {"model": model, "weights": str(weights) if weights else None, "n": len(rows), "n_brisque": len(counted)}
+    where = {"device": device_name(device_of(network)), "data": str(data)}
+    where["precision"] = str(pick_precision(precision, device_of(network))).removeprefix("torch.")
+    images = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
+    return {**about, **means, **where, "images": images}
 
 
 def evaluate_network(

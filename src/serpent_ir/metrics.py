@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS, by stated protocols.
+"""PSNR, SSIM and LPIPS, by stated protocols, and BRISQUE, which needs no truth.
 
 Images are RGB in [0, 1]. Both images are first clamped and rounded to the 8 bits of a saved file. There is one value
 per image, and the caller averages over images. PSNR and SSIM are computed in float64, so that results do not depend on
@@ -6,13 +6,17 @@ the device. By the protocol `rgb`, which all numbers of this project have that n
 nothing is converted to luminance. `PROTOCOLS` holds those of the field, for numbers beside published ones.
 """
 
+import importlib
 import importlib.util
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,6 +103,39 @@ def ssim(restored: Tensor, clean: Tensor, protocol: str = "rgb", *, scale: int =
     if not len(clean):
         return clean.new_zeros(0, dtype=torch.float64)
     return torch.stack([_ssim_of_one(a, b, known, border) for a, b in zip(restored, clean, strict=True)])
+
+
+class Brisque:
+    """How far an image is from natural ones, without a truth (Mittal, Moorthy, Bovik, "No-Reference Image Quality
+    Assessment in the Spatial Domain", 2012): about 0 for a good photograph, up to 100 and beyond for a bad one.
+
+    The package `brisque` computes it, with the regression that its authors fitted to the LIVE set.
+
+    Raises UsageError if that package is missing.
+    """
+
+    def __init__(self):
+        try:
+            package: Any = importlib.import_module("brisque")
+        except ModuleNotFoundError:
+            raise UsageError("BRISQUE needs the package brisque: pip install 'serpent-ir[brisque]'") from None
+
+        class Scorer(package.BRISQUE):
+            def scale_features(self, features: Any) -> Any:
+                # Version 0.2.0 passes arrays of one element to float(), which NumPy 2.4 refuses (findings).
+                return super().scale_features([np.ravel(feature)[0] for feature in features])
+
+        self._scorer = Scorer(url=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], rounded to 8 bits first -> (B,) float64 on the CPU.
+
+        NaN for an image without variation or a few pixels wide, of which there are no statistics.
+        """
+        pixels = eight_bits(images).mul(255).round().byte().movedim(1, -1).cpu().numpy()
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # of divisions by nothing, and of names that SciPy has moved
+            return torch.tensor([float(self._scorer.score(image)) for image in pixels], dtype=torch.float64)
 
 
 class Lpips:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
+from skimage import data
 
 from commands import ENVIRONMENT, pixels_of, process, save_photo, save_recipe, serpent, size_of, tree, untrained_weights
 from serpent_ir import __version__, cli, create_model
@@ -319,6 +321,17 @@ def test_train_plans(tmp_path):
     assert re.search(r"estimated: \d+\.\d\d hours", shown.stdout)
     assert not (tmp_path / "run").exists()
     assert "--images only goes with --dry-run" in serpent("train", tmp_path / "recipe.yaml", "--images", 5).stderr
+
+
+def test_evaluate_without_a_truth(tmp_path, weights):
+    Image.fromarray(data.astronaut()[:100, 150:260]).save(tmp_path / "a.png")
+    asked = ["evaluate", "--data", tmp_path, "--task", "deblur", "--weights", weights["deblur"], "--brisque"]
+    result = json.loads(serpent(*asked, "--json").stdout)
+    assert result["n"] == result["n_brisque"] == 1
+    assert f"{result['input_brisque']:.2f}" in serpent(*asked).stdout
+    refused = serpent(*asked, "--seed", "1")
+    assert refused.exit_code == 2
+    assert "draws nothing" in refused.stderr
 
 
 def test_what_was_trained_is_evaluated_and_restores(tmp_path):

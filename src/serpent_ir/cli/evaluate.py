@@ -19,6 +19,7 @@ from serpent_ir.cli.shell import (
     progress_of,
     shell_command,
 )
+from serpent_ir.errors import UsageError
 
 
 @shell_command("Measure PSNR, SSIM and LPIPS: degrade the clean images of a folder, restore them and compare.")
@@ -44,14 +45,40 @@ def evaluate(
             help="Also measure LPIPS, with this copy of torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth.",
         ),
     ] = None,
+    brisque: Annotated[
+        bool,
+        typer.Option(
+            "--brisque",
+            help="Of images without a truth: degrade nothing, restore them as they are, and measure BRISQUE alone.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print what `serpent_ir.evaluate.evaluate` measures: a table of means, or everything as one JSON object.
 
-    In JSON a figure that is not finite (the PSNR of identical images) is null.
+    With `brisque` it is what `evaluate_without_truth` measures. In JSON a figure that is not finite (the PSNR of
+    identical images) is null.
     """
-    from serpent_ir.evaluate import evaluate
+    from serpent_ir.evaluate import evaluate, evaluate_without_truth
 
+    if brisque:
+        if protocol != "rgb" or lpips_weights is not None or seed:
+            raise UsageError(
+                "--brisque compares with no truth and draws nothing: leave --protocol, --lpips-weights, --seed"
+            )
+        with progress_of("evaluated") as progress:
+            found = evaluate_without_truth(
+                data, model_name(name, weights, task), weights=weights, device=device, precision=precision,
+                progress=progress,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(finite(found), allow_nan=False))
+            return
+        rows = [["input", f"{found['input_brisque']:.2f}"], ["restored", f"{found['brisque']:.2f}"]]
+        left = f", of {found['n_brisque']} that have one" if found["n_brisque"] < found["n"] else ""
+        title = f"{weights or found['model']}, {found['n']} images as they are{left}; lower is better"
+        print_table(title, ["", "BRISQUE"], rows)
+        return
     with progress_of("evaluated") as progress:
         result = evaluate(
             data, task, model_name(name, weights, task), weights=weights, device=device, precision=precision,
