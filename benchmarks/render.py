@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md from the JSON files of the other benchmarks, and of `serpent report`.
+"""Writes benchmarks/RESULTS.md from the JSON files of the other benchmarks and of `serpent report`.
 
 python benchmarks/render.py
 """
@@ -13,9 +13,9 @@ import scan
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
-# Of profile.h100.json; profile.h200.json is of one run of all.
-_SINCE = """The U-Nets have changed since, and were measured again in a later run on a machine of the same kind;
-`serpent_b` has, too: here it still added its input to its result."""
+# profile.h100.json alone needs it: profile.h200.json is of one run of all networks.
+_SINCE = """The U-Nets have changed since this run, and were measured again later, on a machine of the same kind.
+`serpent_b` has changed, too: here it still added its input to its result."""
 
 
 def networks(records: Iterable[dict[str, Any]]) -> list[str]:
@@ -23,11 +23,11 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
         "# Whole networks on a GPU",
         "",
         "Written by `python benchmarks/render.py` from `benchmarks/results/network.*.json`; do not edit.",
-        "Milliseconds and GB (1e9 bytes), bfloat16 autocast. *public* is the best public software for the same network",
-        f"on an H100, measured before this project began ({network.SOURCE}), not in the same run; *x* is how often",
-        "it exceeds ours. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`. The two floors are",
-        "what an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes that no fusion spares",
-        "(2.99 TB/s), as `floors` in `benchmarks/network.py` counts them.",
+        "Milliseconds and GB (1e9 bytes), with bfloat16 autocast. *public* is the best public software for the",
+        f"same network on an H100, measured before this project began ({network.SOURCE}), not in the same run. *x*:",
+        "how many times as much as ours it takes. *graph*: replayed from a CUDA graph. *call*: a plain `model(x)`.",
+        "The two floors are the times that an H100 needs for the exponentials of the scan (4171 G/s) and for the bytes",
+        "that no fusion spares (2.99 TB/s). `floors` in `benchmarks/network.py` counts them.",
     ]
     for record in records:
         lines += [
@@ -46,8 +46,8 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",
-            "A training step with backward and Adam, from a graph as `serpent train` runs it, and called; the public",
-            "one is called (a loop of one's own took that long then: the host bounds a call on small batches):",
+            "A training step with backward pass and Adam: from a graph, as `serpent train` runs it, and by a call.",
+            "The public one is called. (A plain loop took as long as *call* then: the host bounds small batches.)",
             "",
             "| network, batch x size | graph | public | x | call | x | GB | public | x |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -62,12 +62,14 @@ def networks(records: Iterable[dict[str, Any]]) -> list[str]:
             told = (f"{row['name']} {row['ours']} ({row['plain']})" for row in record["kernels"])
             lines += [
                 "",
-                "Kernels of a pass at 256x256, and (of the plain network around the same scan): " + ", ".join(told),
+                "Kernels of a pass at 256x256, and in brackets those of the plain network around the same scan: "
+                + ", ".join(told),
             ]
     counts = (f"{c} channels {ours} ({plain})" for c in (32, 64, 128, 256) for plain, ours in [network.block_bytes(c)])
     lines += [
         "",
-        "Bytes a position that a block moves around its scan, and (by the plain definition, an operator at a time):",
+        "Bytes per position that a block moves around its scan, and in brackets what the plain definition moves, one",
+        "operator at a time:",
     ]
     return [*lines, ", ".join(counts)]
 
@@ -97,11 +99,11 @@ def scans(records: Iterable[dict[str, Any]]) -> list[str]:
         "",
         "# The scan alone",
         "",
-        "From `benchmarks/results/scan.*.json`. Milliseconds by CUDA graph, from u and proj to the summed y, and its",
-        f"backward pass. *public*: cross scan, dt projection, scan and merge ({scan.SOURCE}), of the backward pass the",
-        "scan alone; *prototype*: the throwaway CUDA prototype of that issue. *floor*: the exponentials of one forward",
-        "pass (4 directions, N states and the step size) at the 4171 G/s that an H100 makes; a walk that is cut into",
-        "chunks makes them twice.",
+        "From `benchmarks/results/scan.*.json`. Milliseconds by CUDA graph, from u and proj to the summed y, and of",
+        f"the backward pass. *public* is cross scan, dt projection, scan and merge ({scan.SOURCE}); in the backward",
+        "pass it is the scan alone. *prototype* is the throwaway CUDA prototype of that issue. *floor* is the time for",
+        "the exponentials of one forward pass (4 directions, N states and the step size) at the 4171 G/s of an H100.",
+        "A walk that is cut into chunks makes them twice.",
     ]
     for record in records:
         lines += [
@@ -139,16 +141,16 @@ def rivals(profiles: Iterable[list[dict[str, Any]]]) -> list[str]:
     lines = []
     for rows in profiles:
         on_public = "H100" in rows[0]["device"]  # where the public software was timed
-        beside = f" beside what the public software took ({network.SOURCE})," if on_public else ""
+        beside = f" *public* is what the public software took ({network.SOURCE})." if on_public else ""
         lines += [
             "",
             f"# Serpent and its rivals on one {rows[0]['device']}",
             "",
             f"{rows[0]['precision']}, batch {rows[0]['batch']}: `serpent report DIR --seconds "
             f"{rows[0]['seconds']:g}`, from",
-            "`benchmarks/results/profile.*.json`. Milliseconds of inference by CUDA graph (of a call where that takes",
-            f"more than a quarter of the seconds),{beside} and of a",
-            "training step the same way. 1 GB is 1e9 bytes, the peak of plain calls.",
+            "`benchmarks/results/profile.*.json`. Milliseconds of inference and of a training step, by CUDA graph;",
+            f"of a call where that takes more than a quarter of the seconds.{beside}",
+            "1 GB is 1e9 bytes; the peak is that of plain calls.",
         ]
         lines += [_SINCE] if on_public else []
         lines += [
@@ -176,10 +178,11 @@ def plain_loops(records: Iterable[dict[str, Any]]) -> list[str]:
             "# A plain training loop",
             "",
             f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/train_step.py --loops`, from",
-            "`benchmarks/results/plain_loop.*.json`. Milliseconds of a step (forward under bfloat16 autocast, L1,",
-            "backward, fused Adam) that follows others without waiting, and of one that is waited for; *host* is what",
-            "launching takes. *replayed* is the same loop with the passes of the network from CUDA graphs, *step* the",
-            f"whole step from one, by `GraphedStep`.{' ' + record['note'] if record.get('note') else ''}",
+            "`benchmarks/results/plain_loop.*.json`. A step is forward under bfloat16 autocast, L1, backward and",
+            "fused Adam. The first columns have milliseconds of a step that follows others without waiting, the next",
+            "of one that is waited for. *host* is what launching takes. *replayed* is the same loop with the network's",
+            "passes from CUDA graphs. *step* is the whole step from one graph, by `GraphedStep`."
+            f"{' ' + record['note'] if record.get('note') else ''}",
             "",
             "| network, batch x size | plain | replayed | x | step | plain, waited | replayed | step | host, plain "
             "| replayed | same bits | call without gradients at 256: plain | replayed |",
@@ -227,7 +230,7 @@ def calls(records: Iterable[dict[str, Any]]) -> list[str]:
         ]
         if "note" in record:
             lines += [record["note"]]
-        lines += ["*network*: a plain call of the network on an input that is on the device.", ""]
+        lines += ["*network* is a plain call of the network on an input that is already on the device.", ""]
         lines += ["| image | ms | before | over the network | before |", "| --- | --- | --- | --- | --- |"]
         for row in record.get("images", []):
             then = row.get("against")
@@ -236,7 +239,7 @@ def calls(records: Iterable[dict[str, Any]]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
         if phases := record.get("phases"):
             names = [name for name in phases[0] if name != "size"]
-            lines += ["", "Milliseconds of what every JPEG goes through, each alone:", ""]
+            lines += ["", "Milliseconds of each step that a JPEG goes through, measured alone:", ""]
             lines += [f"| image | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
             lines += [f"| {' | '.join([row['size'], *(_number(row[n]) for n in names)])} |" for row in phases]
         rates = {"batches": ("images", "`serpent restore` of folders"), "video": ("frames", "`serpent video`")}
@@ -253,9 +256,9 @@ def calls(records: Iterable[dict[str, Any]]) -> list[str]:
             before = f", before {row['against']:.2f}" if "against" in row else ""
             lines += [
                 "",
-                f"`serpent restore` of one image of 256x256 from the command to the file: {row['ours']:.2f} s{before};",
+                f"`serpent restore` of one image of 256x256, command to file: {row['ours']:.2f} s{before}.",
             ]
-            lines += [f"importing PyTorch alone takes {row['import torch']:.2f} s."]
+            lines += [f"Importing PyTorch alone takes {row['import torch']:.2f} s."]
     return lines
 
 

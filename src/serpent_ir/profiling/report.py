@@ -1,4 +1,4 @@
-"""The paper's efficiency figures redrawn from a profile, and a page that compares it with the paper's numbers."""
+"""Redraws the paper's efficiency figures from a profile, and writes a page that compares both in numbers."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ VAL = {"deblur": {256: "faces256/val", 512: "faces512/val"}, "sr8": {512: "faces
 
 
 def write(folder: Path, rows: Rows, runs: Rows) -> list[Path]:
-    """Draw all figures that a profile's rows, and the runs of a comparison of networks, allow; and write `report.md`.
+    """Draw all figures that the rows of a profile and the runs of a comparison allow, and write `report.md`.
 
-    Rows of one device, precision and batch are drawn: those of the first row. If a network and size occur several
-    times, the last row counts. A UserWarning says what is left out. For each task the runs of one budget are used: the
-    budget with most networks, and the longest of these.
+    Only rows with the device, precision and batch of the first row are drawn. If a network and size occur several
+    times, the last row counts. A UserWarning says what is left out. For each task the runs of one budget are used: of
+    the budgets with most networks, the longest.
 
     Raises:
         UsageError: there are no rows, or matplotlib is missing.
@@ -107,11 +107,11 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
         "",
         f"Measured on: {about(rows)}" + (f", PyTorch {' and '.join(versions)}" if versions else "") + ".",
         "",
-        "- *The paper* is Sepehri, Fabian and Soltanolkotabi: Serpent. *Here*: the machine named above.",
-        "- 1 MAC = 2 FLOPs, and what the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
-        "- Memory is the peak of plain calls with weights and images, and in training gradients and Adam's moments.",
-        "- *Out of memory*: tried, or told by a smaller size. *Skipped*: a call would have taken too long.",
-        "- Each figure is there as SVG, too. `serpent report` wrote it; docs/train/compare.md tells how.",
+        "- *The paper* is Sepehri, Fabian and Soltanolkotabi: Serpent. *Here* is the machine named above.",
+        "- 1 MAC = 2 FLOPs. What the paper heads GFLOPS are GMACs. 1 GB = 1e9 bytes. Sizes are sides in pixels.",
+        "- Memory is the peak of plain calls: weights, images, and in training gradients and Adam's moments.",
+        "- *Out of memory*: it was tried, or a smaller size ran out. *Skipped*: it would have taken too long.",
+        "- Each figure also exists as SVG. `serpent report` wrote this page; docs/train/compare.md tells how.",
         "",
         "## Over resolution (the paper's Figure 1)",
         "",
@@ -131,9 +131,15 @@ def page(rows: Rows, runs: Rows, files: Sequence[Path]) -> str:
     if not beside:
         printed = sorted({row.size for row in paper.TABLES})
         told = " and ".join(map(str, printed))
-        beside = ["## Beside the paper", "", f"The paper prints numbers of its networks at {told}; none is here.", ""]
+        told = f"The paper prints numbers of its networks at {told}. None of these sizes was measured here."
+        beside = ["## Beside the paper", "", told, ""]
     lines += beside + _quality(runs)
-    lines += ["## Every figure", "", "Times are medians ± half the width between 10th and 90th percentile.", ""]
+    lines += [
+        "## Every figure",
+        "",
+        "Times are medians, ± half the distance between the 10th and the 90th percentile.",
+        "",
+    ]
     return "\n".join([*lines, *markdown(rows), ""])
 
 
@@ -176,9 +182,9 @@ def _beside_the_tables(rows: Rows) -> list[str]:
         "| --- | --- | --: | --: | --: | --: |",
         *lines,
         "",
-        f"The paper measured with batch 1 on one H100; here: {about(rows)}. It says neither in which precision nor",
-        "what its memory includes. The standard SwinIR counts more than the paper prints; it is not tuned to match.",
-        "The text of Table 1 that was transcribed has no lines of Serpent at 512.",
+        f"The paper measured with batch 1 on one H100. Here: {about(rows)}. The paper says neither which precision it",
+        "used nor what its memory includes. The standard SwinIR counts more MACs than the paper prints, and was not",
+        "tuned to match. The text of Table 1 that was transcribed has no lines of Serpent at 512.",
         "",
     ]
 
@@ -211,7 +217,7 @@ def _claims(rows: Rows) -> list[str]:
         row = ours.get(("serpent_h", size))
         if row and (seconds := row.get("train_s_per_60k")):
             words = (
-                f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (there in progressive stages, here all at full size"
+                f"GPU hours of Serpent-H's {paper.EPOCHS} epochs (in progressive stages there, all at full size here"
             )
             words += "; the clause names no network: Serpent-H by context)" if size == 512 else ")"
             here = f"{paper.EPOCHS * seconds / 3600:.0f} h"
@@ -219,7 +225,7 @@ def _claims(rows: Rows) -> list[str]:
     if not lines:
         return []
     head = ["what the paper says of", "size", "where (sections)", "paper", "here"]
-    told = "The bars and curves of its Figures 1, 6 and 7 carry no numbers; these stand in its text."
+    told = "The bars and curves of its Figures 1, 6 and 7 carry no numbers. These numbers stand in its text."
     return ["## Beside the paper's text", "", told, "", table_line(head), table_line(["---"] * len(head)), *lines, ""]
 
 
@@ -254,9 +260,9 @@ def _quality(runs: Rows) -> list[str]:
     return [
         "## Quality beside the paper's Tables 1 and 2",
         "",
-        "Not the same data and not the same training: the paper trains for 60 epochs of FFHQ (95 GPU hours for",
-        "Serpent-H at 256, appendix A), here a network has the minutes of the last column, and other faces. What is",
-        "empty is not printed there, or was not trained here.",
+        "Data and training differ. The paper trains for 60 epochs of FFHQ (95 GPU hours for Serpent-H at 256, appendix",
+        "A). Here a network is trained for the minutes of the last column, on other faces. A cell is empty where the",
+        "paper prints no number, or where a network was not trained here.",
         "",
         table_line(head),
         table_line(["---"] * len(head)),
