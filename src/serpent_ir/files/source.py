@@ -25,6 +25,8 @@ from serpent_ir.system.file_state import FileState
 
 LARGE = 1 << 25
 """From this many pixels on an image is not read ahead of its turn, and a TIFF is read and written by rows."""
+_SMALL = 1 << 20
+"""Bytes up to which a file is read at once. Each call of the system makes threads wait for each other."""
 
 
 class Source:
@@ -41,6 +43,7 @@ class Source:
         self.path = path
         self._state = FileState.of(path)
         self._picture: Picture | None = None
+        self._data: bytes | None = None  # what a small file holds, from here to `load`
         self.large = False
         self.pages = 1
         self._tiff = False
@@ -48,9 +51,13 @@ class Source:
             if not path.is_file():
                 return
             with path.open("rb") as file:
-                self._tiff = file.read(4) in TIFFS
-                file.seek(0)
-                header = open_header(file)
+                start = file.read(4)
+                self._tiff = start in TIFFS
+                if not self._tiff and self._state and self._state.size <= _SMALL:
+                    self._data = start + file.read()
+                else:
+                    file.seek(0)
+                header = open_header(file if self._data is None else self._data)
                 # The size of a TIFF that Pillow does not know is unknown here, so such a TIFF is taken for a large one.
                 self.large = self._tiff if header is None else header.width * header.height >= LARGE
         except Exception:  # `picture` will meet the problem again and report it
@@ -71,8 +78,9 @@ class Source:
 
     def load(self, pages: str = "first") -> "Source":
         """Read the file now, unless it is large, or all its pages are wanted: those are read one by one."""
+        data, self._data = self._data, None
         if not self.large and (pages == "first" or self._count() == 1):
-            self._picture = read_image(self.path)
+            self._picture = read_image(self.path, data)
         return self
 
     def picture(self) -> Picture:

@@ -5,6 +5,7 @@ The depth comes from the file's header, never from the pixels. Inside the progra
 held travels along in `Picture` and is written back.
 """
 
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +69,10 @@ _LARGE = 1 << 24
 """Bytes of a file up to which nobody asks whether it fits in memory, since asking takes as long as a small image."""
 
 
-def read_image(path: str | Path) -> Picture:
+def read_image(path: str | Path, data: bytes | None = None) -> Picture:
     """Read an image file with all that `Picture` keeps. Of an animation or multi-page file, read the first frame.
+
+    `data` is what the file holds, if that was read before; not of a TIFF.
 
     Reads what Pillow reads, some more formats with OpenCV, and HEIC if pillow-heif is installed. 16 bits are kept in
     PNG, in TIFF and in what Pillow calls "I;16"; elsewhere they become 8. Palettes, grey, CMYK and YCbCr become RGB
@@ -79,7 +82,7 @@ def read_image(path: str | Path) -> Picture:
         ImageError: no such file, a folder, not readable, not an image, a camera's raw file, damaged or cut short, over
             `MAX_PIXELS`, or samples that are not integers of at most 16 bits.
     """
-    picture, lost = _read(Path(path))
+    picture, lost = _read(Path(path), data)
     for note in lost:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return picture
@@ -90,14 +93,17 @@ def read_image_pixels(path: str | Path) -> Pixels:
     return _read(Path(path))[0].pixels
 
 
-def _read(path: Path) -> tuple[Picture, list[str]]:
+def _read(path: Path, data: bytes | None = None) -> tuple[Picture, list[str]]:
     """The picture, after warnings on its pixels were given; and the notes on its metadata."""
+    planes, left = 1, 0
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():  # a pipe may never end, and a device never does
-            raise ImageError(f"{path}: is not a regular file; write it to one first")
-        if (size := path.stat().st_size) > _LARGE and size > host_available():
-            raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
-        data, planes, left = _first_page(path)
+        if data is None:
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):  # a pipe or a device may never end
+                raise ImageError(f"{path}: is not a regular file; write it to one first")
+            if state.st_size > _LARGE and state.st_size > host_available():
+                raise ImageError(f"{path}: is larger than the memory that is free; cut it into parts first")
+            data, planes, left = _first_page(path)
     except (OSError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ImageError(f"{path}: does not fit in memory; cut it into parts first") from error

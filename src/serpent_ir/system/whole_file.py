@@ -48,8 +48,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.replace(path)
         if not fcntl:  # Windows cannot rename an open file
             temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
