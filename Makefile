@@ -10,13 +10,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether an installation is still the right one; Python sources are not copied by it.
 INSTALLED := pyproject.toml $(wildcard CMakeLists.txt) $(wildcard src/serpent_ir/ops/cpu/csrc/*)
 
-.PHONY: help demo test test-all test-newest docs gallery faults wheels clean
+.PHONY: help demo test test-all test-newest test-lowest docs gallery faults wheels clean
 
 help:
 	@echo "make demo    restore a degraded sample photo; the result is demo/side-by-side.png"
 	@echo "make test    format, lint, types, layers, the documentation and tests"
 	@echo "make test-all   the same with slow doubles of tests: every level, platform and capability"
-	@echo "make test-newest   the tests with the newest PyTorch, or with another: TORCH=\"torch==2.9.*\""
+	@echo "make test-newest   the tests with the newest PyTorch, or with another: TORCH=\"torch==2.11.*\""
+	@echo "make test-lowest   the tests with PyTorch 2.9, the lowest that the package takes"
 	@echo "make docs    the documentation site, in site/; a broken link or reference fails"
 	@echo "make gallery the pictures of its gallery anew, with the weights that are here"
 	@echo "make faults  a campaign of 1,000 injected faults, at most 20 minutes; a table of held and broken"
@@ -39,8 +40,12 @@ test: $(VENV)/.dev-installed
 # A thread for each process: several processes with as many threads as cores wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(MARKED)
 
-# With the newest PyTorch that pip finds, in an environment of its own. With the lowest that the package takes:
-# make test-newest TORCH="torch==2.9.*". Anything that pip takes, as above: another index has CPU builds.
+# With the lowest PyTorch that the package takes, in the same environment.
+test-lowest:
+	$(MAKE) test-newest TORCH="torch==2.9.*"
+
+# With the newest PyTorch that pip finds, in an environment of its own. Anything that pip takes, as above: another
+# index has CPU builds.
 test-newest: TORCH = torch
 test-newest:
 	rm -f .venv-newest/.torch-installed  # another may have come, or been asked for

@@ -10,6 +10,7 @@ There is one module per command. Importing it here registers it, and `serpent --
 import os
 import sys
 
+from serpent_ir.cli import streams
 from serpent_ir.system import interrupts
 
 # isort: off
@@ -41,6 +42,7 @@ SPINS = "3000"
 def main() -> None:
     """What the console script runs, once `serpent_ir.__main__` has imported this."""
     interrupts.install()
+    streams.install()
     if not _WAITING & os.environ.keys():  # PyTorch reads this when it is loaded, which happens later
         os.environ["GOMP_SPINCOUNT"] = SPINS
     if "" in sys.argv[1:]:  # an unset "$PHOTO" would be taken for the current folder and everything in it
@@ -48,7 +50,11 @@ def main() -> None:
         sys.exit(2)
     try:
         app(prog_name="serpent")
-    except Exception as error:  # raised by an import of Typer's while it parses the arguments
+    except SystemExit as ended:
+        sys.exit(streams.end(ended.code) if isinstance(ended.code, int) else ended.code)
+    except Exception as error:  # raised by Typer's own printing, or by an import while it parses the arguments
+        if isinstance(error, OSError) and error.filename == streams.STDOUT:
+            sys.exit(streams.end(0))
         if not is_out_of_memory(error):
             raise
         say(f"serpent: error: {memory_line(error)}")

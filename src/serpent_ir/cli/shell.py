@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -91,8 +90,7 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
                 warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; what matters is our own error
                 _check_room()
                 function(*args, **kwargs)
-            if sys.stdout:  # None where the shell closed it
-                sys.stdout.flush()
+            sys.stdout.flush()
         except SerpentError as error:
             say(f"serpent: error: {error}")
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
@@ -100,7 +98,6 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
             say(interrupts.LINE)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output has ended, as in `serpent models | head -1`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
             raise typer.Exit(1) from None
         except Exception as error:
             if is_out_of_memory(error):

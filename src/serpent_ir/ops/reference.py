@@ -30,12 +30,13 @@ def forward(u: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: 
     y_flat = torch.zeros_like(u_flat)
     for k in range(DIRECTIONS):
         order = scan_order(height, width, k, u.device)
+        u_k = u_flat[:, order]
         dt_low, B, C = proj_flat[:, order, k].split([dt_rank, d_state, d_state], dim=-1)
         A = -A_log[k].exp()
         h = u.new_zeros(batch, d_inner, d_state)
         steps = []
-        for t, pixel in enumerate(order.tolist()):
-            u_t = u_flat[:, pixel]
+        for t in range(height * width):
+            u_t = u_k[:, t]
             dt = F.softplus(dt_low[:, t] @ dt_weight[k].T + dt_bias[k])
             h = torch.exp(dt[..., None] * A) * h + (dt * u_t)[..., None] * B[:, t, None, :]
             steps.append((h * C[:, t, None, :]).sum(-1) + D[k] * u_t)
