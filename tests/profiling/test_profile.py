@@ -230,7 +230,7 @@ def test_a_report_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
 def test_a_killed_report_goes_on_where_it_stopped(tmp_path):
     folder = tmp_path / "r"
-    options = ["report", folder, "-n", "serpent_b", "--size", "16,24", "--device", "cpu", "--seconds", 0.05]
+    options = ["report", folder, "-n", "serpent_b", "--size", "16,24", "--device", "cpu", "--seconds", 0.2]
     command = [sys.executable, "-m", "serpent_ir.cli", *map(str, options)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
         assert run.stderr is not None

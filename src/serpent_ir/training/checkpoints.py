@@ -155,7 +155,7 @@ class Checkpoints:
         """
         for path in self.paths():
             if (score := path / "score.json").exists() and _score(path) is None:
-                say(f"{score}: is damaged; this validation does not count")
+                say(f"{score}: is damaged or of a run before 0.1; this validation does not count")
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
             try:
@@ -240,13 +240,10 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _score(path: Path) -> dict[str, Any] | None:
-    """What a validation found; None if there was none, or if the file is not as it was written.
-
-    Older runs did not seal it.
-    """
+    """What a validation found; None if there was none, or if the file is not as it was written."""
     try:
         score = json.loads((path / "score.json").read_bytes())
-        whole = score.pop("sha256", None) in (None, _seal(score)) and math.isfinite(score["psnr"])
+        whole = score.pop("sha256") == _seal(score) and math.isfinite(score["psnr"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     return score if whole else None
