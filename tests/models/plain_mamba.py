@@ -215,25 +215,50 @@ def shuffled(x: Tensor, factor: int) -> Tensor:
     return F.pixel_shuffle(x.permute(2, 0, 1), factor).permute(1, 2, 0)
 
 
-def framed(w: State, image: Tensor, block, inside: str = "blocks") -> Tensor:
-    """SwinIR's frame for (C, H, W), 1conv, without an upsampler or with `pixelshuffledirect`."""
+def body(x: Tensor, w: State, name: str) -> Tensor:
+    """The convolution at the end of a group, or the three of "3conv"."""
+    if f"{name}.weight" in w:
+        return conv(x, w, name)
+    x = F.leaky_relu(conv(x, w, f"{name}.0"), 0.2)
+    return conv(F.leaky_relu(conv(x, w, f"{name}.2"), 0.2), w, f"{name}.4")
+
+
+def enlarged(x: Tensor, w: State, channels: int) -> Tensor:
+    """Features (H, W, c) by whichever upsampler the names tell of."""
+    if "conv_before_upsample.0.weight" not in w:  # pixelshuffledirect
+        x = conv(x, w, "upsample.0")
+        return shuffled(x, math.isqrt(x.shape[-1] // channels))
+    x = F.leaky_relu(conv(x, w, "conv_before_upsample.0"), 0.01)
+    if "conv_hr.weight" in w:  # nearest+conv
+        for name in ("conv_up1", "conv_up2"):
+            if f"{name}.weight" in w:
+                x = F.leaky_relu(conv(x.repeat_interleave(2, 0).repeat_interleave(2, 1), w, name), 0.2)
+        return conv(F.leaky_relu(conv(x, w, "conv_hr"), 0.2), w, "conv_last")
+    for number in (0, 2, 4):  # pixelshuffle
+        if f"upsample.{number}.weight" in w:
+            features = conv(x, w, f"upsample.{number}")
+            x = shuffled(features, math.isqrt(features.shape[-1] // x.shape[-1]))
+    return conv(x, w, "conv_last")
+
+
+def framed(w: State, image: Tensor, block, inside: str = "blocks", img_range: float = 1) -> Tensor:
+    """SwinIR's frame for (C, H, W)."""
     mean = torch.tensor((0.4488, 0.4371, 0.4040) if len(image) == 3 else (0.0,)).to(image.dtype)
-    shown = image.permute(1, 2, 0) - mean
+    shown = (image.permute(1, 2, 0) - mean) * img_range
     first = conv(shown, w, "conv_first")
     x, group = norm(first, w, "patch_embed.norm"), 0
-    while f"layers.{group}.conv.weight" in w:
+    while any(key.startswith(f"layers.{group}.conv.") for key in w):
         kept, number, at = x, 0, f"layers.{group}.residual_group.{inside}"
         while any(key.startswith(f"{at}.{number}.") for key in w):
             x = block(x, w, f"{at}.{number}", number)
             number += 1
-        x, group = kept + conv(x, w, f"layers.{group}.conv"), group + 1
-    x = conv(norm(x, w, "norm_f" if "norm_f.weight" in w else "norm"), w, "conv_after_body") + first
-    if "upsample.0.weight" in w:
-        x = conv(x, w, "upsample.0")
-        x = shuffled(x, math.isqrt(x.shape[-1] // len(image)))
+        x, group = kept + body(x, w, f"layers.{group}.conv"), group + 1
+    x = body(norm(x, w, "norm_f" if "norm_f.weight" in w else "norm"), w, "conv_after_body") + first
+    if any(key.startswith(("upsample.", "conv_up1.")) for key in w):
+        x = enlarged(x, w, len(image))
     else:
         x = shown + conv(x, w, "conv_last")
-    return (x + mean).permute(2, 0, 1)
+    return (x / img_range + mean).permute(2, 0, 1)
 
 
 def leveled(w: State, image: Tensor, block) -> Tensor:

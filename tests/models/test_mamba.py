@@ -7,7 +7,7 @@ import plain_mamba as plain
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_mamba import SIZES, TINY, stirred
+from tiny_mamba import FRAME, SIZES, TINY, stirred
 from torch import nn
 
 import serpent_ir
@@ -54,6 +54,32 @@ def test_networks_are_what_is_written_out(name):
         restored = model(image)
         for one, given in zip(restored, image, strict=True):
             torch.testing.assert_close(one, written_out(name, model, given))
+
+
+FRAMES = [
+    {"upsampler": "pixelshuffle", "scale": 4, "resi_connection": "3conv", "img_range": 255.0},
+    {"upsampler": "pixelshuffle", "scale": 3, "in_channels": 1},
+    {"upsampler": "pixelshuffledirect", "scale": 3, "resi_connection": "3conv"},
+    {"upsampler": "nearest+conv", "scale": 4},
+    {"upsampler": "nearest+conv", "scale": 2, "img_range": 255.0},
+    {"upsampler": "none", "scale": 1, "resi_connection": "3conv", "in_channels": 1, "img_range": 255.0},
+]
+
+
+@pytest.mark.parametrize("options", FRAMES, ids=str)
+@pytest.mark.parametrize("compress", [3, 6])
+def test_the_options_of_the_frame(options, compress, tmp_path):
+    """Also from a file, which tells all of them but the range."""
+    model = stirred(create_model("mambair_sr", **{**FRAME, "dim": 32, **options}, compress=compress))
+    image = torch.rand(1, model.config.in_channels, 3, 5, dtype=torch.float64)
+    state = {key: x for key, x in model.state_dict().items() if x.is_floating_point()}
+    span = options.get("img_range", 1.0)
+    want = plain.framed(state, image[0], plain.mambair_block, img_range=span)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image)[0], want)
+    torch.save({"params": model.float().state_dict()}, tmp_path / "weights.pth")
+    again = serpent_ir.load_model(tmp_path / "weights.pth")
+    assert {**vars(again.config), "img_range": span} == vars(model.config)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -21,6 +21,7 @@ SQUEEZE = 30
 @dataclass(frozen=True)
 class MambaIRConfig(FrameConfig):
     light: bool = False  # narrow depthwise convolutions beside the scan, which the release has with pixelshuffledirect
+    compress: int = 3  # how much narrower the other convolutions are inside; 6 in the light networks of early releases
 
 
 class ChannelAttention(nn.Module):
@@ -35,10 +36,11 @@ class ChannelAttention(nn.Module):
         return x * self.attention(x)
 
 
-def channel_attention_block(c: int, *, light: bool) -> nn.Sequential:
+def channel_attention_block(c: int, *, light: bool, compress: int) -> nn.Sequential:
     """Convolutions and channel attention (paper, section 3.3, "CAB"): (B, c, H, W) -> the same."""
     if not light:
-        convolutions = nn.Conv2d(c, c // 3, 3, padding=1), nn.GELU(), nn.Conv2d(c // 3, c, 3, padding=1)
+        narrow = c // compress
+        convolutions = nn.Conv2d(c, narrow, 3, padding=1), nn.GELU(), nn.Conv2d(narrow, c, 3, padding=1)
         return named(cab=nn.Sequential(*convolutions, ChannelAttention(c)))
     narrow = c // 2
     return named(
@@ -56,12 +58,12 @@ def channel_attention_block(c: int, *, light: bool) -> nn.Sequential:
 class ResidualStateSpaceBlock(nn.Module):
     """skip_scale x + SS2D(LayerNorm(x)), then skip_scale2 x + CAB(LayerNorm(x)) (paper, section 3.3, "RSSB")."""
 
-    def __init__(self, c: int, d_state: int, expand: float, *, light: bool = False):
+    def __init__(self, c: int, d_state: int, expand: float, *, light: bool = False, compress: int = 3):
         super().__init__()
         self.ln_1 = LayerNorm(c)
         self.self_attention = SS2D(c, d_state, expand)
         self.skip_scale = nn.Parameter(torch.ones(c))
-        self.conv_blk = channel_attention_block(c, light=light)
+        self.conv_blk = channel_attention_block(c, light=light, compress=compress)
         self.ln_2 = LayerNorm(c)
         self.skip_scale2 = nn.Parameter(torch.ones(c))
 
@@ -73,7 +75,8 @@ class ResidualStateSpaceBlock(nn.Module):
 def group(config: MambaIRConfig, number: int) -> ResidualGroup:
     """Blocks, a convolution and a skip (paper, section 3.2, "RSSG")."""
     size = config.dim, config.d_state, config.expand
-    blocks = (ResidualStateSpaceBlock(*size, light=config.light) for _ in range(config.blocks[number]))
+    kind = {"light": config.light, "compress": config.compress}
+    blocks = (ResidualStateSpaceBlock(*size, **kind) for _ in range(config.blocks[number]))
     return ResidualGroup(config, nn.Sequential(*blocks))
 
 

@@ -43,7 +43,10 @@ def _ss2d(shapes: Shapes) -> dict[str, Any]:
 def _mambair(shapes: Shapes) -> MambaIRConfig | None:
     if not (has(shapes, rf"^{GROUPS}\d+\.{BLOCKS}\d+\.conv_blk\.cab\.") and has(shapes, r"\.self_attention\.")):
         return None
-    return MambaIRConfig(**_frame(shapes), **_ss2d(shapes), light=has(shapes, r"\.cab\.[45]\."))
+    frame, light = _frame(shapes), has(shapes, r"\.cab\.[45]\.")
+    narrow = size(shapes, r"\.conv_blk\.cab\.0\.(weight|bias)$", 0, 0)
+    compress = 6 if not light and narrow == frame["dim"] // 6 else 3
+    return MambaIRConfig(**frame, **_ss2d(shapes), light=light, compress=compress)
 
 
 def _pfvm(shapes: Shapes) -> PFVMConfig | None:
