@@ -92,8 +92,11 @@ def upsampler_of(shapes: Shapes, out_channels: int) -> tuple[str, int]:
     if has(shapes, r"^conv_up1\."):
         return "nearest+conv", 4 if has(shapes, r"^conv_up2\.") else 2
     if not has(shapes, r"^conv_(last|before_upsample)\."):
-        made = size(shapes, r"^upsample\.0\.", 0, 4 * out_channels)
-        return "pixelshuffledirect", round((made / out_channels) ** 0.5)
+        # Of the weight and the bias one may be wrong, which is to be named.
+        made = [shapes[key][0] for key in ("upsample.0.bias", "upsample.0.weight") if shapes.get(key)]
+        scales = [round((one / out_channels) ** 0.5) for one in made]
+        fitting = (s for s, one in zip(scales, made, strict=True) if s > 1 and s * s * out_channels == one)
+        return "pixelshuffledirect", next(fitting, 2)
     if not has(shapes, r"^(upsample|conv_before_upsample)\."):
         return "none", 1
     stages = [i for i in (0, 2, 4) if has(shapes, rf"^upsample\.{i}\.")]
