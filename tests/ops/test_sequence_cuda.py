@@ -31,8 +31,16 @@ def test_forms_and_sizes(case: Case) -> None:
 
 @pytest.mark.parametrize("few", [1, 48])
 def test_chunks_are_combined_before_or_where_they_are_needed(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "AT_ONCE", False)
     monkeypatch.setattr(sequence, "FEW_CHUNKS", few)
     check_against_float64(sequence, given(CASES[0], torch.float32, DEVICE), last=False)
+
+
+def test_chunks_in_one_launch_in_teams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "TEAM", 2)
+    of = given(Case(1, 2, 200, 4), torch.float32, DEVICE)
+    assert sequence._cut(of)[1:] == (32, 7)
+    check_against_float64(sequence, of, out=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=str)
@@ -74,7 +82,8 @@ def test_kernels_compile_for_the_gpus_that_are_served(N: int) -> None:
         pytest.skip("NVRTC is not installed")
     of = given(Case(1, 8, 16, N), torch.bfloat16, "cpu")
     for file, tile in (("forward", 16), ("summary", 8), ("gradient", 8)):
-        layout = sequence._layout(N if file == "forward" else min(N, sequence.BACKWARD_STATES), 8, tile)
+        states = sequence.FORWARD_STATES if file == "forward" else sequence.STATES
+        layout = sequence._layout(N if file == "forward" else min(N, sequence.BACKWARD_STATES), 8, tile, states)
         constants = sequence._constants(of, layout, True, 12, CHUNKED=1)
         assert nvrtc.compile_source(f"sequence_{file}.cu", constants, (9, 0))[:4] == b"\x7fELF"
     assert nvrtc.compile_source("sequence_combine.cu", (), (8, 0))

@@ -21,20 +21,26 @@ from serpent_ir.ops.sequence_slices import by_slices
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # A sequence is cut into chunks until a multiprocessor has this many warps, but chunks get no shorter than SHORTEST.
 # Forwards it stays whole where a multiprocessor has ENOUGH_WARPS without that: a cut reads the sequence twice.
-FORWARD_WARPS = 24
+FORWARD_WARPS = 16
 BACKWARD_WARPS = 12
 ENOUGH_WARPS = 8
 SHORTEST = 64
-# Positions of a tile, warps of a block, and warps that a multiprocessor should hold, which bounds a thread's registers.
+# States that a lane holds; forwards, more where that leaves warps enough. Positions of a tile, warps of a block, and
+# warps that a multiprocessor should hold, which bounds a thread's registers.
+FORWARD_STATES = 8
+STATES = 4
 FORWARD_TILE = 16
 BACKWARD_TILE = 8
 BLOCK = 4
 WHOLE_HELD = 12
-FORWARD_HELD = 24
+FORWARD_HELD = 16
 SUMMARY_HELD = 16
 GRADIENT_HELD = 12
-# Up to this many chunks the forward scan combines them as it starts.
-FEW_CHUNKS = 48
+# Chunks of two stages and less are scanned in one launch, and composed by teams. Else up to FEW_CHUNKS the forward scan
+# composes them as it starts.
+AT_ONCE = True
+TEAM = 8
+FEW_CHUNKS = 12
 # Gradients of more states than this are found slice by slice, since a lane keeps its states at every step of a tile.
 BACKWARD_STATES = 32
 STAGE = 32  # positions of B and C that are staged together, as in src/sequence.cuh
@@ -68,8 +74,8 @@ def _power_of_2(x: int) -> int:
     return 1 << max(0, x - 1).bit_length()
 
 
-def _layout(N: int, width: int, tile: int) -> Layout:
-    lanes = min(32, _power_of_2(-(-N // 4)))
+def _layout(N: int, width: int, tile: int, states: int = STATES) -> Layout:
+    lanes = min(32, _power_of_2(-(-N // states)))
     warps = -(-width * lanes // 32)
     blocks = -(-warps // BLOCK)
     return Layout(N, lanes, max(tile, lanes), -(-warps // blocks))
@@ -162,25 +168,44 @@ def forward(given: Sequences) -> tuple[Tensor, Tensor]:
         return _forward(_readable(given))
 
 
+def _cut(given: Sequences) -> tuple[Layout, int, int]:
+    """The layout of the forward pass, positions per chunk and number of chunks."""
+    batch, D, L = given.u.shape
+    width, N, processors = D // given.groups, given.A.shape[1], _processors(given.u.device)
+
+    def warps(layout: Layout) -> int:
+        return batch * given.groups * layout.sets(width) * layout.warps
+
+    layouts = [_layout(N, width, FORWARD_TILE, states) for states in (FORWARD_STATES, STATES)]
+    for layout in layouts:
+        if warps(layout) >= ENOUGH_WARPS * processors:
+            return (layout, *_chunks(L, 1))
+    return (layouts[0], *_chunks(L, FORWARD_WARPS * processors // warps(layouts[0])))
+
+
 def _forward(given: Sequences) -> tuple[Tensor, Tensor]:
     u, groups = given.u, given.groups
     batch, D, L = u.shape
-    layout = _layout(given.A.shape[1], D // groups, FORWARD_TILE)
+    layout, length, chunks = _cut(given)
     sets = layout.sets(D // groups)
     blocks = batch * groups * sets
-    processors, warps = _processors(u.device), blocks * layout.warps
-    length, chunks = _chunks(L, 1 if warps >= ENOUGH_WARPS * processors else FORWARD_WARPS * processors // warps)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     last = given.A.new_empty(batch, D, layout.N)
-    several = chunks if chunks > 1 else 0
-    state, dt_sum = given.A.new_empty(batch, several, D, layout.N), given.A.new_empty(batch, several, D)
+    at_once = AT_ONCE and chunks > 1 and length <= 2 * STAGE
+    places = chunks + -(-chunks // TEAM) if at_once else chunks if chunks > 1 else 0
+    state, dt_sum = given.A.new_empty(batch, places, D, layout.N), given.A.new_empty(batch, places, D)
+    ready = torch.zeros(blocks * places if at_once else 0, dtype=torch.int32, device=u.device)
     vectors = _vectors(layout.tile // layout.lanes, u, given.delta, given.z, out)
     constants = _constants(given, layout, vectors, WHOLE_HELD if chunks == 1 else FORWARD_HELD)
     scan = nvrtc.load("sequence_forward.cu", constants, u.device)
     args = _pointers(u, given.delta, given.z) + _strides(u, given.delta, given.z) + _matrices(given)
     args += _pointers(given.A, given.D, given.delta_bias, state, dt_sum, out, last)
-    args += struct.pack("q6i", L, D, groups, sets, length, chunks, chunks > FEW_CHUNKS)
+    args += struct.pack("q8i", L, D, groups, sets, length, chunks, places, chunks > FEW_CHUNKS, TEAM)
+    args += _pointers(ready)
     shape = ((blocks * chunks, 1, 1), 32 * layout.warps, 4 * layout.rows((given.B.ndim == 4) + (given.C.ndim == 4)))
+    if at_once:
+        scan.launch("scan_both", *shape, args)
+        return out, last
     if chunks > 1:
         scan.launch("scan_ends", *shape, args)
     if chunks > FEW_CHUNKS:

@@ -193,7 +193,10 @@ def _backward(grad_out: Tensor, grad_last: Tensor | None, given: Sequences) -> l
     else:
         chunk_h[:, 0] = 0
     written = (du, ddelta, du if dz is None else dz, *(params if x is None else x for x in shares), params)
-    sequence_kernels.gradient_kernel[grid](*inputs, read.D, read.bias, *states, *written, *sizes, **meta)
+    # Unfused, so that a state less what was added to it is exactly what it decayed to.
+    sequence_kernels.gradient_kernel[grid](
+        *inputs, read.D, read.bias, *states, *written, *sizes, **meta, enable_fp_fusion=False
+    )
     dA, dB, dC, dD, dbias = params.sum((0, 1)).split([N, N, N, 1, 1])
     matrices = [
         constant.mT.contiguous() if share is None else share.unflatten(1, (x.shape[1], -1)).sum((2, 3)).to(x.dtype)
