@@ -4,12 +4,16 @@ python benchmarks/render.py
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import network
 import scan
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import benchmark_figures
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
@@ -262,6 +266,27 @@ def calls(records: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def benchmarks(rows: dict[str, Any]) -> list[str]:
+    """Quality on the field's benchmarks; `rows` is what tools/benchmark_figures.py writes."""
+    lines = ["", "# Quality on the field's benchmarks", ""]
+    lines += [
+        "`python tools/benchmark_figures.py --data DATA`, which says how each is measured, in float32. Beside ours"
+    ]
+    lines += ["stands what papers print of networks that were trained for days. PSNR in dB."]
+    for name, row in sorted(rows.items(), key=lambda item: (item[1]["task"], item[0])):
+        lines += ["", f"## {name}", "", f"{row['parameters']:.2f} M parameters, {row['gmacs']:.1f} GMACs for 1280x720."]
+        if row["task"] in benchmark_figures.HOW:
+            lines += [benchmark_figures.HOW[row["task"]], "", *benchmark_figures.rows_of(row)]
+            continue
+        lines += ["", "| images | n | as good as the input | input | PSNR | gain | least gain | worst |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for label, bar in row["sets"].items():
+            keys = ("input_psnr", "psnr", "gain", "least_gain", "worst")
+            cells = [f"{bar[key]:.2f}" if key in bar else "-" for key in keys]
+            lines.append(f"| {label} | {bar['n']} | {bar['same']} | {' | '.join(cells)} |")
+    return lines
+
+
 def render(folder: Path = FOLDER / "results") -> str:
     """RESULTS.md from the files of a folder."""
 
@@ -276,6 +301,7 @@ def render(folder: Path = FOLDER / "results") -> str:
             + rivals(read("profile"))
             + plans(read("plan"))
             + calls(read("end_to_end"))
+            + [line for file in folder.glob("benchmarks.json") for line in benchmarks(json.loads(file.read_text()))]
         )
         + "\n"
     )

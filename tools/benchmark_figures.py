@@ -1,18 +1,33 @@
 """Figures of weights on the field's benchmarks, by their protocols, beside published ones.
 
-    python tools/benchmark_figures.py WEIGHTS NETWORK.TASK --data ../shared/data/natural/val -o FILE.json
+    python tools/benchmark_figures.py --data ../shared/data [NAME ...] [-o FILE.json]
 
-For `sr2` and `sr4`: Set5 and Set14 by the protocol `sr`. For `denoise`: CBSD68, Kodak24 (in its cropped form) and
-McMaster at 15, 25 and 50 of 255, noise in float and not clipped, by the protocol `denoise` (`serpent_ir.metrics`).
+For all weights that ship and have a benchmark, or those named; `--weights FILE` measures a file as NAME. The JSON file
+(by default benchmarks/results/benchmarks.json) keeps the rows of other names, and `python benchmarks/render.py` sets
+them into RESULTS.md.
+
+- `sr2` and `sr4`: Set5 and Set14 by the protocol `sr` (`serpent_ir.metrics`).
+- `denoise`: CBSD68, Kodak24 (in its cropped form) and McMaster at 15, 25 and 50 of 255, noise in float and not clipped,
+  by the protocol `denoise`.
+- `jpeg`: the 100 images of BSDS500's val, Kodak24 and Set14, written by libjpeg with chroma halved at quality 10, 20,
+  30 and 40, by the protocol `jpeg`. LIVE1 and classic5, for which papers print figures, are not in the data.
+- `photo`: what `tools/photo_bars.py` measures, as people get it, with `auto`.
+
+Networks run in float32.
 """
 
 import argparse
+import io
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+import photo_bars
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from serpent_ir.data import read_rgb8
@@ -20,9 +35,13 @@ from serpent_ir.degradations.downsampling import imresize_down
 from serpent_ir.inference import pick_device
 from serpent_ir.inference.restorer import run_network
 from serpent_ir.metrics import psnr
-from serpent_ir.models import create_model
+from serpent_ir.models import create_model, list_models
+from serpent_ir.profiling.count import count
+from serpent_ir.system.devices import device_name
 
+FILE = Path(__file__).parents[1] / "benchmarks" / "results" / "benchmarks.json"
 SIGMAS = (15, 25, 50)
+QUALITIES = (10, 20, 30, 40)
 NOT_CBSD68 = "bsds_156065"  # CBSD68 is the first 69 of the 100 images by name, as text, without this one
 PUBLISHED = {
     "sr4": {
@@ -63,7 +82,7 @@ def enlarged(network: nn.Module, folder: Path, scale: int) -> dict[str, dict[str
             clean = _read(file)
             height, width = (side // scale * scale for side in clean.shape[-2:])
             clean = clean[..., :height, :width]
-            restored = run_network(network, imresize_down(clean, scale))
+            restored = run_network(network, imresize_down(clean, scale), precision="float32")
             found.setdefault(name, {})[file.stem] = psnr(restored.cpu(), clean, "sr", scale=scale).item()
     return found
 
@@ -78,28 +97,86 @@ def denoised(network: nn.Module, folder: Path) -> dict[str, dict[str, float]]:
             for number, file in enumerate(files):
                 clean = _read(file)
                 noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
-                restored = run_network(network, clean + sigma / 255 * noise).cpu()
+                restored = run_network(network, clean + sigma / 255 * noise, precision="float32").cpu()
                 found.setdefault(f"{name}, {sigma}", {})[file.stem] = psnr(restored, clean, "denoise").item()
     return found
 
 
-def told(figures: dict[str, Any]) -> str:
-    """The figures as a section of the card."""
-    task = figures["task"]
-    if task == "denoise":
-        how = "RGB, noise in float and not clipped, the result rounded to 8 bits. Kodak24 is its cropped form."
+def repaired(network: nn.Module, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """PSNR of Y before and after by image, for each set and quality of JPEG."""
+    sets = {"BSDS100": "bsds_*", "Kodak24": "kodak24_*", "Set14": "set14_*"}
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, pattern in sets.items():
+        for quality in QUALITIES:
+            for file in sorted(folder.glob(pattern)):
+                clean = _read(file)
+                given = _through_libjpeg(clean, quality)
+                restored = run_network(network, given, precision="float32").cpu()
+                pair = [psnr(image, clean, "jpeg").item() for image in (given, restored)]
+                found.setdefault(f"{name}, {quality}", {})[file.stem] = pair
+    return found
+
+
+def _through_libjpeg(clean: Tensor, quality: int) -> Tensor:
+    data = io.BytesIO()
+    pixels = clean[0].mul(255).round().byte().movedim(0, -1).numpy()
+    Image.fromarray(pixels).save(data, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(data) as image:
+        return torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float() / 255
+
+
+def figures(task: str, network: nn.Module, data: Path) -> dict[str, Any]:
+    """The figures of a network: `sets` by name, each with n, psnr and, where it means something, input_psnr."""
+    folder = data / "natural" / "val"
+    sets: dict[str, Any] = {}
+    if task == "photo":
+        for name, bar in photo_bars.measure(network, data).items():
+            keys = ("n", "same", "input_psnr", "psnr", "gain", "least_gain", "worst", "under_42", "worse_by_0.1")
+            sets[name] = {key: bar[key] for key in keys if key in bar and math.isfinite(bar[key])}
+    elif task == "jpeg":
+        for name, rows in repaired(network, folder).items():
+            before, after = zip(*rows.values(), strict=True)
+            sets[name] = {"n": len(rows), "input_psnr": mean(before), "psnr": mean(after)}
     else:
-        how = f"Y of YCbCr, a border of {task[2:]} pixels left out."
-    lines = [f"\n## On benchmarks\n\n{how} Mean PSNR in dB, beside what the papers print.\n"]
-    lines += ["| images | n | these weights | published |", "| --- | --- | --- | --- |"]
-    for name, row in figures["sets"].items():
-        published = ", ".join(f"{of} {value:.2f}" for of, value in PUBLISHED[task].get(name, {}).items())
-        lines.append(f"| {name} | {row['n']} | {row['psnr']:.2f} | {published} |")
-    return "\n".join(lines) + "\n"
+        found = denoised(network, folder) if task == "denoise" else enlarged(network, folder, int(task[2:]))
+        sets = {name: {"n": len(rows), "psnr": mean(rows.values())} for name, rows in found.items()}
+    return {"task": task, "sets": sets}
 
 
-def summary(task: str, found: dict[str, dict[str, float]]) -> dict[str, Any]:
-    return {"task": task, "sets": {name: {"n": len(r), "psnr": mean(r.values())} for name, r in found.items()}}
+def cost(network: nn.Module) -> dict[str, float]:
+    """Parameters (M), and multiply-accumulates (G) for a picture of 1280x720 pixels."""
+    scale = getattr(network, "scale", 1)
+    counts = count(network.to("meta"), 720 // scale, 1280 // scale)
+    return {"parameters": counts.params / 1e6, "gmacs": counts.macs / 1e9}
+
+
+HOW = {
+    "denoise": "RGB, noise in float and not clipped, the result rounded to 8 bits. Kodak24 is its cropped form.",
+    "jpeg": "Y of YCbCr, written by libjpeg with chroma halved. LIVE1 and classic5, which papers use, were not there.",
+    "sr2": "Y of YCbCr, a border of 2 pixels left out.",
+    "sr4": "Y of YCbCr, a border of 4 pixels left out.",
+}
+
+
+def told(found: dict[str, Any]) -> str:
+    """The figures as a section of the card. Those of `photo` have one of their own (`photo_bars`)."""
+    task = found["task"]
+    lines = [f"\n## On benchmarks\n\n{HOW[task]} Mean PSNR in dB, beside what the papers print.\n"]
+    return "\n".join([*lines, *rows_of(found)]) + "\n"
+
+
+def rows_of(found: dict[str, Any]) -> list[str]:
+    """The lines of a Markdown table."""
+    given = any("input_psnr" in row for row in found["sets"].values())
+    lines = [f"| images | n |{' input |' if given else ''} these weights | published |"]
+    lines += ["| --- | --- |" + " --- |" * (2 + given)]
+    for name, row in found["sets"].items():
+        published = ", ".join(
+            f"{of} {value:.2f}" for of, value in PUBLISHED.get(found["task"], {}).get(name, {}).items()
+        )
+        before = f" {row['input_psnr']:.2f} |" if given else ""
+        lines.append(f"| {name} | {row['n']} |{before} {row['psnr']:.2f} | {published or '-'} |")
+    return lines
 
 
 def _read(file: Path) -> Tensor:
@@ -108,16 +185,25 @@ def _read(file: Path) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("name", help="network and task, as serpent_l.sr4")
-    parser.add_argument("--data", type=Path, required=True, help="folder with set5_*, set14_*, bsds_* and so on")
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="network and task, as serpent_l.sr4")
+    parser.add_argument("--data", type=Path, required=True, help="folder with natural, free and real_noise")
+    parser.add_argument("--weights", type=Path, help="a file to measure as the one NAME")
+    parser.add_argument("-o", "--out", type=Path, default=FILE)
     args = parser.parse_args()
-    network, _, task = args.name.partition(".")
-    model = create_model(network, checkpoint_path=args.weights).to(pick_device("auto"))
-    found = denoised(model, args.data) if task == "denoise" else enlarged(model, args.data, int(task[2:]))
-    args.out.write_text(json.dumps(summary(task, found), indent=1) + "\n")
-    print(told(summary(task, found)))
+    if args.weights and len(args.names) != 1:
+        parser.error("--weights takes one NAME")
+    names = args.names or [n for n in list_models(pretrained=True) if n.partition(".")[2] in HOW | {"photo": ""}]
+    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    device = pick_device("auto")
+    for name in names:
+        network, _, task = name.partition(".")
+        model = (
+            create_model(network, checkpoint_path=args.weights) if args.weights else create_model(name, pretrained=True)
+        )
+        found = figures(task, model.to(device), args.data)
+        rows[name] = {**found, **cost(model), "device": device_name(device)}
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(name, *rows_of(found), sep="\n")
 
 
 if __name__ == "__main__":

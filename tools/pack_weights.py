@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--bars", type=Path, help="of `photo`: folder with natural, free and real_noise")
     parser.add_argument("--measure", type=Path, metavar="FILE", help="measure, write this JSON, and stop")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="what --measure wrote, of these weights")
-    parser.add_argument("--benchmarks", type=Path, metavar="FILE", help="what benchmark_figures.py wrote")
+    parser.add_argument(
+        "--benchmarks", type=Path, metavar="FILE", help="what benchmark_figures.py wrote of these weights"
+    )
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
@@ -221,7 +223,7 @@ def main() -> None:
     card = {"name": name, "sha256": digest}
     card |= {"training": training, "evaluations": evaluations} | ({"grid": grid} if grid else {})
     card |= {"bars": bars} if bars else {}
-    benchmarks = json.loads(args.benchmarks.read_text()) if args.benchmarks else None
+    benchmarks = json.loads(args.benchmarks.read_text())[name] if args.benchmarks else None
     card |= {"benchmarks": benchmarks} if benchmarks else {}
     (WEIGHTS_DIR / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     row = "| {data} | {n} | {input_psnr:.2f} | {psnr:.2f} | {input_ssim:.4f} | {ssim:.4f} |"

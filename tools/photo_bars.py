@@ -30,8 +30,7 @@ from serpent_ir.models import create_model
 TILE, TILED_EVERY = 256, 12
 NOTES = """\
 real_noise: crops of the PolyU set, JPEGs of five cameras with the mean of many shots as truth. Tiles: undegraded
-images, whole (as the input) and in tiles of 256 px, both without `auto`. An image that comes back to the last bit
-counts in no mean."""
+images, whole (as the input) and in tiles of 256 px. An image that comes back to the last bit counts in no mean."""
 AUTO = " with auto"
 """What the names of bars end in whose images went through `auto`."""
 
@@ -39,8 +38,8 @@ AUTO = " with auto"
 def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str] = ()) -> dict[str, Any]:
     """PSNR (dB) by name of a bar, for all bars or those in `names`.
 
-    `images` holds each image's PSNR and that of its input, None if infinite; there are also means. Bars but that of
-    tiles have a second one, with `AUTO` in its name.
+    `images` holds each image's PSNR and that of its input, None if infinite; there are also means. Each bar has a
+    second one, with `AUTO` in its name.
     """
     natural, free = (find_images(data / name / "val")[::every] for name in ("natural", "free"))
     noisy = find_images(data / "real_noise" / "noisy")
@@ -65,15 +64,17 @@ def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str]
             yield {"file": file.name, **_compared(given, *both(given), clean)}
 
     def tiled() -> Iterator[dict[str, Any]]:
-        restorer = Restorer(
-            network, device=str(next(network.parameters()).device), precision="float32", tile=TILE, auto=False
+        device = str(next(network.parameters()).device)
+        plain, judged = (
+            [Restorer(network, device=device, precision="float32", tile=tile, auto=auto) for tile in ("none", TILE)]
+            for auto in (False, True)
         )
         for file in find_images(data / "natural" / "val")[::TILED_EVERY]:
             clean = _read(file)
-            if max(clean.shape[-2:]) <= TILE:
-                continue
-            whole, tiles = restored(clean), restorer(clean).cpu()
-            yield {"file": file.name, "input_psnr": _finite(psnr(whole, clean)), "psnr": _finite(psnr(tiles, clean))}
+            if max(clean.shape[-2:]) > TILE:
+                found = [_finite(psnr(restorer(clean).cpu(), clean)) for restorer in (*plain, *judged)]
+                names = ("input_psnr", "psnr", "auto_input", "auto")
+                yield {"file": file.name, **dict(zip(names, found, strict=True))}
 
     def jpeg(clean: Tensor, index: int) -> Tensor:
         return damaged(clean, 0, 0, 75, evaluation_generator(0, index))
@@ -88,9 +89,11 @@ def measure(network: nn.Module, data: Path, every: int = 1, names: Sequence[str]
     found = {name: list(rows[name]) for name in names or rows}
     bars: dict[str, Any] = {}
     for name, rows_of in found.items():
-        judged = [{**row, "psnr": row["auto"]} for row in rows_of if "auto" in row]
+        judged = [
+            {**row, "psnr": row["auto"], "input_psnr": row.get("auto_input", row["input_psnr"])} for row in rows_of
+        ]
         for label, images in ((name, rows_of), (name + AUTO, judged)):
-            images = [{key: value for key, value in row.items() if key != "auto"} for row in images]
+            images = [{key: row[key] for key in ("file", "input_psnr", "psnr")} for row in images]
             bars |= {label: {**_summary(images), "images": images}} if images else {}
     return bars
 

@@ -14,7 +14,7 @@ reports what the rule does to images that had no part in it. What it cannot tell
 and as even: sand, gravel, the grain of a scanned photograph.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -83,24 +83,31 @@ def moments(before: Tensor, after: Tensor) -> Tensor:
     return F.avg_pool2d(torch.cat(maps, 1), CELL, ceil_mode=True, count_include_pad=False)
 
 
-def shares(cells: Tensor, weights: Weights = WEIGHTS) -> Tensor:
-    """The share of the change to keep in each cell, from 0 to 1: (B, 5, h, w) of `moments` -> (B, 1, h, w)."""
+def figures(cells: Tensor) -> Tensor:
+    """What the logistic function sees of each cell, (B, 6, h, w), in the order of the fields of `Weights`."""
     near = _around(cells, NEAR).mean(2)
     change = _around(cells[:, :1], WIDE).mean(2)[:, 0]
     flat = _around(cells[:, [0, 1, 4]], WIDE).kthvalue(RANK, 2).values
-    spread = (_log(near[:, 1]) - _log(flat[:, 1]) - SPREAD).clamp(min=0)
-    z = (
-        weights.bias
-        + weights.change * _log(change)
-        + weights.floor * _log(flat[:, 0])
-        + weights.grain * _log(flat[:, 2])
-        + weights.detail * _log(near[:, 3])
-        + weights.smooth * near[:, 2] / (near[:, 0] + _TINY)
-        + weights.spread * spread
+    found = [
+        _log(change),
+        _log(flat[:, 0]),
+        _log(flat[:, 2]),
+        _log(near[:, 3]),
+        near[:, 2] / (near[:, 0] + _TINY),
+        (_log(near[:, 1]) - _log(flat[:, 1]) - SPREAD).clamp(min=0),
+    ]
+    return torch.stack(found, 1)
+
+
+def shares(cells: Tensor, weights: Weights = WEIGHTS) -> Tensor:
+    """The share of the change to keep in each cell, from 0 to 1: (B, 5, h, w) of `moments` -> (B, 1, h, w)."""
+    bias, *slopes = astuple(weights)
+    share = torch.sigmoid(
+        sum(slope * figure for slope, figure in zip(slopes, figures(cells).unbind(1), strict=True)) + bias
     )
-    share = torch.sigmoid(z)[:, None]
-    remains = share.square() * (near[:, :1] + near[:, 1:2])
-    return torch.where(remains < QUIET**2, 0, share)
+    near = _around(cells[:, :2], NEAR).mean(2)
+    remains = share.square() * (near[:, 0] + near[:, 1])
+    return torch.where(remains < QUIET**2, 0, share)[:, None]
 
 
 def to_pixels(share: Tensor, height: int, width: int) -> Tensor:
