@@ -5,7 +5,7 @@ import torch
 from scan_inputs import make_inputs
 from torch import Tensor
 
-from serpent_ir.ops import BACKENDS, cpu, ss2d
+from serpent_ir.ops import BACKENDS, cpu, selective_scan_fn, ss2d
 
 NAMES = ("u", "proj", "dt_weight", "dt_bias", "A_log", "D")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +40,24 @@ def test_every_dtype_of_every_argument_is_right_or_refused(backend):
                 served += 1
                 assert y.dtype == given[0].dtype and close(y, given), (changed, dtype)
     assert served == {"reference": 30, "torch": 30, None: 30, "cpu": 28}.get(backend, served)
+
+
+PACKED = [lambda x: x.numpy(), lambda x: x.tolist(), lambda x: None, lambda x: x.to_sparse(), lambda x: x.to_mkldnn()]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_what_is_no_dense_tensor_is_refused_by_name(backend):
+    inputs = make_inputs(1, 2, 3, 4, 3, 2)
+    sequences = [*(torch.ones(1, 4, 5),) * 2, torch.ones(4, 3), *(torch.ones(1, 3, 5),) * 2]
+    for form in PACKED:
+        for call, given, names in (
+            (ss2d, inputs, NAMES),
+            (selective_scan_fn, sequences, ("u", "delta", "A", "B", "C")),
+        ):
+            for i, name in enumerate(names):
+                odd = [form(x) if n == i else x for n, x in enumerate(given)]
+                with pytest.raises(ValueError, match=rf"{call.__name__}: {name} is .*; give a (dense )?tensor"):
+                    call(*odd, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
 from serpent_ir.ops.backends import BACKENDS, DTYPES, check_backend, default_backend, why_not
-from serpent_ir.ops.dense import dense
+from serpent_ir.ops.dense import check_tensors, dense
 from serpent_ir.ops.sequence import selective_scan_fn, selective_scan_macs
 
 __all__ = [
@@ -78,6 +78,8 @@ def ss2d(
         RuntimeError: the named backend cannot run on this machine.
         ValueError: a shape, dtype, device or backend name does not fit.
     """
+    given = {"u": u, "proj": proj, "dt_weight": dt_weight, "dt_bias": dt_bias, "A_log": A_log, "D": D}
+    check_tensors("ss2d", given)
     if u.ndim != 4 or proj.ndim != 5 or dt_weight.ndim != 3 or A_log.ndim != 3:
         raise ValueError(
             f"ss2d wants u (B, H, W, d), proj (B, H, W, 4, R + 2N), dt_weight (4, d, R), A_log (4, d, N); "
@@ -86,14 +88,15 @@ def ss2d(
     batch, height, width, d = u.shape
     rank, state = dt_weight.shape[-1], A_log.shape[-1]
     expected = {
-        "u": (u, u.shape),
-        "proj": (proj, (batch, height, width, 4, rank + 2 * state)),
-        "dt_weight": (dt_weight, (4, d, rank)),
-        "dt_bias": (dt_bias, (4, d)),
-        "A_log": (A_log, (4, d, state)),
-        "D": (D, (4, d)),
+        "u": u.shape,
+        "proj": (batch, height, width, 4, rank + 2 * state),
+        "dt_weight": (4, d, rank),
+        "dt_bias": (4, d),
+        "A_log": (4, d, state),
+        "D": (4, d),
     }
-    for name, (tensor, shape) in expected.items():
+    for name, shape in expected.items():
+        tensor = given[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"ss2d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != u.device:

@@ -4,7 +4,19 @@ Every function that passes addresses of its caller's tensors to a kernel calls t
 stride, or takes the memory of one device for that of another.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+
+def check_tensors(operator: str, given: dict[str, Any]) -> None:
+    """Raise ValueError for an argument that is no tensor, or a sparse, nested or otherwise packed one."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{operator}: {name} is of type {type(x).__name__}; give a tensor")
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(f"{operator}: {name} is {'nested' if x.is_nested else x.layout}; give a dense tensor")
 
 
 def on_one_device(*tensors: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from serpent_ir.ops import reference
 from serpent_ir.ops.backends import DTYPES, Sequences, check_backend, default_backend, warn_once
-from serpent_ir.ops.dense import on_one_device
+from serpent_ir.ops.dense import check_tensors, on_one_device
 
 _MODULES = {
     "cpu": "serpent_ir.ops.sequence_cpu",
@@ -105,8 +105,9 @@ def selective_scan_fn(
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Tensor | None) -> None:
     """Raise ValueError if the arguments do not fit together."""
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    given = {n: x for n, x in zip(names, (u, delta, A, B, C, *more), strict=True) if x is not None}
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+    given |= {n: x for n, x in zip(("D", "z", "delta_bias"), more, strict=True) if x is not None}
+    check_tensors(_NAME, given)
     for name, x in given.items():
         if x.is_complex():
             raise ValueError(f"{_NAME}: {name} is complex, which only S4's networks use; give a real {name}")
