@@ -1,16 +1,23 @@
 """The scan as a graph of ordinary ONNX operators: no Scan, no Loop, and a number of operators that no size changes.
 
-A walk over L = H W positions is cut into M blocks of T. All blocks, walks and images of a batch go through the T
-positions of a block side by side, one after the other and from a state of zero: T times h <- exp(dt A) h + dt u B. What
-the state before a block adds is C . exp(A (dt_1 + .. + dt_t)) h_start, and blocks' last states are scanned in the same
-way: in groups of `GROUP`, then between groups by shifts of 1, 2, 4, .. groups (Hillis and Steele). Every exponent is a
-sum of dt A, which is at most 0, so that every decay lies in [0, 1]: nothing overflows, and what underflows is 0 and
-should be.
+A direction walks over L = H W positions, cut into M blocks of T. All blocks go through the T positions of a block side
+by side, one after the other: h <- exp(dt A) h + dt u B. They do so twice. The first time they start at zero, and only
+their last states count. These are scanned in groups of `GROUP` blocks, then between groups by shifts of 1, 2, 4, ..
+groups (Hillis and Steele). The second time each block starts at the right state, takes the decays of the first time,
+and y = C h is kept. Every exponent is a sum of dt A, which is at most 0, so that every decay lies in [0, 1]: nothing
+overflows, and what underflows is 0 and should be. Backward directions go through blocks and positions from the last to
+the first. The end of a walk is padded: u is 0 there, and so no state comes of it whatever dt is.
 
-Sums of dt and h are in float32. ONNX Runtime's Softplus takes 20 ns an element on a CPU, thirty times as long as the
-scan needs for one, so it is written out (`softplus`).
+A runtime goes through memory once for each operator, so their number at a position is what counts: multiply, exp,
+multiply, multiply, add the first time, and multiply, multiply, add and a product with C the second time. Two directions
+go side by side, and the others after them, so that the states of a step stay in a CPU's cache. ONNX Runtime visits the
+inputs of an operator from the last that was written to the first; nodes are written such that it uses values soon after
+it made them, which saves a third of the time. What else was tried is in benchmarks/LIMITS.md.
+
+Sums of dt and h are in float32.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,16 +26,17 @@ from onnx import helper, numpy_helper
 
 DOMAIN = "serpent_ir"
 """The domain of the operator that stands for a scan until `expand_scans` has replaced it."""
+BLOCK = 32
+"""T. Longer blocks make smaller tensors of states, which stay in a CPU's cache, and more operators."""
+ALONE = 64
+"""The longest walk of a fixed size that is one block, and gone through once."""
 GROUP = 8
 """Blocks whose states are scanned one after the other."""
-DOUBLINGS = 18
-"""Shifts of a graph for any size: it is exact up to T * GROUP * 2^18 positions, which are 2^25 or more."""
-FORMULATION = "blocks of 16 or 32 positions, without Scan and Loop"
-
-
-def block_length(channels: int, states: int) -> int:
-    """T. Longer blocks make smaller tensors of states, which stay in a CPU's cache, and more operators."""
-    return 32 if channels * states <= 512 else 16
+LARGEST_MAP = 1 << 30
+"""Numbers of the largest map, L d, for which a graph of any size has shifts enough: 4 GB in float32."""
+ARTANH = (1.9999996, 0.66675979, 0.39590061, 0.34222457)
+"""2 artanh(w) / w as a polynomial of w^2 in [0, 1/9]: 1.7e-7 from it at most."""
+FORMULATION = "blocks of 32 positions, gone through twice, without Scan and Loop"
 
 
 def expand_scans(model: onnx.ModelProto) -> int:
@@ -93,7 +101,7 @@ class _Graph:
         self._names = 0
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes) -> str:
-        return self.split(operator, *inputs, names=[output or self._name()], **attributes)[0]
+        return self.split(operator, *inputs, names=[output or self.name()], **attributes)[0]
 
     def split(self, operator: str, *inputs: str, names: list[str], **attributes) -> list[str]:
         self.nodes.append(helper.make_node(operator, inputs, names, f"{self.prefix}{len(self.nodes)}", **attributes))
@@ -101,7 +109,7 @@ class _Graph:
 
     def parts(self, x: str, count: int, axis: int) -> list[str]:
         """x in `count` equal parts along an axis, which stays."""
-        names = [self._name() for _ in range(count)]
+        names = [self.name() for _ in range(count)]
         return [x] if count == 1 else self.split("Split", x, names=names, axis=axis, num_outputs=count)
 
     def joined(self, parts: Iterable[str], axis: int) -> str:
@@ -138,18 +146,30 @@ class _Graph:
         )
         return self.add("Pad", x, self.joined([*zeros[0], count, *zeros[1]], 0))
 
-    def _name(self) -> str:
+    def name(self) -> str:
         self._names += 1
         return f"{self.prefix}v{self._names}"
 
 
 def softplus(graph: _Graph, x: str) -> str:
-    """max(x, 0) + log(1 + z) with z = exp(-|x|), to the last bits for small z too: what 1 + z rounds off is added."""
-    one = graph.constant(np.ones(1, np.float32))
+    """max(x, 0) + log(1 + z) with z = exp(-|x|), where log(1 + z) = 2 artanh(w) and w = z / (2 + z) <= 1/3.
+
+    ONNX Runtime's Softplus takes 11 ns an element on a CPU, and its Log 1.7, more than all of this; and log(1 + z)
+    would lose a small z.
+    """
+
+    def number(value: float) -> str:
+        return graph.constant(np.array([value], np.float32))
+
     z = graph.add("Exp", graph.add("Neg", graph.add("Abs", x)))
-    sum_ = graph.add("Add", z, one)
-    lost = graph.add("Sub", z, graph.add("Sub", sum_, one))
-    return graph.add("Add", graph.add("Relu", x), graph.add("Add", graph.add("Log", sum_), lost))
+    w = graph.add("Div", z, graph.add("Add", z, number(2)))
+    square = graph.add("Mul", w, w)
+    *others, last = ARTANH
+    series = graph.add("Mul", square, number(last))
+    for value in others[:0:-1]:
+        series = graph.add("Mul", graph.add("Add", series, number(value)), square)
+    log = graph.add("Mul", graph.add("Add", series, number(others[0])), w)
+    return graph.add("Add", graph.add("Relu", x), log)
 
 
 def _write(
@@ -165,123 +185,136 @@ def _write(
 ) -> None:
     """`serpent_ir.ops.ss2d` of u (B, H, W, d) and proj (B, H, W, 4, R + 2N). `sides` are H and W, 0 where free."""
     d, states, rank = *A_log.shape[1:], dt_weight.shape[-1]
-    block = block_length(d, states)
     row = rank + 2 * states
-    length = sides[0] * sides[1]
-    if length:
-        block = min(block, length)
-    A = graph.constant(-np.exp(A_log.transpose(0, 2, 1))[:, None, None])  # (4, 1, 1, N, d)
+    cut = _Cut(graph, u, sides, d)
 
-    def walks(x: str, channels: int) -> tuple[str, str]:
-        """By rows and by columns: (B, L, channels) each."""
-        turned = graph.add("Transpose", x, perm=[0, 2, 1, 3])
-        by_rows, by_columns = (graph.add("Reshape", y, graph.ints(0, -1, channels)) for y in (x, turned))
-        return by_rows, by_columns
+    def blocks(rows: str, columns: str, channels: int) -> str:
+        """Walks by rows and by columns, (B, H, W, channels) and (B, W, H, channels), as (2, B, M, T, channels)."""
+        walks = [graph.add("Reshape", y, graph.ints(0, -1, channels)) for y in (rows, columns)]
+        both = graph.joined((graph.add("Unsqueeze", y, graph.ints(0)) for y in walks), 0)
+        return graph.add("Reshape", graph.padded(both, 4, 2, cut.rest), graph.ints(0, 0, -1, cut.block, channels))
 
-    def four(rows: str, columns: str, rows_back: str, columns_back: str) -> str:
-        """(4, B, L, channels), the last two from the end to the start."""
-        forward = graph.joined((graph.add("Unsqueeze", x, graph.ints(0)) for x in (rows, columns)), 0)
-        back = graph.joined((graph.add("Unsqueeze", x, graph.ints(0)) for x in (rows_back, columns_back)), 0)
-        return graph.joined([forward, graph.reversed(back, 2)], 0)
-
-    u_rows, u_columns = walks(u, d)
-    p_rows, p_columns = walks(graph.add("Reshape", proj, graph.ints(0, 0, 0, 4 * row)), 4 * row)
-    u_walks = four(u_rows, u_columns, u_rows, u_columns)
-    of = [graph.cut((p_rows, p_columns)[k % 2], k * row, (k + 1) * row, 2) for k in range(4)]
-    low, B, C = graph.split(
-        "Split", four(*of), graph.ints(rank, states, states), names=[graph._name() for _ in range(3)], axis=3
-    )
-    weight, bias = (graph.constant(x) for x in (dt_weight.transpose(0, 2, 1)[:, None], dt_bias[:, None, None]))
-    dt = softplus(graph, graph.add("Add", graph.add("MatMul", low, weight), bias))
-    dtu = graph.add("Mul", dt, u_walks)
-
-    if length:
-        rest: str | int = -length % block
-        blocks = -(-length // block)
-        lengths: str = graph.ints(length)
-    else:
-        shape = graph.add("Shape", u_rows)
-        lengths = graph.cut(shape, 1, 2, 0)
-        rest = graph.add("Mod", graph.add("Neg", lengths), graph.ints(block))
-        blocks = 0
-
-    def by_position(x: str, channels: int, *, upright: bool = False) -> list[str]:
-        """T pieces (4, B, M, 1, channels), or (4, B, M, channels, 1). At a padded position dt and dt u are 0."""
-        x = graph.add("Reshape", graph.padded(x, 4, 2, rest), graph.ints(0, 0, -1, block, channels))
-        if upright:
-            return graph.parts(graph.add("Transpose", x, perm=[0, 1, 2, 4, 3]), block, 4)
-        return graph.parts(x, block, 3)
-
-    steps, inputs = by_position(dt, d), by_position(dtu, d)
-    Bs, Cs = by_position(B, states, upright=True), by_position(C, states)
-    h, since, local, sums = "", "", [], []
-    for t in range(block):
-        drive = graph.add("Mul", inputs[t], Bs[t])  # (4, B, M, N, d)
-        if t:
-            decay = graph.add("Exp", graph.add("Mul", steps[t], A))
-            h = graph.add("Add", graph.add("Mul", decay, h), drive)
-            since = graph.add("Add", since, steps[t])
-        else:
-            h, since = drive, steps[t]
-        sums.append(since)
-        local.append(graph.add("MatMul", Cs[t], h))
-    if blocks == 1:
-        outputs = local
-    else:
-        starts = _starts(graph, graph.add("Exp", graph.add("Mul", since, A)), h, blocks, (states, d))
-        outputs = []
-        for t in range(block):
-            from_start = graph.add("Mul", graph.add("Exp", graph.add("Mul", sums[t], A)), starts)
-            outputs.append(graph.add("Add", local[t], graph.add("MatMul", Cs[t], from_start)))
-    y = graph.add("Reshape", graph.joined(outputs, 3), graph.ints(0, 0, -1, d))
-    y = graph.add("Slice", y, graph.ints(0), lengths, graph.ints(2))
-    forward, back = graph.parts(y, 2, 0)
-    rows, columns = graph.parts(graph.add("Add", forward, graph.reversed(back, 2)), 2, 0)
-    rows, columns = (graph.add("Squeeze", x, graph.ints(0)) for x in (rows, columns))
-    if length:
-        upright, turned = graph.ints(0, *sides, d), graph.ints(0, *sides[::-1], d)
-    else:
-        upright = graph.add("Shape", u)
-        turned = graph.add("Gather", upright, graph.ints(0, 2, 1, 3))
-    columns = graph.add("Transpose", graph.add("Reshape", columns, turned), perm=[0, 2, 1, 3])
-    y = graph.add("Add", graph.add("Reshape", rows, upright), columns)
+    inputs = blocks(u, _turned(graph, u), d)
+    rows = graph.add("Reshape", proj, graph.ints(0, 0, 0, 4 * row))
+    columns = _turned(graph, rows)
+    sums = []
+    for k in (slice(0, 2), slice(2, 4)):  # forward, backward
+        of = (graph.cut(x, i * row, (i + 1) * row, 3) for i, x in zip(range(4)[k], (rows, columns), strict=True))
+        names = [graph.name() for _ in range(3)]
+        low, B, C = graph.split("Split", blocks(*of, row), graph.ints(rank, states, states), names=names, axis=4)
+        weight, bias = dt_weight[k].transpose(0, 2, 1)[:, None, None], dt_bias[k][:, None, None, None]
+        product = graph.add("MatMul", low, graph.constant(np.ascontiguousarray(weight)))
+        dt = softplus(graph, graph.add("Add", product, graph.constant(bias)))
+        A = -np.exp(A_log[k].transpose(0, 2, 1)[:, None, None].astype(np.float64)).astype(np.float32)
+        sums.append(_two_directions(graph, cut, inputs, dt, B, C, A, backward=k.start > 0))
+    y = graph.add("Reshape", graph.add("Add", *sums), graph.ints(0, 0, -1, d))
+    y = graph.add("Slice", y, graph.ints(0), cut.length, graph.ints(2)) if cut.rest else y
+    lines = (graph.add("Squeeze", x, graph.ints(0)) for x in graph.parts(y, 2, 0))
+    rows, columns = (graph.add("Reshape", x, shape) for x, shape in zip(lines, cut.shapes, strict=True))
+    y = graph.add("Add", rows, _turned(graph, columns))
     graph.add("Add", y, graph.add("Mul", u, graph.constant(D.sum(0))), output=output)
 
 
-def _starts(graph: _Graph, decay: str, end: str, blocks: int, tail: tuple[int, int]) -> str:
-    """States before each of M blocks, from the blocks' decays and last states, all (4, B, M, N, d)."""
-    if blocks:
-        group = min(GROUP, blocks)
-        rest: str | int = -blocks % group
-        doublings = (-(-blocks // group) - 1).bit_length()
-        count = graph.ints(blocks)
-    else:
-        group, doublings = GROUP, DOUBLINGS
-        count = graph.cut(graph.add("Shape", end), 2, 3, 0)
-        rest = graph.add("Mod", graph.add("Neg", count), graph.ints(group))
-    decays, ends = (
-        graph.parts(graph.add("Reshape", graph.padded(x, 5, 2, rest), graph.ints(0, 0, -1, group, *tail)), group, 3)
-        for x in (decay, end)
-    )
-    total, state = decays[0], ends[0]
-    for a, b in zip(decays[1:], ends[1:], strict=True):
-        total, state = graph.add("Mul", total, a), graph.add("Add", graph.add("Mul", a, state), b)
+def _turned(graph: _Graph, x: str) -> str:
+    return graph.add("Transpose", x, perm=[0, 2, 1, 3])
 
-    groups = graph.ints(-(-blocks // group)) if blocks else graph.cut(graph.add("Shape", state), 2, 3, 0)
+
+class _Cut:
+    """How a walk is cut into blocks: numbers where the sides of the map are fixed, and names of values where not."""
+
+    def __init__(self, graph: _Graph, u: str, sides: list[int], d: int):
+        length = sides[0] * sides[1]
+        self.block = BLOCK
+        self.blocks = 0  # M; 0 where free
+        if length:
+            self.block = length if length <= ALONE else BLOCK
+            self.blocks = -(-length // self.block)
+            self.group = min(GROUP, self.blocks)
+            groups = -(-self.blocks // self.group)
+            self.length, self.rest = graph.ints(length), -length % self.block
+            self.shapes = graph.ints(0, *sides, d), graph.ints(0, *sides[::-1], d)
+            self.count, self.rest_of_groups = graph.ints(self.blocks), -self.blocks % self.group
+            self.shifts: list[str | int] = [1 << k for k in range((groups - 1).bit_length())]
+            self.groups, self.one = graph.ints(groups), 1
+            return
+        self.group = GROUP
+        shape = graph.add("Shape", u)
+        self.shapes = shape, graph.add("Gather", shape, graph.ints(0, 2, 1, 3))
+        self.length = graph.add("Mul", graph.cut(shape, 1, 2, 0), graph.cut(shape, 2, 3, 0))
+
+        def rest(count: str, of: int) -> tuple[str, str]:
+            """What is missing to a multiple of `of`, and how often `of` goes into that."""
+            missing = graph.add("Mod", graph.add("Neg", count), graph.ints(of))
+            return missing, graph.add("Div", graph.add("Add", count, missing), graph.ints(of))
+
+        self.rest, self.count = rest(self.length, self.block)
+        self.rest_of_groups, self.groups = rest(self.count, self.group)
+        # No more zeros than there are groups: 2^15 would need gigabytes.
+        most = (LARGEST_MAP // (d * self.block * self.group)).bit_length()
+        self.shifts = [graph.add("Min", graph.ints(1 << k), self.groups) for k in range(most)]
+        self.one = graph.ints(1)
+
+
+def _two_directions(graph: _Graph, cut: _Cut, u: str, dt: str, B: str, C: str, A: np.ndarray, *, backward: bool) -> str:
+    """y (2, B, M, T, d) without D, of u and dt (2, B, M, T, d), B and C (2, B, M, T, N) and A (2, 1, 1, N, d)."""
+    rate = graph.constant(A)
+    T = cut.block
+    dts, dtus = graph.parts(dt, T, 3), graph.parts(graph.add("Mul", dt, u), T, 3)  # (2, B, M, 1, d)
+    Bs = graph.parts(graph.add("Transpose", B, perm=[0, 1, 2, 4, 3]), T, 4)  # (2, B, M, N, 1)
+    Cs = graph.parts(C, T, 3)  # (2, B, M, 1, N)
+    order = range(T)[::-1] if backward else range(T)
+    decays, drives = {}, {}
+    for t in order:
+        if t != order[0] or cut.blocks != 1:
+            decays[t] = graph.add("Exp", graph.add("Mul", dts[t], rate))
+        drives[t] = graph.add("Mul", dtus[t], Bs[t])
+
+    def walk(h: str | None, drives: dict[int, str]) -> list[str]:
+        """States (2, B, M, N, d) in the order of the walk."""
+        states = []
+        for t in order:
+            h = graph.add("Add", graph.add("Mul", decays[t], h), drives[t]) if h else drives[t]
+            states.append(h)
+        return states
+
+    states = walk(None, drives)
+    if cut.blocks != 1:
+        sum_ = graph.add("ReduceSum", dt, graph.ints(3), keepdims=1)
+        start = _starts(graph, cut, graph.add("Exp", graph.add("Mul", sum_, rate)), states[-1], A.shape[3:], backward)
+        # B and dt u the other way round, or runtimes would keep those products from the first time as well.
+        states = walk(start, {t: graph.add("Mul", Bs[t], dtus[t]) for t in order})
+    outputs = {t: graph.add("MatMul", Cs[t], h) for t, h in zip(order[::-1], states[::-1], strict=True)}
+    return graph.joined((outputs[t] for t in range(T)), 3)
+
+
+def _starts(graph: _Graph, cut: _Cut, decay: str, end: str, tail: tuple[int, ...], backward: bool) -> str:
+    """States before each block, from the blocks' decays and last states, all (2, B, M, N, d)."""
+
+    def parts(x: str) -> list[str]:
+        x = graph.padded(x, 5, 2, cut.rest_of_groups)
+        return graph.parts(graph.add("Reshape", x, graph.ints(0, 0, -1, cut.group, *tail)), cut.group, 3)
+
+    decays, ends = parts(decay), parts(end)
+    order = range(cut.group)[::-1] if backward else range(cut.group)
+    total, state = decays[order[0]], ends[order[0]]
+    for k in order[1:]:
+        total = graph.add("Mul", total, decays[k])
+        state = graph.add("Add", graph.add("Mul", decays[k], state), ends[k])
 
     def shifted(x: str, by: int | str) -> str:
-        return graph.add("Slice", graph.padded(x, 6, 2, by, before=True), graph.ints(0), groups, graph.ints(2))
+        if backward:
+            start = graph.ints(by) if isinstance(by, int) else by
+            return graph.add("Slice", graph.padded(x, 6, 2, by), start, graph.ints(1 << 62), graph.ints(2))
+        return graph.add("Slice", graph.padded(x, 6, 2, by, before=True), graph.ints(0), cut.groups, graph.ints(2))
 
-    for k in range(doublings):
-        # Where the size is free, no more zeros than there are groups: 2^17 would need gigabytes.
-        by = 1 << k if blocks else graph.add("Min", graph.ints(1 << k), groups)
+    for by in cut.shifts:
         state = graph.add("Add", state, graph.add("Mul", total, shifted(state, by)))
-        if k + 1 < doublings:
+        if by != cut.shifts[-1]:
             total = graph.add("Mul", total, shifted(total, by))
-    state = shifted(state, 1)
-    starts = [state]
-    for a, b in zip(decays[:-1], ends[:-1], strict=True):
-        state = graph.add("Add", graph.add("Mul", a, state), b)
-        starts.append(state)
-    x = graph.add("Reshape", graph.joined(starts, 3), graph.ints(0, 0, -1, *tail))
-    return graph.add("Slice", x, graph.ints(0), count, graph.ints(2))
+    state = shifted(state, cut.one)
+    starts = {order[0]: state}
+    for k, after in itertools.pairwise(order):
+        state = graph.add("Add", graph.add("Mul", decays[k], state), ends[k])
+        starts[after] = state
+    x = graph.add("Reshape", graph.joined((starts[k] for k in range(cut.group)), 3), graph.ints(0, 0, -1, *tail))
+    return graph.add("Slice", x, graph.ints(0), cut.count, graph.ints(2)) if cut.rest_of_groups else x
