@@ -1,7 +1,6 @@
 """Exported files: what they compute at sizes they were not made at, and that they stand alone."""
 
 import json
-import re
 import subprocess
 import sys
 import zipfile
@@ -285,9 +284,16 @@ def test_a_package_for_darktable(monkeypatch, tmp_path):
     assert {told[key] for key in ("id", "task", "backend")} == {"denoise-serpent-l-photo", "denoise", "onnx"}
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [1, 3, 32, 32]
-    free = ", ".join(f"serpent_l.{task}" for task in ("denoise", "photo", "photo_x4", "sr2", "sr4"))
-    with pytest.raises(UsageError, match=re.escape(f"free licence ({free}); serpent_b.deblur: CC BY-NC-SA 4.0")):
+    assert told["description"] == "Serpent: noise, blur and JPEG of photos (CC BY-SA 4.0)"
+    refusal = r"free licence \((serpent_\w\.(photo|denoise)(, )?)+\); serpent_b.deblur: CC BY-NC-SA 4.0$"
+    with pytest.raises(UsageError, match=refusal):
         darktable.export_for_darktable("serpent_b.deblur", model, out)
+    with pytest.raises(UsageError, match=r"serpent_l\.sr4: .* it can have (serpent_\w\.(photo|denoise)(, )?)+$"):
+        darktable.export_for_darktable("serpent_l.sr4", small_network("sr4"), out)
+    darktable.export_for_darktable("serpent_l.denoise", small_network("denoise"), tmp_path / "y.dtmodel")
+    with zipfile.ZipFile(tmp_path / "y.dtmodel") as archive:
+        told = json.loads(archive.read("denoise-serpent-l-denoise/config.json"))
+    assert told["description"] == "Serpent: noise (CC BY-SA 4.0)"
     with pytest.raises(UsageError, match=r"x\.onnx: a darktable package ends in \.dtmodel"):
         darktable.export_for_darktable("serpent_l.photo", model, tmp_path / "x.onnx")
     result = CliRunner().invoke(app, ["export", "-n", "serpent_b.deblur", "-o", str(out), "--darktable", "--half"])

@@ -1,8 +1,9 @@
 """Packages for darktable's neural restore: a ZIP file of one folder with config.json and model.onnx.
 
-Facts from darktable's sources (src/ai/README.md, src/ai/backend_common.c, src/common/ai_models.c): the file ends in
-.dtmodel. Its first entry lies in a folder whose name is the model's `id`. Ids are `<task>-<model>`, in lower case. The
-task "denoise" takes one image (1, 3, H, W), float32, RGB in [0, 1], encoded as sRGB, in tiles that overlap by 64 px.
+Facts from darktable's sources (src/ai/README.md, src/ai/backend_common.c, src/common/ai/restore.c and
+src/common/ai_models.c): the file ends in .dtmodel. Its first entry lies in a folder whose name is the model's `id`. Ids
+are `<task>-<model>`, in lower case. The task "denoise" takes one image (1, 3, H, W), float32, RGB in [0, 1], encoded as
+sRGB, in tiles that overlap by 64 px, and loads model.onnx unless it is told another name.
 """
 
 import io
@@ -20,6 +21,8 @@ from serpent_ir.models.wrappers import network_of
 
 SIDE = 768
 """Pixels of a side of the tiles that darktable gives a model of fixed size."""
+WORK = {"photo": "noise, blur and JPEG of photos", "denoise": "noise"}
+"""What weights for a task take away, of those tasks that keep an image's size and that a photo from a camera needs."""
 
 
 def export_for_darktable(name: str, model: nn.Module, output: Path) -> tuple[dict[str, str], list[Check]]:
@@ -29,19 +32,22 @@ def export_for_darktable(name: str, model: nn.Module, output: Path) -> tuple[dic
         UsageError: the weights have no free licence, or do another work than to clean an image at its size.
         SerpentError: as `export_network`.
     """
+    serving = ", ".join(sorted(weights for weights in FREE_WEIGHTS if weights.partition(".")[2] in WORK))
     if name not in FREE_WEIGHTS:
-        free = ", ".join(sorted(FREE_WEIGHTS))
-        raise UsageError(f"a darktable package needs weights with a free licence ({free}); {name}: {licence_of(name)}")
+        raise UsageError(
+            f"a darktable package needs weights with a free licence ({serving}); {name}: {licence_of(name)}"
+        )
     config = network_of(model).config
-    if getattr(network_of(model), "scale", 1) != 1 or getattr(config, "in_channels", 3) != 3:
-        raise UsageError(f"{name}: darktable's denoising takes an image and keeps its size, and this network does not")
+    work = WORK.get(str(getattr(config, "task", "")))
+    if work is None:
+        raise UsageError(f"{name}: darktable's denoising takes noise from a photo of any size; it can have {serving}")
     if output.suffix.lower() != ".dtmodel":
         raise UsageError(f"{output}: a darktable package ends in .dtmodel")
     identity = "denoise-" + name.replace("_", "-").replace(".", "-")
     told = {
         "id": identity,
         "name": name.replace("_", " ").replace(".", " "),
-        "description": f"Serpent: noise, blur and JPEG of photos ({FREE_WEIGHTS[name]})",
+        "description": f"Serpent: {work} ({FREE_WEIGHTS[name]})",
         "task": "denoise",
         "version": "1.0",
         "backend": "onnx",
