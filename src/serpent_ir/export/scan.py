@@ -199,9 +199,11 @@ def _write(
     columns = _turned(graph, rows)
     sums = []
     for k in (slice(0, 2), slice(2, 4)):  # forward, backward
-        of = (graph.cut(x, i * row, (i + 1) * row, 3) for i, x in zip(range(4)[k], (rows, columns), strict=True))
+        by_rows = graph.cut(rows, k.start * row, (k.start + 1) * row, 3)
+        by_columns = graph.cut(columns, (k.start + 1) * row, (k.start + 2) * row, 3)
         names = [graph.name() for _ in range(3)]
-        low, B, C = graph.split("Split", blocks(*of, row), graph.ints(rank, states, states), names=names, axis=4)
+        given = blocks(by_rows, by_columns, row)
+        low, B, C = graph.split("Split", given, graph.ints(rank, states, states), names=names, axis=4)
         weight, bias = dt_weight[k].transpose(0, 2, 1)[:, None, None], dt_bias[k][:, None, None, None]
         product = graph.add("MatMul", low, graph.constant(np.ascontiguousarray(weight)))
         dt = softplus(graph, graph.add("Add", product, graph.constant(bias)))
