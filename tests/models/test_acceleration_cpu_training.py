@@ -6,21 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import stirred_block
 from serpent_ir.models.acceleration import off
 from serpent_ir.models.acceleration.cpu_training import block as way
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "built")
-
-
-def make_block(channels: int) -> VSSBlock:
-    torch.manual_seed(0)
-    block = VSSBlock(channels)
-    with torch.no_grad():
-        for p in block.parameters():  # biases and norms that do something
-            p += 0.1 * torch.randn_like(p)
-    return block
 
 
 def run(block: VSSBlock, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -41,7 +33,7 @@ def errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 @pytest.mark.parametrize(("channels", "shape"), [(8, (1, 1, 1)), (16, (2, 5, 9)), (32, (1, 13, 7)), (64, (1, 4, 6))])
 def test_numbers_are_those_of_the_definition(channels, shape):
-    block = make_block(channels)
+    block = stirred_block(channels)
     x, grad = case(block, *shape)
     assert way.serves(block, x)
     values = run(block, x, grad)
@@ -53,7 +45,7 @@ def test_numbers_are_those_of_the_definition(channels, shape):
 
 
 def test_threads_change_no_more_than_the_order_of_products():
-    block, threads = make_block(32), torch.get_num_threads()
+    block, threads = stirred_block(32), torch.get_num_threads()
     x, grad = case(block, 2, 11, 7)
     try:
         results = []
@@ -68,7 +60,7 @@ def test_threads_change_no_more_than_the_order_of_products():
 
 
 def test_what_is_not_as_built_takes_the_definition():
-    block = make_block(16)
+    block = stirred_block(16)
     x, _ = case(block, 1, 4, 4)
     assert way.serves(block, x)
     with torch.no_grad():
@@ -96,7 +88,7 @@ def test_what_is_not_as_built_takes_the_definition():
 
 
 def test_second_derivatives_are_refused_and_right_in_float64():
-    block = make_block(8)
+    block = stirred_block(8)
     x, v = case(block, 1, 3, 4)
 
     def product(block: VSSBlock, x: Tensor) -> Tensor:

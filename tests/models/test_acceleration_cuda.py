@@ -7,7 +7,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from ways import BLOCK, DEVICE, GPU, HALF, NETWORK, by_kernels, draw, fill_new_buffers, needs_gpu, plainly, stir
+from ways import BLOCK, DEVICE, HALF, NETWORK, draw, needs_gpu, plainly, served, slow
 
+from networks import stir
 from serpent_ir.models import create_model
 from serpent_ir.models.acceleration import cuda
 from serpent_ir.models.layers import LayerNorm
 from serpent_ir.models.serpent import VSSBlock
 from serpent_ir.ops.triton import block as triton_block
 
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels serve the device at hand; new buffers hold NaN, so an element that no kernel writes shows."""
-    fill_new_buffers(monkeypatch)
-    with by_kernels():
-        yield
-    if GPU:
-        torch.cuda.empty_cache()
+__all__ = ["served"]
+pytestmark = pytest.mark.usefixtures("served")
 
 
 def check(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], names: list[str]) -> None:
@@ -71,7 +64,7 @@ def test_a_block_and_its_gradients(
     c: int, shape: tuple[int, int, int], dtype: torch.dtype, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_block, "SMALL_ROWS", small)
-    block = stir(VSSBlock(c))
+    block = stir(VSSBlock(c)).to(DEVICE)
     x, grad = torch.randn(2, *shape, c, device=DEVICE).to(dtype)
     cast = None if dtype == torch.float32 else dtype
     truth = run_block(copy.deepcopy(block).double(), x.double(), grad.double(), None, plain=True)
@@ -88,7 +81,7 @@ def test_inference_of_a_block(c: int, shape: tuple[int, int, int], widest: int, 
     """Who takes the products: the library, kernels for small maps, kernels for narrow levels."""
     monkeypatch.setattr(cuda, "FUSED_CHANNELS", widest)
     monkeypatch.setattr(triton_block, "SMALL_ROWS", small)
-    block = stir(VSSBlock(c))
+    block = stir(VSSBlock(c)).to(DEVICE)
     x = torch.randn(*shape, c, device=DEVICE).to(HALF)
     truth, plain = plainly(copy.deepcopy(block).double(), x.double(), None), plainly(block, x, HALF)
     with torch.no_grad(), torch.autocast(DEVICE, HALF):
@@ -99,7 +92,7 @@ def test_inference_of_a_block(c: int, shape: tuple[int, int, int], widest: int, 
 
 
 def test_a_float32_block_under_autocast() -> None:
-    block = stir(VSSBlock(8))
+    block = stir(VSSBlock(8)).to(DEVICE)
     x, grad = torch.randn(2, 1, 4, 5, 8, device=DEVICE)
     truth = run_block(copy.deepcopy(block).double(), x.double(), grad.double(), None, plain=True)
     names = ["y", "x", *dict(block.named_parameters())]
@@ -115,14 +108,14 @@ def test_a_float32_block_under_autocast() -> None:
     [
         ("serpent_b", (33, 31), torch.float32),
         ("serpent_b", (1, 40), HALF),
-        ("serpent_l", (17, 30), HALF),
-        ("serpent_h", (9, 17), HALF),
-        ("serpent_l.sr4", (9, 17), HALF),
+        pytest.param("serpent_l", (17, 30), HALF, marks=slow),
+        pytest.param("serpent_h", (9, 17), HALF, marks=slow),
+        pytest.param("serpent_l.sr4", (9, 17), HALF, marks=slow),
         ("serpent_l.sr2", (8, 5), torch.float32),
     ],
 )
 def test_networks(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    model = stir(create_model(name, in_channels=4, blocks=(1, 1, 1, 1)))
+    model = stir(create_model(name, in_channels=4, blocks=(1, 1, 1, 1))).to(DEVICE)
     image = torch.rand(2, 4, *size, device=DEVICE)
     cast = None if dtype == torch.float32 else dtype
     truth = plainly(copy.deepcopy(model).double(), image.double(), None)
@@ -194,7 +187,7 @@ def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
     ("c", "shape"), [(32, (3, 97, 61)), (64, (16, 64, 64)), (128, (2, 64, 33)), (256, (64, 16, 16))]
 )
 def test_network_levels_on_gpu(c: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    block = stir(VSSBlock(c))
+    block = stir(VSSBlock(c)).to(DEVICE)
     x, grad = (2 * draw(2, *shape, c) - 1).to(dtype)
     cast = None if dtype == torch.float32 else dtype
     truth = run_block(copy.deepcopy(block).double(), x.double(), grad.double(), None, plain=True)
@@ -207,7 +200,7 @@ def test_network_levels_on_gpu(c: int, shape: tuple[int, int, int], dtype: torch
 @pytest.mark.gpu
 def test_offsets_past_two_billion() -> None:
     """The last image of a map of 2^31 elements and more is that of a small batch."""
-    block = stir(VSSBlock(32))
+    block = stir(VSSBlock(32)).to(DEVICE)
     x = draw(1, 2048, 4096, 32).to(torch.bfloat16)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         expected = block(x)

@@ -5,7 +5,6 @@ import gc
 import pickle
 import threading
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,20 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ways import GPU, by_kernels, draw, fill_new_buffers, needs_gpu, plainly, stir
+from ways import DEVICE, draw, needs_gpu, plainly, served
 
+from networks import stir
 from serpent_ir.models import create_model
 from serpent_ir.models.acceleration import cuda, graphs
 
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels serve the device at hand."""
-    fill_new_buffers(monkeypatch)
-    with by_kernels():
-        yield
-    if GPU:
-        torch.cuda.empty_cache()
+__all__ = ["served"]
+pytestmark = pytest.mark.usefixtures("served")
 
 
 class FakeGraph:
@@ -112,7 +105,7 @@ def test_graphs_follow_a_model_to_another_device(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 def test_replays_follow_input_weights_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model("serpent_b").cuda()
-    other = stir(create_model("serpent_b"))
+    other = stir(create_model("serpent_b")).to(DEVICE)
     images = [draw(b, 3, h, w, seed=i) for i, (b, h, w) in enumerate(((1, 64, 64), (2, 33, 70), (1, 64, 64)))]
 
     def agrees() -> None:
@@ -145,7 +138,7 @@ def test_replays_follow_input_weights_and_shape(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 def test_a_model_moves_from_one_gpu_to_another_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference from graphs, and training, wherever the model is and whatever device is the current one."""
-    model = stir(create_model("serpent_b", blocks=(1, 1)))
+    model = stir(create_model("serpent_b", blocks=(1, 1))).to(DEVICE)
     images = [draw(1, 3, 64, 64), draw(2, 3, 32, 48)]
     for name in ("cuda:0", "cuda:1", "cpu", "cuda:1", "cuda:0"):
         model.to(name)

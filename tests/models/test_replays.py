@@ -20,13 +20,19 @@ from serpent_ir.models.acceleration.captured import Captured
 __all__ = ["replayed"]
 
 NETWORKS = ["serpent_b", "unet_32", "swinir_60", "restormer_48"]
+OF_BOTH = {"steps", "accumulated", "other_shapes", "frozen", "kinds_of_gradients", "layouts", "loaded", "recomputed"}
+"""Loops that another network goes through in each run of the tests; it goes through all in those of `slow`."""
+GPU = torch.cuda.is_available()
 HIDDEN = {"recomputed": 3}
 """Loops of which little or nothing can be replayed, and how many replays there are at least. In others: 2."""
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("kind", ["serpent_b", "unet_32"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("serpent_b", name) for name in LOOPS]
+    + [pytest.param("unet_32", name, marks=() if GPU or name in OF_BOTH else pytest.mark.slow) for name in LOOPS],
+)
 def test_a_loop_has_the_same_bits_replayed(kind, name, where, replayed, monkeypatch) -> None:
     with uncaptured():
         expected = LOOPS[name](network(kind, where), where)

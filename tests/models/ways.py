@@ -1,5 +1,6 @@
 """The ways of CUDA devices on the device at hand: where there is no GPU, Triton's interpreter runs their kernels."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bfloat16 as integers, and truncates where a GPU rounds.
 HALF = torch.bfloat16 if GPU else torch.float16
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: graphs and real sizes are checked where there is one")
+slow = () if GPU else pytest.mark.slow
+"""Of doubles that take long in the interpreter."""
 BLOCK, NETWORK = replace(cuda.block, device=DEVICE), replace(cuda.network, device=DEVICE)
 
 
@@ -23,20 +26,16 @@ def by_kernels() -> AbstractContextManager[None]:
     return only({VSSBlock: (BLOCK,), Serpent: (NETWORK,)})
 
 
-def fill_new_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New buffers hold NaN, so an element that no kernel writes shows."""
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels serve the device at hand; new buffers hold NaN, so an element that no kernel writes shows."""
     new_empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
-
-
-def stir(module: nn.Module) -> nn.Module:
-    """Weights away from those that hide mistakes: zeros, ones, and one A for all."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.to(DEVICE)
+    with by_kernels():
+        yield
+    if GPU:
+        torch.cuda.empty_cache()
 
 
 def plainly(module: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -64,3 +64,15 @@ def check_against_float64(
             tolerance += roundings * torch.finfo(a.dtype).eps * want.abs().max()
         error = (a.double() - want).abs().max()
         assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def check_nan(scan: ModuleType, inputs: list[Tensor], which: int) -> None:
+    """A NaN in u or proj reaches every output, and those gradients that it reaches in the reference."""
+    inputs[which][0, 1, 2] = torch.nan
+    y = scan.forward(*inputs)
+    assert y.isnan().all()  # what a walk has not passed yet, the same walk backwards has
+    grad_y = torch.ones_like(y)
+    leaves = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(reference.forward(*leaves), leaves, grad_y)
+    for name, a, b in zip(NAMES[1:], scan.backward(grad_y, *inputs), expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name

@@ -1,7 +1,18 @@
 """Random inputs of ss2d, for the tests of every backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: torch.stack([x, x + 7], -1)[..., 0],
+    lambda x: x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1]),
+    lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
+    lambda x: x[:1].expand_as(x),
+    lambda x: torch._neg_view(-x),
+)
+"""Tensors of other strides, offsets and signs in memory. All but the fourth hold the same numbers."""
 
 
 def make_inputs(

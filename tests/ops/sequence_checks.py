@@ -47,3 +47,13 @@ def check_against_float64(
             tolerance += roundings * torch.finfo(a.dtype).eps * want.abs().max()
         error = (a.double() - want).abs().max()
         assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def check_strides(scan: ModuleType, of: Sequences) -> None:
+    """Inputs of other strides, of which one is in float64 and one in float16, give what contiguous float32 gives."""
+    turned = [x if x is None else x.mT.contiguous().mT if x.ndim > 2 else x for x in of.tensors]
+    turned[1], turned[4] = turned[1].double(), turned[4].half()
+    alike = [x if x is None else x.float() for x in turned]
+    pair = [results(scan, type(of).of(x, True)) for x in (turned, alike)]
+    for mine, want in zip(*pair, strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-3, check_dtype=False)

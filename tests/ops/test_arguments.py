@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_inputs import make_inputs
+from scan_inputs import FORMS, make_inputs
 from torch import Tensor
 
 from serpent_ir.ops import BACKENDS, cpu, selective_scan_fn, ss2d
@@ -129,14 +129,7 @@ def test_pointers_of_the_host_never_reach_a_gpu(backend):
 @pytest.mark.parametrize("backend", SERVED_HERE)
 def test_every_argument_may_have_any_strides(backend):
     inputs = make_inputs(2, 2, 3, 4, 3, 2)
-    forms = [
-        lambda x: torch.stack([x, x + 7], -1)[..., 0],
-        lambda x: x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1]),
-        lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
-        lambda x: x[:1].expand_as(x),
-        lambda x: torch._neg_view(-x),
-    ]
-    for form in forms:
+    for form in FORMS:
         for some in (*((i,) for i in range(6) if backend == "cpu"), tuple(range(6))):
             given = [form(x) if i in some else x for i, x in enumerate(inputs)]
             leaves = [x.requires_grad_() for x in given]

@@ -8,9 +8,21 @@ import shutil
 import cuda_on_cpu
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, LEVELS, NAMES, check_against_float64, draw_like, make, poison, shared_gpu, slow
+from scan_checks import (
+    DEVICE,
+    GPU,
+    LEVELS,
+    NAMES,
+    check_against_float64,
+    check_nan,
+    draw_like,
+    make,
+    poison,
+    shared_gpu,
+    slow,
+)
 
-from serpent_ir.ops import cuda, reference, ss2d
+from serpent_ir.ops import cuda, ss2d
 from serpent_ir.ops.cuda import nvrtc
 
 __all__ = ["poison", "shared_gpu"]  # fixtures of every test here
@@ -148,14 +160,7 @@ def test_gradients_repeat_bit_for_bit(many_chunks: None) -> None:
 @pytest.mark.parametrize("which", [0, 1], ids=["u", "proj"])
 def test_nan_reaches_every_later_position(which: int, many_chunks: None) -> None:
     inputs = make((1, 9, 7, 2), 2, 1, torch.float32)
-    inputs[which][0, 1, 2] = torch.nan
-    y = cuda.forward(*inputs)
-    assert y.isnan().all()  # what a walk has not passed yet, the same walk backwards has
-    grad_y = torch.ones_like(y)
-    leaves = [x.requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(reference.forward(*leaves), leaves, grad_y)
-    for name, a, b in zip(NAMES[1:], cuda.backward(grad_y, *inputs), expected, strict=True):
-        assert torch.equal(a.isnan(), b.isnan()), name
+    check_nan(cuda, inputs, which)
 
 
 @runs_here

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from scan_inputs import make_inputs
+from scan_inputs import FORMS, make_inputs
 from sequence_inputs import CASES, GOLDEN, NAMES, Case
 from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
@@ -190,14 +190,7 @@ def test_any_dtype_of_any_argument(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_of_any_argument(backend):
     inputs = SMALL.inputs()
-    forms = [
-        lambda x: torch.stack([x, x + 7], -1)[..., 0],
-        lambda x: x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1]),
-        lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
-        lambda x: x[:1].expand_as(x),
-        lambda x: torch._neg_view(-x),
-    ]
-    for form in forms:
+    for form in FORMS:
         for some in (*((i,) for i in range(8)), tuple(range(8))):
             given = [form(x) if i in some else x for i, x in enumerate(inputs)]
             leaves = [x.detach().requires_grad_() for x in given]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_checks import DEVICE, GPU, NAMES, check_against_float64, draw_like, make, poison, shared_gpu, slow
+from scan_checks import DEVICE, GPU, NAMES, check_against_float64, check_nan, draw_like, make, poison, shared_gpu, slow
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -100,14 +100,7 @@ def test_gradients_repeat_bit_for_bit(small_tiles: None) -> None:
 @pytest.mark.parametrize("which", [0, 1], ids=["u", "proj"])
 def test_nan_reaches_every_later_position(which: int, small_tiles: None) -> None:
     inputs = make((1, 3, 4, 2), 1, 1, torch.float32)
-    inputs[which][0, 1, 2] = torch.nan
-    y = scan.forward(*inputs)
-    assert y.isnan().all()  # what a walk has not passed yet, the same walk backwards has
-    grad_y = torch.ones_like(y)
-    leaves = [x.requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(reference.forward(*leaves), leaves, grad_y)
-    for name, a, b in zip(NAMES[1:], scan.backward(grad_y, *inputs), expected, strict=True):
-        assert torch.equal(a.isnan(), b.isnan()), name
+    check_nan(scan, inputs, which)
 
 
 def test_empty_batch() -> None:
