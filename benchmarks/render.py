@@ -287,6 +287,74 @@ def benchmarks(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sequences(records: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in records:
+        lines += [
+            "",
+            "# The scan of sequences, and networks that scan",
+            "",
+            f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/public.py`, all of one run, from",
+            "`benchmarks/results/public.*.json`. `selective_scan_fn` beside mamba-ssm's `selective_scan_cuda`, N 16,",
+            "with D, bias and softplus, milliseconds by CUDA graph, after the results agreed. The backward pass is",
+            "timed alone. Shapes of 4 groups are MambaIR's and VMamba's.",
+            "",
+            "| batch x D x L, groups | dtype | forward | public | x | backward | public | x |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in record.get("scans", []):
+            batch, D, L, groups, gate = row["shape"]
+            cells = [f"{batch} x {D} x {L}, {groups}{', z' if gate else ''}", row["dtype"]]
+            for way in ("forward", "backward"):
+                ours, public = row.get(f"{way}_ms"), row.get(f"public_{way}_ms")
+                cells += [_number(ours) or row.get("error", ""), _number(public), _ratio(public, ours)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += _beside(record) + _scanning(record)
+    return lines
+
+
+def _beside(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "The same network and weights, with the scan in the releases' own operators on mamba-ssm's kernel (*public*):",
+        "",
+        "| network, size | dtype | called | public | x | graph | public | x | GB | public |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record.get("beside", []):
+        cells = [f"{row['name']} {row['size']}", row["dtype"]]
+        for key in ("call_ms", "graph_ms"):
+            ours, public = row.get(key), row.get(f"public_{key}")
+            cells += [_number(ours) or row.get("error", ""), _number(public), _ratio(public, ours)]
+        lines.append(f"| {' | '.join([*cells, _number(row.get('gb')), _number(row.get('public_gb'))])} |")
+    return lines
+
+
+def _scanning(record: dict[str, Any]) -> list[str]:
+    counts = {row["name"]: row for row in record.get("counts", [])}
+    rows = {(row["name"], row["size"], row["dtype"]): row for row in record.get("networks", [])}
+    lines = [
+        "",
+        "Inference of one image, called. Figures of 1024 are one pass where it takes more than 0.3 s.",
+        "",
+        "| network | million parameters | GMACs, 256 | bf16, 256, ms | by graph | GB | float32, 256, ms | GB "
+        "| GMACs, 1024 | bf16, 1024, ms | GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["name"] for row in record.get("networks", [])):
+        half, full, large = (
+            rows.get((name, *of), {}) for of in ((256, "bfloat16"), (256, "float32"), (1024, "bfloat16"))
+        )
+        count = counts.get(name, {"params": None, "macs": [None, None]})
+        small_macs, large_macs = (None if m is None else m / 1e9 for m in count["macs"])
+        cells = [name, _number(None if count["params"] is None else count["params"] / 1e6), _number(small_macs)]
+        cells += [_number(half.get("call_ms")), _number(half.get("graph_ms")), _number(half.get("gb"))]
+        cells += [_number(full.get("call_ms")), _number(full.get("gb")), _number(large_macs)]
+        cells += [_number(large.get("call_ms")) or large.get("error", ""), _number(large.get("gb"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def render(folder: Path = FOLDER / "results") -> str:
     """RESULTS.md from the files of a folder."""
 
@@ -298,6 +366,7 @@ def render(folder: Path = FOLDER / "results") -> str:
             networks(read("network"))
             + plain_loops(read("plain_loop"))
             + scans(read("scan"))
+            + sequences(read("public"))
             + rivals(read("profile"))
             + plans(read("plan"))
             + calls(read("end_to_end"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from serpent_ir import compat
 from serpent_ir.models import public_names as names
+from serpent_ir.models import public_steps
 from serpent_ir.ops import selective_scan_fn
 
 PROJECT = """
@@ -22,7 +23,9 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 import selective_scan_cuda_core
 from csms6s import selective_scan_fn as of_vmamba
-from causal_conv1d import causal_conv1d_fn
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn
+from selective_scan import selective_scan_fn as of_vmamba_first
 
 assert same is Mamba and __name__ == "__main__"
 torch.manual_seed(0)
@@ -31,6 +34,7 @@ A, B, C, D = -torch.rand(4, 3), torch.randn(2, 3, 9), torch.randn(2, 3, 9), torc
 out = selective_scan_fn(u, delta, A, B, C, D, z=z, delta_softplus=True)
 torch.testing.assert_close(out, selective_scan_ref(u, delta, A, B, C, D, z=z, delta_softplus=True))
 torch.testing.assert_close(of_vmamba(u, delta, A, B[:, None], C[:, None], D) * F.silu(z), out)
+torch.testing.assert_close(of_vmamba_first(u, delta, A, B, C, D, None, True, 1) * F.silu(z), out)
 torch.testing.assert_close(selective_scan_cuda_core.fwd(u, delta, A, B, C, D, None, True, 1)[0] * F.silu(z), out)
 Mamba(6)(torch.randn(1, 5, 6)).sum().backward()
 print(sys.argv[1:], "helper" in dir(__import__("helper")))
@@ -108,6 +112,34 @@ def test_the_kernels_give_outputs_states_and_gradients(groups):
     assert torch.equal(names.core_fwd(*fixed, True, 1)[0], out.detach())
     for got, wanted in zip(names.core_bwd(*fixed, dout, None, True, 1), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_steps_of_one_position_follow_the_whole_sequence():
+    u, delta, A, B, C, D, z, bias = inputs(0)
+    taps, shift = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    out, last = selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True)
+    convolved = names.causal_conv1d_fn(u, taps, shift, activation="silu")
+    state, inside = torch.zeros(2, 6, 3, dtype=torch.float64), torch.zeros(2, 6, 4, dtype=torch.float64)
+    for t in range(u.shape[2]):
+        x, dt, gate, b, c = (each[..., t] for each in (u, delta, z, B, C))
+        y = public_steps.selective_state_update(state, x, dt, A, b, c, D, gate, bias, True)
+        torch.testing.assert_close(y, out[..., t], rtol=1e-5, atol=1e-5)  # in float32
+        y = public_steps.causal_conv1d_update(x, inside, taps, shift, "silu")
+        torch.testing.assert_close(y, convolved[..., t])
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_a_sum():
+    x, residual, weight, bias = (torch.randn(*size, dtype=torch.float64) for size in ((2, 3, 8), (2, 3, 8), (8,), (8,)))
+    total = x + residual
+    normed, kept = public_steps.layer_norm_fn(x, weight, bias, residual, eps=1e-5, prenorm=True)
+    torch.testing.assert_close(normed, F.layer_norm(total, (8,), weight, bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept, total, rtol=1e-6, atol=1e-6)
+    norm = public_steps.RMSNorm(8, dtype=torch.float64)
+    norm.weight.data = weight
+    half = norm(x.bfloat16(), residual.bfloat16(), prenorm=True, residual_in_fp32=True)
+    assert half[0].dtype == torch.bfloat16 and half[1].dtype == torch.float32
+    torch.testing.assert_close(norm(x, residual), F.rms_norm(total, (8,), weight, 1e-5), rtol=1e-5, atol=1e-5)
 
 
 def test_oflex_is_float32_and_rounds_nothing_before():

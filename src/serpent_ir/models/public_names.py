@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from serpent_ir.models import mamba
+from serpent_ir.models import mamba, public_steps
 from serpent_ir.ops import selective_scan_fn
 
 Grads = tuple[Tensor | None, ...]
@@ -44,6 +44,24 @@ def csms6s_scan(
     `backend` names one of VMamba's ("oflex", "core", "mamba", "torch"), which are all one here.
     """
     u = u.to(torch.promote_types(u.dtype, torch.float32)) if oflex else u
+    out = selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def vmamba_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    nrows: int = 1,
+    backnrows: int = -1,
+) -> Tensor:
+    """`selective_scan.selective_scan_fn` of VMamba's first package, without a gate. Rows concern its kernels."""
     out = selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
     assert isinstance(out, Tensor)
     return out
@@ -227,13 +245,22 @@ SCAN = {
     "mamba_inner_fn": mamba_inner_fn,
     "mamba_inner_ref": mamba_inner_fn,
 }
+NORMS = {name: getattr(public_steps, name) for name in ("RMSNorm", "layer_norm_fn", "rms_norm_fn")}
 NAMES: dict[str, dict[str, Callable[..., Any]]] = {
     "mamba_ssm": {"selective_scan_fn": selective_scan_fn, "mamba_inner_fn": mamba_inner_fn, "Mamba": Mamba},
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": SCAN,
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": Mamba, **SCAN, "causal_conv1d_fn": causal_conv1d_fn},
-    "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": NORMS,
+    "mamba_ssm.ops.triton.layernorm": NORMS,
+    "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": public_steps.selective_state_update},
+    "causal_conv1d": {
+        "causal_conv1d_fn": causal_conv1d_fn,
+        "causal_conv1d_update": public_steps.causal_conv1d_update,
+    },
+    "selective_scan": {"selective_scan_fn": vmamba_scan, "selective_scan_ref": vmamba_scan},
     "csms6s": {"selective_scan_fn": csms6s_scan},
     "selective_scan_cuda": {"fwd": mamba_fwd, "bwd": mamba_bwd},
     "selective_scan_cuda_core": {"fwd": core_fwd, "bwd": core_bwd},
@@ -262,8 +289,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install(*, force: bool = False) -> list[str]:
     """Make the public names of the selective scan resolve to serpent-ir in this process.
 
-    They are `mamba_ssm.ops.selective_scan_interface`, `mamba_ssm.modules.mamba_simple`, VMamba's `csms6s`,
-    `causal_conv1d`, and the kernels `selective_scan_cuda`, `selective_scan_cuda_core` and `selective_scan_cuda_oflex`.
+    They are `mamba_ssm.ops.selective_scan_interface`, `mamba_ssm.modules.mamba_simple`, mamba-ssm's norms and its step
+    for decoding (`mamba_ssm.ops.triton`), VMamba's `csms6s` and `selective_scan`, `causal_conv1d`, and the kernels
+    `selective_scan_cuda`, `selective_scan_cuda_core` and `selective_scan_cuda_oflex`.
     A package that is installed is used itself, unless `force`. Calling it again does no harm.
 
     Args:
