@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as HUB_NAME
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,8 @@ FREE_WEIGHTS = dict.fromkeys(
     [f"serpent_l.{task}" for task in ("photo", "sr4", "sr2", "photo_x4", "denoise")], "CC BY-SA 4.0"
 )
 """Licences of weights that were trained on images with free licences alone."""
+
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 
 NAMED = 20
 """How many keys a message names if most differ. More would fill the screen without telling more."""
@@ -148,12 +151,18 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
 def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The same without prefixes from training. Raises SerpentError if no network could work with it."""
     for key, value in state.items():
-        shown = value.float() if value.element_size() == 1 else value  # float8 has no `isfinite`
-        if not _kind(value) and not shown.isfinite().all():
+        if not _kind(value) and not _is_finite(value):
             raise SerpentError(f"{path}: {key} is not finite: the training failed, or the file is damaged; get another")
     while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.dtype in _OF_NUMPY:  # whose threads need not be started for it
+        return bool(np.isfinite(value.detach().numpy()).all())
+    shown = value.float() if value.element_size() == 1 else value  # float8 has no `isfinite`
+    return bool(shown.isfinite().all())
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], label: str, hint: str = "") -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 PART = 1 << 23
 """Bytes of a part."""
+_LITTLE = 1 << 19
+"""Bytes up to which one thread copies."""
 
 
 def converts(device: torch.device) -> bool:
@@ -37,7 +39,7 @@ def upload(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def _uploaded(source: Tensor, device: torch.device) -> Tensor:
-    return upload_parts(source.shape, source.dtype, lambda part, into: into.copy_(source[part]), device)
+    return upload_parts(source.shape, source.dtype, lambda part, into: _copy(source[part], into), device)
 
 
 def upload_parts(
@@ -52,6 +54,15 @@ def upload_parts(
             fill(part, locked)
             result[part].copy_(locked, non_blocking=True)
     return result
+
+
+def _copy(source: Tensor, into: Tensor) -> None:
+    """Within main memory. PyTorch would share the work among threads, whom to wake takes longer than a little copy."""
+    if into.nbytes > _LITTLE or not (source.is_contiguous() and into.is_contiguous()):
+        into.copy_(source)
+    else:
+        target, numbers = (x.reshape(-1).view(torch.uint8).numpy() for x in (into, source))
+        np.copyto(target, numbers)
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
@@ -74,7 +85,7 @@ def download(source: Tensor) -> Tensor:
     def empty() -> None:
         arrived, locked, place = moving.popleft()
         arrived.synchronize()
-        place.copy_(locked)
+        _copy(locked, place)
 
     source = source.contiguous()
     with torch.cuda.device(source.device):
