@@ -1,4 +1,4 @@
-"""python -m serpent_ir.cli."""
+"""Lets `python -m serpent_ir.cli` run the command line."""
 
 from serpent_ir.cli import main
 

@@ -1,4 +1,4 @@
-"""serpent data pack, serpent data check."""
+"""The commands `serpent data pack` and `serpent data check`: pack a folder into one file, and verify it."""
 
 import time
 from pathlib import Path

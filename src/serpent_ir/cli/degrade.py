@@ -1,4 +1,4 @@
-"""serpent degrade."""
+"""The command `serpent degrade`: makes degraded versions of images."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""serpent demo."""
+"""The command `serpent demo`: serves the web page on this machine."""
 
 from typing import Annotated
 

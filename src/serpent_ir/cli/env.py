@@ -1,4 +1,4 @@
-"""serpent env."""
+"""The command `serpent env`: prints what a bug report needs."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""serpent evaluate."""
+"""The command `serpent evaluate`: measures a network on a folder of images."""
 
 import json
 from pathlib import Path

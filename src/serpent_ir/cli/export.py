@@ -1,4 +1,4 @@
-"""serpent export."""
+"""The command `serpent export`: writes a network as a file for other runtimes."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""serpent models."""
+"""The command `serpent models`: lists networks, weights and devices."""
 
 import json
 

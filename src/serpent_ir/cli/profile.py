@@ -1,4 +1,4 @@
-"""serpent profile."""
+"""The command `serpent profile`: counts and measures what networks cost."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""serpent report."""
+"""The command `serpent report`: redraws the paper's efficiency figures on this machine."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""serpent train."""
+"""The command `serpent train`: trains a network by a recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""serpent video."""
+"""The command `serpent video`: restores the frames of a video."""
 
 import time
 from pathlib import Path

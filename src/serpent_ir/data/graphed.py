@@ -1,4 +1,4 @@
-"""Batches from CUDA graphs, because the host takes longer to launch a batch's small kernels than a GPU to run them."""
+"""Replays batches from CUDA graphs: the host takes longer to launch their small kernels than a GPU to run them."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable

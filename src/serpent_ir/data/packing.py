@@ -1,4 +1,4 @@
-"""Folders of images -> a packed set."""
+"""Makes a packed set of folders of images."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Training images -> batches of (network input, clean), degraded, cropped and turned on the device."""
+"""Makes batches of (network input, clean) from images, degraded, cropped and turned on the device."""
 
 import functools
 from collections.abc import Callable, Sequence

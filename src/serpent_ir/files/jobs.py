@@ -1,4 +1,4 @@
-"""The inputs of a command (files, folders, patterns and lists), and which file becomes which."""
+"""Finds the inputs of a command (files, folders, patterns and lists), and says which file becomes which."""
 
 import codecs
 import fnmatch

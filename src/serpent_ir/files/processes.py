@@ -1,4 +1,4 @@
-"""Images read and written in processes of their own, since Python lets one thread of a process at a time go on.
+"""Reads and writes images in other processes, since only one thread of a Python process runs at a time.
 
 Beside a GPU that is what a folder of images would wait for: reading and writing a small one keeps Python busy for two
 milliseconds, and the network takes less than half of one.

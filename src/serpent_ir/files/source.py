@@ -1,4 +1,4 @@
-"""From image file to restored image file. A large TIFF goes by rows, so that neither image has to fit in memory."""
+"""Makes a restored image file of an image file. A large TIFF goes by rows, so neither image has to fit in memory."""
 
 import io
 import warnings

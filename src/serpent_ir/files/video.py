@@ -1,4 +1,4 @@
-"""Videos: each frame goes through the same path as an image. All else in the file is copied, or reported as lost."""
+"""Restores videos: each frame goes the way of an image. All else in the file is copied, or reported as lost."""
 
 import contextlib
 import warnings

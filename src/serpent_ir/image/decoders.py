@@ -1,4 +1,4 @@
-"""Bytes of image files -> pictures. Used by `image/files.py`.
+"""Makes pictures of the bytes of image files. `image/files.py` uses it.
 
 The depth comes from the file's header, never from the pixels. Pillow decodes, but it holds colour in 8 bits. So 16-bit
 PNG goes through OpenCV and 16-bit TIFF through tifffile. HEIC goes through pillow-heif if that is installed.

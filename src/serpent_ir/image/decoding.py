@@ -1,4 +1,4 @@
-"""What decoders share: the bound on sizes, and OpenCV. Used by `image/decoders.py` and the TIFF modules."""
+"""What decoders share: the bound on sizes, and OpenCV. `image/decoders.py` and the TIFF modules use it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Pictures -> bytes of image files: what Pillow writes, and the 16 bits that it cannot write. For `image/files.py`."""
+"""Makes bytes of image files from pictures: those that Pillow writes, and 16 bits, which it cannot write."""
 
 import io
 import os

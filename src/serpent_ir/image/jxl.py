@@ -1,4 +1,4 @@
-"""JPEG XL through pillow-jxl-plugin, if installed: here is read what the plugin does not tell about a file.
+"""JPEG XL through pillow-jxl-plugin, if it is installed. This module reads what the plugin does not tell of a file.
 
 Source: ISO/IEC 18181-1 (the codestream's header) and 18181-2 (boxes).
 """

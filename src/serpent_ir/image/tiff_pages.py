@@ -1,4 +1,4 @@
-"""The pages of a TIFF, each as a TIFF of its own in memory. So one page at a time is read like any file."""
+"""Makes each page of a TIFF a TIFF of its own in memory, so that one page at a time is read like any file."""
 
 import logging
 import struct

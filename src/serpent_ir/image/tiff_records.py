@@ -1,4 +1,4 @@
-"""What a TIFF says about its pixels' size and place, and only a TIFF can hold: stack descriptions, scale, GeoTIFF.
+"""What only a TIFF can say about its pixels' size and place: descriptions of stacks, scale, GeoTIFF.
 
 Sources: the GeoTIFF standard (OGC 19-008r4), GDAL's TIFF driver, ImageJ's TiffDecoder.
 """

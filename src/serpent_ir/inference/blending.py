@@ -1,4 +1,4 @@
-"""What of a network's change comes into the result: its strength, what is protected, and what `auto` believes.
+"""Blends a network's result with its input: by strength, by what is protected, and by what `auto` believes.
 
 out = input + share * strength * (1 - protection) * (restored - input). A network that makes images larger has the
 bicubic enlargement in the place of the input.

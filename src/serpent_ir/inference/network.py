@@ -1,4 +1,4 @@
-"""One pass of a network over its input."""
+"""Runs one pass of a network over its input, and says in one line what stands against it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Restoring images with a network: whole images or tiles, on any device, returned as the kind of thing they came in."""
+"""Restores images with a network, and returns them as the kind of thing that they came in."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The configurations of these networks, from the tensors of a file. See `models/recognise.py`."""
+"""Finds the configurations of networks that scan, from the tensors of a file. `models/recognise.py` uses it."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""python -m serpent_ir.compat: runs another project's script with the public names of the scan resolved to ours."""
+"""`python -m serpent_ir.compat` runs another project's script with the public names of the scan resolved to ours."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Rows of measurements as tables."""
+"""Makes tables of rows of measurements."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Between main memory and a GPU, by way of page-locked memory, which a GPU reads and writes itself.
+"""Moves data between main memory and a GPU by way of page-locked memory, which the GPU reads and writes itself.
 
 A copy goes in parts: one is moved by the GPU while the CPU fills or empties the next. So two or three parts are
 page-locked at a time, however large an image is.

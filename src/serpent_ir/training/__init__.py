@@ -1,4 +1,4 @@
-"""The training of a recipe, a part a file; `run.train` puts them together.
+"""What training by a recipe is made of. Each file has one part, and `run.train` puts them together.
 
 schedule      what step number n is: its stage, samples and learning rate
 losses        the distance of restored from clean

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for each, of hashed safetensors files, which is there as a whole or not at all.
+"""Writes and reads checkpoints. Each is a folder of hashed safetensors files, which is there whole or not at all.
 
     checkpoints/step-00004000/
         average.0.safetensors     groups of tensors, in the order they were given in, in parts of at most 15 MiB

@@ -1,4 +1,4 @@
-"""Messages for when memory is short: one line with a remedy."""
+"""Says in one line that memory is short, and what helps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A training from its recipe to its weights: the recipe is read, the processes meet, the trainer runs."""
+"""Runs a training from its recipe to its weights: reads the recipe, lets the processes meet, runs the trainer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a step of a recipe is, as a function of its number: stage, samples, learning rate. Nothing here has a state."""
+"""Says what a step of a recipe is by its number: stage, samples, learning rate. Nothing here has a state."""
 
 import math
 from dataclasses import dataclass

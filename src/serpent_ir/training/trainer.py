@@ -1,4 +1,4 @@
-"""The loop: batches, steps, averaged weights, validation, checkpoints; resumable at any step."""
+"""The training loop: batches, steps, averaged weights, validation and checkpoints. It can be resumed at any step."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Inference from CUDA graphs, because the host takes longer to launch hundreds of small kernels than the GPU to run
-them.
+"""Replays inference from CUDA graphs: the host launches hundreds of small kernels more slowly than a GPU runs them.
 
 A call at a new shape runs uncaptured, which compiles what must be compiled. The second call is captured, and it and all
 later ones are replayed. So a folder of images of different sizes never pays for captures.

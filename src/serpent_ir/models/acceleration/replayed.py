@@ -1,4 +1,4 @@
-"""Whole networks from CUDA graphs: what their `forward` says, with the ways of their blocks, replayed.
+"""Replays whole networks from CUDA graphs: what their `forward` says, with the ways of their blocks.
 
 Launching hundreds of small kernels takes the host longer than the GPU takes to run them.
 """
