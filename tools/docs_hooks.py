@@ -1,7 +1,7 @@
-"""Pages of the site that are made from the code: MkDocs calls this as a hook.
+"""Makes pages of the site from the code. MkDocs calls this as a hook.
 
-The command line comes from Typer, the keys of recipes from `Recipe`, the models from the cards of the weights, results
-and architecture from the files that the repository has them in.
+The command line comes from Typer, the keys of recipes from `Recipe`, and the models from the cards of the weights.
+Results and architecture come from their files in the repository.
 """
 
 import dataclasses
@@ -64,13 +64,13 @@ def _option(parameter: Any) -> str:
 
 
 def recipes() -> str:
-    """The keys of a recipe and of its stages: the fields of the classes, each with the comment beside it."""
+    """The keys of a recipe and of its stages. They are the fields of the classes, each with the comment beside it."""
     from serpent_ir.training.recipe import Recipe, Stage
 
     lines = [
         "# Recipes",
         "",
-        "A recipe is a YAML file. `base` names another one, whose keys it replaces; `key=value` on",
+        "A recipe is a YAML file. `base` names another one, whose keys it replaces. `key=value` on",
     ]
     lines += ["the command line replaces both, with dots into lists and options (`stages.0.batch=8`).", ""]
     for kind, heading in ((Recipe, "Keys"), (Stage, "Keys of a stage")):
@@ -96,12 +96,11 @@ def models() -> str:
     lines = [
         "# Weights",
         "",
-        "`-n NAME` chooses weights. The figures are of the very files that ship, by `serpent evaluate",
+        "`-n NAME` chooses weights. `serpent evaluate --seed 0` measured the very files that ship. A JSON file beside",
+        "each of them has its figures and its SHA-256. [Networks](networks.md) says what the networks cost. The inputs",
+        "of `sr8` are the small images upsampled by bicubic interpolation.",
+        "",
     ]
-    lines += [
-        "--seed 0`; they stand in a JSON file beside each, with the file's SHA-256. [Networks](networks.md) has what"
-    ]
-    lines += ["the networks cost. The inputs of `sr8` are the small images upsampled by bicubic.", ""]
     lines += [
         "| weights | images | n | input PSNR | PSNR | input SSIM | SSIM |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -133,9 +132,10 @@ def carriers() -> str:
         "",
     ]
     lines += [
-        "*kept*: the file holds it as it was. *converted*: the format says the same in another way. -: the format has"
+        "*kept*: the file holds it as it was. *converted*: the format says the same in another way. -: the format has",
+        "no place for it, and a line names what was left out.",
+        "",
     ]
-    lines += ["no place for it, and a line names what was left out.", ""]
     lines += [" | ".join(["| what", *(f"`{suffix}`" for suffix in formats), ""]).rstrip()]
     lines += ["| --- " * (len(formats) + 1) + "|"]
     for row in CARRIERS.values():
@@ -145,7 +145,7 @@ def carriers() -> str:
         "",
         "## What a folder is searched for",
         "",
-        f"{read}. A file that is named is read whatever its suffix is.",
+        f"{read}. A file that you name is read whatever its suffix is.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -160,12 +160,12 @@ def video_carriers() -> str:
 
 
 def _lower(text: str) -> str:
-    """A page as a part of another one: every heading one deeper."""
+    """A page as a part of another one, with every heading one deeper."""
     return re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE)
 
 
 def _repository(text: str, folder: str = "") -> str:
-    """A file of the repository as a page: links to other files of it become their names."""
+    """A file of the repository as a page. Links to its other files become their names."""
     site = {"ARCHITECTURE.md": "develop/architecture.md", "benchmarks/RESULTS.md": "results.md"}
 
     def link(match: re.Match[str]) -> str:
