@@ -198,12 +198,14 @@ def main() -> None:
     parser.add_argument(
         "--benchmarks", type=Path, metavar="FILE", help="what benchmark_figures.py wrote of these weights"
     )
+    parser.add_argument("--mean", help="of which runs these weights are the mean, as a sentence for the card")
     parser.add_argument("--notes", type=Path, help="text for the card, after its figures")
     args = parser.parse_args()
     recipe = json.loads((args.run / "recipe.json").read_text())
     name = f"{recipe['model']}.{create_degradation(recipe['task']).name}"
     state, metadata = load_weights(args.run / "weights.safetensors")
     training = _training(args.run, args.trained_on, args.gpus, args.train)
+    training |= {"mean": args.mean} if args.mean else {}
     if "stopped" in training:
         raise SystemExit(f"{args.run}: stopped at step {training['stopped']}; finish the run first")
     file = args.run / f"{name}.safetensors"  # moved to where weights ship when all is measured
@@ -235,10 +237,10 @@ def main() -> None:
         task_text=TASK_TEXT[recipe["task"]],
         data=", ".join(dict.fromkeys(folder for run in runs for folder in run["train"])),
         **_licensed(runs, args.attribution),
-        runs="\n".join(_told(run) for run in runs),
+        runs="\n".join([*map(_told, runs), *([f"- **Mean**: {args.mean}"] if args.mean else [])]),
         minutes=sum(run["minutes"] * run.get("gpus", 1) for run in runs),
         megabytes=file.stat().st_size / 1e6,
-        device=evaluations[0]["device"],
+        device=" and ".join(dict.fromkeys(evaluation["device"] for evaluation in evaluations)),
         rows="\n".join(rows),
         grid=(told(grid) if grid else "")
         + (photo_bars.told(bars) if bars else "")

@@ -31,7 +31,15 @@ WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 """The folder of the weights that ship."""
 
 FREE_WEIGHTS = dict.fromkeys(
-    [f"serpent_l.{task}" for task in ("photo", "sr4", "sr2", "photo_x4", "denoise")], "CC BY-SA 4.0"
+    (
+        "serpent_l.photo",
+        "serpent_l.sr4",
+        "serpent_l.sr2",
+        "serpent_l.photo_x4",
+        "serpent_l.denoise",
+        "serpent_l.photo_x2",
+    ),
+    "CC BY-SA 4.0",
 )
 """Licences of weights that were trained on images with free licences alone."""
 
