@@ -30,7 +30,7 @@ module's."""
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 """The folder of the weights that ship."""
 
-FREE_WEIGHTS = dict.fromkeys(
+FREE_WEIGHTS: dict[str, str] = dict.fromkeys(
     (
         "serpent_l.photo",
         "serpent_l.sr4",
