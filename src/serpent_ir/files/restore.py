@@ -18,7 +18,6 @@ from serpent_ir.files.compare import write_comparison
 from serpent_ir.files.jobs import Job, check_sheets, companion, find_jobs, make_folders, sheet_of
 from serpent_ir.files.manifest import Manifest
 from serpent_ir.files.pipeline import Outcome, Together, run
-from serpent_ir.files.processes import Processes
 from serpent_ir.files.source import Restored, Source
 from serpent_ir.inference import Restorer, pick_device
 from serpent_ir.inference.network import check_task, device_of
@@ -29,9 +28,6 @@ SMALL = 1 << 19
 """Images of up to so many pixels go through the network of a GPU together with others of their size."""
 TOGETHER, MOST = 1 << 21, 32
 """The most pixels, and the most images, of such a pass."""
-MANY = 1 << 30
-"""From this many images on processes of their own read and write them, beside a GPU; threads do below that. So far that
-is never: the processes are forked, and no run beside a GPU has shown yet that they serve there."""
 AHEAD = 1 << 23
 """Pixels of images that may be read ahead, and that may wait to be written, beyond one for each thread."""
 
@@ -148,7 +144,6 @@ def restore_files(
     stays = device == "auto" and isinstance(model, nn.Module)
     place = device_of(network) if stays else pick_device(own_device(device))
     jobs = jobs[rank::world]
-    elsewhere = Processes(2 * _threads(place) if len(jobs) >= MANY and _threads(place) > 1 else 0)
     network = network if stays else network.to(place)
     restorer = Restorer(
         network, tile=tile, tile_overlap=tile_overlap, precision=precision, strength=strength, auto=auto
@@ -179,7 +174,6 @@ def restore_files(
         pages,
         progress,
         report,
-        elsewhere,
         alone=restorer.takes_mask or protect is not None,
     )
 
@@ -204,7 +198,6 @@ class Restoration(Iterator[RestoredFile]):
         pages: str,
         progress: Callable[[Job, int, int], None] | None,
         report: Callable[[RestoredFile], None] | None,
-        elsewhere: Processes,
         *,
         alone: bool,
     ):
@@ -213,7 +206,7 @@ class Restoration(Iterator[RestoredFile]):
         self.skipped = [job for job, done in zip(jobs, there, strict=True) if done]
         self.todo = [job for job, done in zip(jobs, there, strict=True) if not done]
         self._masks_of, self._draw, self._pages = masks_of, draw, pages
-        self._progress, self._report, self._elsewhere = progress, report, elsewhere
+        self._progress, self._report = progress, report
         self._alone = alone  # each image has a mask of its own, so that none go through the network together
         self._facts: dict[int, dict[str, Any]] = {}
         self.pages: dict[int, int] = {}
@@ -225,10 +218,9 @@ class Restoration(Iterator[RestoredFile]):
     def close(self) -> None:
         """End the work. What is being written is finished, and nothing else is begun."""
         self._results.close()
-        self._elsewhere.close()
 
     def _restore(self) -> Generator[RestoredFile]:
-        with closing(self._elsewhere), closing(self._record) if self._record else nullcontext():
+        with closing(self._record) if self._record else nullcontext():
             for job in self.skipped:
                 yield self._told(self._done_before(job))
             make_folders(self.todo)  # before any work, or each file would fail for this one reason
@@ -263,7 +255,7 @@ class Restoration(Iterator[RestoredFile]):
             raise SerpentError(job.refused)
         if self._record:
             self._record.begin(job)
-        return self._elsewhere(Source.loaded, job.source, self._pages)
+        return Source(job.source).load(self._pages)
 
     def _work(self, job: Job, source: Source) -> Restored:
         tiles = 1
@@ -296,7 +288,7 @@ class Restoration(Iterator[RestoredFile]):
         return made
 
     def _write(self, job: Job, restored: Restored) -> None:
-        restored.write(self._elsewhere)
+        restored.write()
         if self._draw:
             self._facts[job.index]["figures"] = self._draw(job)
         if self._record:

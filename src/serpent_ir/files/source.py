@@ -71,11 +71,6 @@ class Source:
         except Exception:  # `picture` reports it
             return 1
 
-    @classmethod
-    def loaded(cls, path: Path, pages: str) -> "Source":
-        """A source that has read what `load` reads."""
-        return cls(path).load(pages)
-
     def load(self, pages: str = "first") -> "Source":
         """Read the file now, unless it is large, or all its pages are wanted: those are read one by one."""
         data, self._data = self._data, None
@@ -214,14 +209,11 @@ class Restored:
         self.target, self.width, self.height, self._picture = target, width, height, picture
         self._check_source = check_source
 
-    def write(self, by: Callable[..., None] = lambda write, *args: write(*args)) -> None:
-        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile.
-
-        `by` calls a function with arguments, here or elsewhere.
-        """
+    def write(self) -> None:
+        """Write what has not been written yet. Raises SourceChangedError if the source has changed meanwhile."""
         if self._picture is not None:
             self._check_source()
-            by(write_image, self.target, self._picture)
+            write_image(self.target, self._picture)
             self._picture = None
 
 
