@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_mamba import FRAME, SIZES, TINY, stirred
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 import serpent_ir
 from serpent_ir.errors import SerpentError
@@ -54,6 +55,24 @@ def test_networks_are_what_is_written_out(name):
         restored = model(image)
         for one, given in zip(restored, image, strict=True):
             torch.testing.assert_close(one, written_out(name, model, given))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_of_each_image(name):
+    model = stirred(create_model(name, **TINY[name])).float()  # PyTorch's convolutions of float64 fail here
+    images = torch.rand(2, model.config.in_channels, *SIZES.get(name, (8, 12)))
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss(parameters, image):
+        return functional_call(model, parameters, (image[None],)).square().mean()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    for n, image in enumerate(images):
+        expected = torch.autograd.grad(model(image[None]).square().mean(), trained, allow_unused=True)
+        for mine, want in zip(each.values(), expected, strict=True):
+            want = torch.zeros_like(mine[n]) if want is None else want
+            assert (mine[n] - want).norm() <= 1e-3 * want.norm() + 1e-6
 
 
 FRAMES = [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from serpent_ir.errors import UsageError
 from serpent_ir.models.four_levels import FourLevelNetwork, check_levels
 from serpent_ir.models.frame import pixel_shuffles, steps_of
-from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.layers import LayerNorm, channels_last
 from serpent_ir.models.restormer import ChannelNorm
 from serpent_ir.models.ss2d import along, draw_scan, draw_uniform, kept, scan
 
@@ -204,6 +204,6 @@ class EAMambaSR(nn.Module, PyTorchModelHubMixin):
         self.conv_last = nn.Conv2d(dim, config.out_channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        first = self.conv_first(channels_last(x))
         features = self.conv_after_body(self.norm(self.layers(first))) + first
         return self.conv_last(self.upsample(self.conv_before_upsample(features)))

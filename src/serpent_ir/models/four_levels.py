@@ -12,6 +12,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
+from serpent_ir.models.layers import channels_last
 from serpent_ir.models.padding import pad_to_multiple
 
 
@@ -91,7 +92,7 @@ class FourLevels(nn.Module):
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The last features (B, 2 dim, H, W) of an image, and the first ones (B, dim, H, W)."""
-        first = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        first = self.patch_embed(channels_last(image))
         one = self.encoder_level1(first)
         two = self.encoder_level2(self.down1_2(one))
         three = self.encoder_level3(self.down2_3(two))

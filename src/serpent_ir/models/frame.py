@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from serpent_ir.errors import UsageError
-from serpent_ir.models.layers import LayerNorm
+from serpent_ir.models.layers import LayerNorm, channels_last
 from serpent_ir.models.padding import pad_to_multiple
 
 SCALES = {"none": (1,), "pixelshuffle": (2, 3, 4, 8), "pixelshuffledirect": (2, 3, 4, 8), "nearest+conv": (2, 4)}
@@ -156,7 +156,7 @@ class Frame(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = (side * self.scale for side in x.shape[-2:])
         image = (self.padded(x) - self.mean) * self.config.img_range
-        first = self.conv_first(image.contiguous(memory_format=torch.channels_last))
+        first = self.conv_first(channels_last(image))
         features = self.patch_embed(rearrange(first, "b c h w -> b h w c"))
         features = rearrange(self.get_submodule(self._norm)(self.layers(features)), "b h w c -> b c h w")
         restored = self._reconstructed(self.conv_after_body(features) + first)

@@ -5,6 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A map (B, c, H, W) that lies in memory as (B, H, W, c), where convolutions are fastest."""
+    # torch.func.vmap knows no such format.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that keeps the dtype of its input, with statistics in float32.
 

@@ -86,8 +86,8 @@ class SS2D(nn.Module):
 
 def four_directions(module: nn.Module, u: Tensor) -> Tensor:
     """The scans of u (B, H, W, d) in four directions by a module's parameters (see `SS2D`), summed: (B, H, W, d)."""
-    x_proj, dt_weight, dt_bias, A_logs, Ds = (
-        module.get_parameter(name) for name in ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
+    x_proj, dt_weight, dt_bias, A_logs, Ds = (  # `get_parameter` refuses those of torch.func.functional_call
+        getattr(module, name) for name in ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
     )
     proj = rearrange(F.linear(u, x_proj.flatten(0, 1)), "b h w (k p) -> b h w k p", k=K)
     A_log = rearrange(A_logs, "(k d) n -> k d n", k=K)

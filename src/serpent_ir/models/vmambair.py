@@ -94,7 +94,8 @@ class OmniScan(nn.Module):
         out = (out[:, 0] + out[:, 1].flip(1)).to(torch.promote_types(out.dtype, torch.float32))
         centred = out - out.mean(1, keepdim=True)
         scaled = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + EPS)
-        factors = scaled * self.channel_norm.get_parameter("body.weight") + self.channel_norm.get_parameter("body.bias")
+        weight, bias = (getattr(self.channel_norm.get_submodule("body"), name) for name in ("weight", "bias"))
+        factors = scaled * weight + bias
         return factors.to(y.dtype)[..., None, None]
 
 
