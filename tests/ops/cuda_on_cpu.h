@@ -31,11 +31,6 @@ static inline int max(int a, int b) { return a > b ? a : b; }
 static inline float ex2(float x) { return exp2f(x); }
 static inline float reciprocal(float x) { return 1 / x; }
 static inline void prefetch(const void*) {}
-static inline void raise_flag(int* flag) { *flag = 1; }
-static inline bool is_up(const int* flag) { return *flag; }
-static inline float load_fresh(const float* p) { return *p; }
-static inline float4 load_fresh4(const float* p) { return {p[0], p[1], p[2], p[3]}; }
-static inline void __threadfence() {}
 static inline void store2(float* p, float x, float y) { p[0] = x, p[1] = y; }
 template <typename Value>
 static inline Value keep(Value x) { return x; }

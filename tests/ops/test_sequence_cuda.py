@@ -31,16 +31,8 @@ def test_forms_and_sizes(case: Case) -> None:
 
 @pytest.mark.parametrize("few", [1, 48])
 def test_chunks_are_combined_before_or_where_they_are_needed(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "AT_ONCE", False)
     monkeypatch.setattr(sequence, "FEW_CHUNKS", few)
     check_against_float64(sequence, given(CASES[0], torch.float32, DEVICE), last=False)
-
-
-def test_chunks_in_one_launch_in_teams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "TEAM", 2)
-    of = given(Case(1, 2, 200, 4), torch.float32, DEVICE)
-    assert sequence._cut(of)[1:] == (32, 7)
-    check_against_float64(sequence, of, out=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=str)

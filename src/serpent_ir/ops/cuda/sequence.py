@@ -36,11 +36,8 @@ WHOLE_HELD = 12
 FORWARD_HELD = 16
 SUMMARY_HELD = 16
 GRADIENT_HELD = 12
-# Chunks of two stages and less are scanned in one launch, and composed by teams. Else up to FEW_CHUNKS the forward scan
-# composes them as it starts.
-AT_ONCE = True
-TEAM = 8
-FEW_CHUNKS = 12
+# Up to this many chunks the forward scan combines them as it starts.
+FEW_CHUNKS = 24
 # Gradients of more states than this are found slice by slice, since a lane keeps its states at every step of a tile.
 BACKWARD_STATES = 32
 STAGE = 32  # positions of B and C that are staged together, as in src/sequence.cuh
@@ -191,21 +188,15 @@ def _forward(given: Sequences) -> tuple[Tensor, Tensor]:
     blocks = batch * groups * sets
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     last = given.A.new_empty(batch, D, layout.N)
-    at_once = AT_ONCE and chunks > 1 and length <= 2 * STAGE
-    places = chunks + -(-chunks // TEAM) if at_once else chunks if chunks > 1 else 0
-    state, dt_sum = given.A.new_empty(batch, places, D, layout.N), given.A.new_empty(batch, places, D)
-    ready = torch.zeros(blocks * places if at_once else 0, dtype=torch.int32, device=u.device)
+    several = chunks if chunks > 1 else 0
+    state, dt_sum = given.A.new_empty(batch, several, D, layout.N), given.A.new_empty(batch, several, D)
     vectors = _vectors(layout.tile // layout.lanes, u, given.delta, given.z, out)
     constants = _constants(given, layout, vectors, WHOLE_HELD if chunks == 1 else FORWARD_HELD)
     scan = nvrtc.load("sequence_forward.cu", constants, u.device)
     args = _pointers(u, given.delta, given.z) + _strides(u, given.delta, given.z) + _matrices(given)
     args += _pointers(given.A, given.D, given.delta_bias, state, dt_sum, out, last)
-    args += struct.pack("q8i", L, D, groups, sets, length, chunks, places, chunks > FEW_CHUNKS, TEAM)
-    args += _pointers(ready)
+    args += struct.pack("q6i", L, D, groups, sets, length, chunks, chunks > FEW_CHUNKS)
     shape = ((blocks * chunks, 1, 1), 32 * layout.warps, 4 * layout.rows((given.B.ndim == 4) + (given.C.ndim == 4)))
-    if at_once:
-        scan.launch("scan_both", *shape, args)
-        return out, last
     if chunks > 1:
         scan.launch("scan_ends", *shape, args)
     if chunks > FEW_CHUNKS:

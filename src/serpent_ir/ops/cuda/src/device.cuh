@@ -31,26 +31,6 @@ __device__ __forceinline__ int keep(int x) {
     asm("" : "+r"(x));
     return x;
 }
-// What blocks of one launch tell each other. A flag that is seen up shows all that was written before it was raised, to
-// loads that go past the first cache, which other blocks do not write to.
-__device__ __forceinline__ void raise_flag(int* flag) {
-    asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
-}
-__device__ __forceinline__ bool is_up(const int* flag) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
-    return x;
-}
-__device__ __forceinline__ float load_fresh(const float* p) {
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
-    return x;
-}
-__device__ __forceinline__ float4 load_fresh4(const float* p) {
-    float4 x;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p));
-    return x;
-}
 __device__ __forceinline__ float half_to_float(ushort x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
