@@ -59,6 +59,7 @@ def test_without_any_compiler_the_package_is_built_without_its_library(tmp_path,
     assert names >= EVERYWHERE
 
 
+@pytest.mark.slow  # `make test` installs the package by this compiler
 def test_with_a_compiler_one_wheel_holds_the_library_for_every_python(tmp_path, build_tools):
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("no C compiler")

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("task", DEGRADATIONS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 1 << 40), cuts=st.sets(st.integers(1, 11), max_size=4), seed=st.integers(0, (1 << 63) - 1))
 def test_a_sample_is_the_same_in_any_batch_and_cropped_from_the_whole(photos, packed, task, first, cuts, seed):
     """One process, several of them, parts of a batch, an epoch's end within it; from files and from a packed set."""

@@ -13,6 +13,7 @@ from serpent_ir.degradations import DEGRADATIONS, LinearDegradation, create_degr
 
 CPU = torch.device("cpu")
 SIZES = {"ragged": [(72, 80), (48, 130), (130, 48), (99, 97), (56, 56)], "uniform": [(80, 96)] * 5}
+LONG = {"real", "photo_x2", "photo_x4"}  # tasks that degrade for seconds
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -56,8 +57,14 @@ def graphs(monkeypatch):
     return OneBuffer
 
 
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("task", DEGRADATIONS)
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        pytest.param(task, kind, marks=pytest.mark.slow if kind == "uniform" and task in LONG else ())
+        for task in DEGRADATIONS
+        for kind in SIZES
+    ],
+)
 def test_a_batch_depends_on_its_table_alone(photos, task, kind, graphs, monkeypatch):
     """Images as they lie on a GPU make the batches that the others do, bit for bit, from what was captured before."""
     monkeypatch.setattr("serpent_ir.data.training._APART", ())

@@ -231,7 +231,9 @@ def test_timecode_and_data_are_kept_or_told(tmp_path, suffix):
     assert "timecode" not in line
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(s, marks=pytest.mark.slow if s in (".mov", ".webm") else ()) for s in SUFFIXES]
+)
 def test_a_disk_without_room_is_one_line(tmp_path, suffix):
     source = film(tmp_path / "in.mp4")
     program = (

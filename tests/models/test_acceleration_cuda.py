@@ -167,7 +167,7 @@ def test_counting_tracing_and_float64_see_the_definition() -> None:
         assert not NETWORK.serves(model, image.to(HALF))  # the definition says what is wrong
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
     """And takes no more shared memory than a multiprocessor of capability 8.6 or 8.9 has."""
     script = Path(__file__).with_name("compile_kernels.py")

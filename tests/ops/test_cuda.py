@@ -52,7 +52,14 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @runs_here
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 17, 2), (1, 9, 7, 5), (1, 1, 1, 1), (1, 1, 40, 3), (1, 40, 1, 2), (1, 8, 8, 130)],
+    [
+        (2, 3, 17, 2),
+        (1, 1, 1, 1),
+        (1, 1, 40, 3),
+        (1, 40, 1, 2),
+        (1, 8, 8, 130),
+        pytest.param((1, 9, 7, 5), marks=slow),
+    ],
     ids=str,
 )
 def test_ragged_maps(shape: tuple[int, int, int, int], many_chunks: None) -> None:
@@ -68,7 +75,7 @@ def test_states_and_ranks(N: int, R: int, many_chunks: None) -> None:
 
 
 @runs_here
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=str)
 def test_half_precision(dtype: torch.dtype, many_chunks: None) -> None:
     check_against_float64(cuda, make((1, 5, 9, 64), 6, 2, dtype))
 
@@ -190,7 +197,10 @@ def _compiler_is_here() -> bool:
 
 @pytest.mark.skipif(not _compiler_is_here(), reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize("capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)], ids=str)
-@pytest.mark.parametrize(("d", "N", "R", "side"), LEVELS)
+@pytest.mark.parametrize(
+    ("d", "N", "R", "side"),
+    [LEVELS[0], *(pytest.param(*level, marks=pytest.mark.slow) for level in LEVELS[1:3]), LEVELS[3]],
+)
 def test_every_kernel_compiles(d: int, N: int, R: int, side: int, capability: tuple[int, int]) -> None:
     """What `forward` and `backward` ask for, in every dtype, through NVRTC; no GPU is needed for that."""
     asked = set()

@@ -41,7 +41,7 @@ def test_ragged_maps(shape: tuple[int, int, int, int], small_tiles: None) -> Non
     check(make(shape, 2, 1, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=str)
 def test_half_precision(dtype: torch.dtype, small_tiles: None) -> None:
     check(make((1, 2, 5, 3), 2, 2, dtype))
 

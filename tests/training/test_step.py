@@ -77,7 +77,21 @@ def test_recomputed_blocks_train_with_the_same_bits(folders, model, options):
         assert torch.equal(kept, again)
 
 
-@pytest.mark.parametrize("name", list_models())
+LARGER = (
+    "unet_128",
+    "swinir_180",
+    "swinir_240",
+    "restormer_48",
+    "mambairv2_small",
+    "mambairv2_base",
+    "mambairv2_large",
+)
+"""Networks of the same blocks as others of their family, and more of them."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGER else ()) for name in list_models()]
+)
 def test_the_blocks_of_every_network_are_known(name):
     with torch.device("meta"):
         network = create_model(name)
