@@ -120,14 +120,48 @@ def test_the_portable_scan_of_sequences_is_the_operator(groups, gate):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_network_of_sequences_that_enlarges(format, tmp_path):
     torch.manual_seed(0)
     sizes = {"dim": 8, "blocks": (1,), "d_state": 2, "upsampler": "pixelshuffledirect", "scale": 2}
     model = create_model("dvmsr", **sizes)
-    metadata, checks = export_network(model, tmp_path / f"a.{format}", format=format, size=5)
+    metadata, checks = export_network(model, tmp_path / f"a.{format}", format=format, size=9)
     assert "(1, 3, 2 H, 2 W)" in metadata["output"]
     assert checks[0].relative_error < 1e-5
+    if format == "onnx":
+        assert metadata["scan"].endswith("without Scan and Loop")
+        operators = {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+        assert operators.isdisjoint({"Scan", "Loop", "If"})
+
+
+@pytest.mark.parametrize("length", [1, 33, 64, 300])
+def test_sequences_of_ordinary_operators_are_the_operator(length):
+    """Through a graph whose length is free, with steps so large that states die at once and so small that none do."""
+    from onnx import TensorProto, helper
+
+    g = torch.Generator().manual_seed(0)
+    groups, batch, d, states = 2, 3, 4, 5
+    u, dt = torch.randn(2, groups, batch, length, d, generator=g)
+    dt = (3 * dt - 2).exp()
+    B, C = torch.randn(2, groups, batch, length, states, generator=g)
+    A = -torch.randn(groups, states, d, generator=g).exp()
+    given = {"u": u, "dt": dt, "B": B, "C": C, "A": A}
+    shapes = {name: [groups, "b", "L", x.shape[-1]] if x.ndim == 4 else [*x.shape] for name, x in given.items()}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    node = helper.make_node("selective_scan", [*given], ["y", "last"], domain=DOMAIN)
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(helper.make_graph([node], "scan", inputs, outputs), opset_imports=opsets)
+    assert expand_scans(model) == 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, last = session.run(None, {name: x.numpy() for name, x in given.items()})
+    channels = [x.double().permute(1, 0, 3, 2).flatten(1, 2) for x in (u, dt)]
+    maps = [x.double().permute(1, 0, 3, 2) for x in (B, C)]
+    rate = A.double().transpose(1, 2).flatten(0, 1)
+    expected, state = selective_scan_fn(*channels, rate, *maps, return_last_state=True)
+    for got, right in ((y, expected), (last, state)):
+        right = right.unflatten(1, (groups, d)).permute(1, 0, 3, 2).numpy()
+        assert np.linalg.norm(got - right) <= 1e-6 * np.linalg.norm(right)
 
 
 # Exporting takes seconds a block: one has two levels, the others are as small as can be.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from serpent_ir.errors import SerpentError, UsageError
 from serpent_ir.export.portable import portable_ss2d as portable_ss2d
-from serpent_ir.export.task import LARGEST, WholeTask, symbolic_ss2d, trace
+from serpent_ir.export.task import LARGEST, WholeTask, trace
 from serpent_ir.inference.network import check_task
 from serpent_ir.models import create_model, licence_of
 from serpent_ir.models.serpent import Serpent
@@ -137,7 +137,7 @@ def export_network(
         metadata["weights"] = "float16, computed in float32" if half else "float32"
     try:
         with _quiet(), torch.no_grad(), whole_file(output) as file:
-            program = trace(task, dynamic, size, batch, scan=symbolic_ss2d if format == "onnx" else portable_ss2d)
+            program = trace(task, dynamic, size, batch, symbolic=format == "onnx")
             # The content is built in memory, because PyTorch's own writers do not report a full disk clearly.
             content = _onnx(program, metadata, half) if format == "onnx" else _pt2(program, metadata)
             file.write(package(content) if package else content)

@@ -24,6 +24,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from serpent_ir.export.task import ARTANH
+
 DOMAIN = "serpent_ir"
 """The domain of the operator that stands for a scan until `expand_scans` has replaced it."""
 BLOCK = 32
@@ -34,26 +36,35 @@ GROUP = 8
 """Blocks whose states are scanned one after the other."""
 LARGEST_MAP = 1 << 30
 """Numbers of the largest map, L d, for which a graph of any size has shifts enough: 4 GB in float32."""
-ARTANH = (1.9999996, 0.66675979, 0.39590061, 0.34222457)
-"""2 artanh(w) / w as a polynomial of w^2 in [0, 1/9]: 1.7e-7 from it at most."""
 FORMULATION = "blocks of 32 positions, gone through twice, without Scan and Loop"
 
 
 def expand_scans(model: onnx.ModelProto) -> int:
-    """Replace every `serpent_ir::ss2d` of a model by ordinary operators, in place. Returns how many there were."""
+    """Replace every `serpent_ir::ss2d` and `::selective_scan` of a model by ordinary operators, in place.
+
+    Returns how many there were.
+    """
     graph = model.graph
     values = {value.name: value for value in graph.initializer}
     shapes = {value.name: value.type.tensor_type.shape for value in (*graph.value_info, *graph.input)}
     nodes, count = [], 0
+
+    def sizes(name: str) -> list[int]:
+        if name in values:
+            return list(values[name].dims)
+        return [side.dim_value for side in shapes[name].dim]
+
     for node in graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        u, proj, *parameters = node.input
-        sides = [side.dim_value for side in shapes[u].dim[1:3]] if u in shapes else [0, 0]
-        scan = _Graph(f"ss2d_{count}/")
-        arrays = [numpy_helper.to_array(values[name]).astype(np.float32) for name in parameters]
-        _write(scan, u, proj, node.output[0], sides, *arrays)
+        scan = _Graph(f"{node.op_type}_{count}/")
+        if node.op_type == "ss2d":
+            u, proj, *parameters = node.input
+            arrays = [numpy_helper.to_array(values[name]).astype(np.float32) for name in parameters]
+            _write(scan, u, proj, node.output[0], sizes(u)[1:3], *arrays)
+        else:
+            _write_sequences(scan, list(node.input), list(node.output), [sizes(node.input[0]), sizes(node.input[-1])])
         nodes += scan.nodes
         graph.initializer.extend(scan.initializers())
         count += 1
@@ -186,13 +197,19 @@ def _write(
     """`serpent_ir.ops.ss2d` of u (B, H, W, d) and proj (B, H, W, 4, R + 2N). `sides` are H and W, 0 where free."""
     d, states, rank = *A_log.shape[1:], dt_weight.shape[-1]
     row = rank + 2 * states
-    cut = _Cut(graph, u, sides, d)
+    if sides[0] * sides[1]:
+        cut = _Cut(graph, sides[0] * sides[1], d)
+        upright, turned = graph.ints(0, *sides, d), graph.ints(0, *sides[::-1], d)
+    else:
+        upright = graph.add("Shape", u)
+        turned = graph.add("Gather", upright, graph.ints(0, 2, 1, 3))
+        cut = _Cut(graph, graph.add("Mul", graph.cut(upright, 1, 2, 0), graph.cut(upright, 2, 3, 0)), d)
 
     def blocks(rows: str, columns: str, channels: int) -> str:
         """Walks by rows and by columns, (B, H, W, channels) and (B, W, H, channels), as (2, B, M, T, channels)."""
         walks = [graph.add("Reshape", y, graph.ints(0, -1, channels)) for y in (rows, columns)]
         both = graph.joined((graph.add("Unsqueeze", y, graph.ints(0)) for y in walks), 0)
-        return graph.add("Reshape", graph.padded(both, 4, 2, cut.rest), graph.ints(0, 0, -1, cut.block, channels))
+        return cut.into_blocks(graph, both, channels)
 
     inputs = blocks(u, _turned(graph, u), d)
     rows = graph.add("Reshape", proj, graph.ints(0, 0, 0, 4 * row))
@@ -208,13 +225,29 @@ def _write(
         product = graph.add("MatMul", low, graph.constant(np.ascontiguousarray(weight)))
         dt = softplus(graph, graph.add("Add", product, graph.constant(bias)))
         A = -np.exp(A_log[k].transpose(0, 2, 1)[:, None, None].astype(np.float64)).astype(np.float32)
-        sums.append(_two_directions(graph, cut, inputs, dt, B, C, A, backward=k.start > 0))
-    y = graph.add("Reshape", graph.add("Add", *sums), graph.ints(0, 0, -1, d))
-    y = graph.add("Slice", y, graph.ints(0), cut.length, graph.ints(2)) if cut.rest else y
+        sums.append(_walks(graph, cut, inputs, dt, B, C, graph.constant(A), (states, d), backward=k.start > 0)[0])
+    y = cut.joined(graph, graph.add("Add", *sums), d)
     lines = (graph.add("Squeeze", x, graph.ints(0)) for x in graph.parts(y, 2, 0))
-    rows, columns = (graph.add("Reshape", x, shape) for x, shape in zip(lines, cut.shapes, strict=True))
+    rows, columns = (graph.add("Reshape", x, shape) for x, shape in zip(lines, (upright, turned), strict=True))
     y = graph.add("Add", rows, _turned(graph, columns))
     graph.add("Add", y, graph.add("Mul", u, graph.constant(D.sum(0))), output=output)
+
+
+def _write_sequences(graph: _Graph, inputs: list[str], outputs: list[str], shapes: list[list[int]]) -> None:
+    """K walks of given u and dt (K, B, L, d), B and C (K, B, L, N) and A (K, N, d): y like u, the state (K, B, N, d).
+
+    `shapes` are those of u and A, with 0 where a size is free.
+    """
+    (_, _, length, d), (K, states, _) = shapes
+    *given, A = inputs
+    cut = _Cut(graph, length or graph.cut(graph.add("Shape", given[0]), 2, 3, 0), d)
+    given = [cut.into_blocks(graph, x, n) for x, n in zip(given, (d, d, states, states), strict=True)]
+    rate = graph.add("Reshape", A, graph.ints(K, 1, 1, states, d))
+    y, ends = _walks(graph, cut, *given, rate, (states, d))
+    y = cut.joined(graph, y, d)
+    graph.add("Identity", y, output=outputs[0])
+    if len(outputs) > 1 and outputs[1]:  # at the padded end dt is 0, so that the state stays
+        graph.add("Squeeze", graph.cut(ends, -1, 1 << 62, 2), graph.ints(2), output=outputs[1])
 
 
 def _turned(graph: _Graph, x: str) -> str:
@@ -222,48 +255,64 @@ def _turned(graph: _Graph, x: str) -> str:
 
 
 class _Cut:
-    """How a walk is cut into blocks: numbers where the sides of the map are fixed, and names of values where not."""
+    """How walks are cut into blocks: numbers where their length is fixed, and names of values where not."""
 
-    def __init__(self, graph: _Graph, u: str, sides: list[int], d: int):
-        length = sides[0] * sides[1]
-        self.block = BLOCK
-        self.blocks = 0  # M; 0 where free
-        if length:
+    def __init__(self, graph: _Graph, length: int | str, d: int):
+        self.block, self.group, self.blocks = BLOCK, GROUP, 0  # 0 blocks: any number
+        if isinstance(length, int):
             self.block = length if length <= ALONE else BLOCK
             self.blocks = -(-length // self.block)
             self.group = min(GROUP, self.blocks)
             groups = -(-self.blocks // self.group)
             self.length, self.rest = graph.ints(length), -length % self.block
-            self.shapes = graph.ints(0, *sides, d), graph.ints(0, *sides[::-1], d)
             self.count, self.rest_of_groups = graph.ints(self.blocks), -self.blocks % self.group
             self.shifts: list[str | int] = [1 << k for k in range((groups - 1).bit_length())]
             self.groups, self.one = graph.ints(groups), 1
             return
-        self.group = GROUP
-        shape = graph.add("Shape", u)
-        self.shapes = shape, graph.add("Gather", shape, graph.ints(0, 2, 1, 3))
-        self.length = graph.add("Mul", graph.cut(shape, 1, 2, 0), graph.cut(shape, 2, 3, 0))
 
         def rest(count: str, of: int) -> tuple[str, str]:
             """What is missing to a multiple of `of`, and how often `of` goes into that."""
             missing = graph.add("Mod", graph.add("Neg", count), graph.ints(of))
             return missing, graph.add("Div", graph.add("Add", count, missing), graph.ints(of))
 
-        self.rest, self.count = rest(self.length, self.block)
+        self.length = length
+        self.rest, self.count = rest(length, self.block)
         self.rest_of_groups, self.groups = rest(self.count, self.group)
         # No more zeros than there are groups: 2^15 would need gigabytes.
         most = (LARGEST_MAP // (d * self.block * self.group)).bit_length()
         self.shifts = [graph.add("Min", graph.ints(1 << k), self.groups) for k in range(most)]
         self.one = graph.ints(1)
 
+    def into_blocks(self, graph: _Graph, x: str, channels: int) -> str:
+        """(K, B, L, channels) as (K, B, M, T, channels), with zeros at the end."""
+        return graph.add("Reshape", graph.padded(x, 4, 2, self.rest), graph.ints(0, 0, -1, self.block, channels))
 
-def _two_directions(graph: _Graph, cut: _Cut, u: str, dt: str, B: str, C: str, A: np.ndarray, *, backward: bool) -> str:
-    """y (2, B, M, T, d) without D, of u and dt (2, B, M, T, d), B and C (2, B, M, T, N) and A (2, 1, 1, N, d)."""
-    rate = graph.constant(A)
+    def joined(self, graph: _Graph, x: str, channels: int) -> str:
+        """The way back."""
+        x = graph.add("Reshape", x, graph.ints(0, 0, -1, channels))
+        return graph.add("Slice", x, graph.ints(0), self.length, graph.ints(2)) if self.rest else x
+
+
+def _walks(
+    graph: _Graph,
+    cut: _Cut,
+    u: str,
+    dt: str,
+    B: str,
+    C: str,
+    rate: str,
+    tail: tuple[int, int],
+    *,
+    backward: bool = False,
+) -> tuple[str, str]:
+    """K walks: y (K, B, M, T, d) without D, and the last states of all blocks (K, B, M, N, d).
+
+    u and dt (K, B, M, T, d), B and C (K, B, M, T, N), rate (K, 1, 1, N, d), which is A; `tail` is (N, d).
+    """
     T = cut.block
-    dts, dtus = graph.parts(dt, T, 3), graph.parts(graph.add("Mul", dt, u), T, 3)  # (2, B, M, 1, d)
-    Bs = graph.parts(graph.add("Transpose", B, perm=[0, 1, 2, 4, 3]), T, 4)  # (2, B, M, N, 1)
-    Cs = graph.parts(C, T, 3)  # (2, B, M, 1, N)
+    dts, dtus = graph.parts(dt, T, 3), graph.parts(graph.add("Mul", dt, u), T, 3)  # (K, B, M, 1, d)
+    Bs = graph.parts(graph.add("Transpose", B, perm=[0, 1, 2, 4, 3]), T, 4)  # (K, B, M, N, 1)
+    Cs = graph.parts(C, T, 3)  # (K, B, M, 1, N)
     order = range(T)[::-1] if backward else range(T)
     decays, drives = {}, {}
     for t in order:
@@ -272,7 +321,7 @@ def _two_directions(graph: _Graph, cut: _Cut, u: str, dt: str, B: str, C: str, A
         drives[t] = graph.add("Mul", dtus[t], Bs[t])
 
     def walk(h: str | None, drives: dict[int, str]) -> list[str]:
-        """States (2, B, M, N, d) in the order of the walk."""
+        """States (K, B, M, N, d) in the order of the walk."""
         states = []
         for t in order:
             h = graph.add("Add", graph.add("Mul", decays[t], h), drives[t]) if h else drives[t]
@@ -282,15 +331,15 @@ def _two_directions(graph: _Graph, cut: _Cut, u: str, dt: str, B: str, C: str, A
     states = walk(None, drives)
     if cut.blocks != 1:
         sum_ = graph.add("ReduceSum", dt, graph.ints(3), keepdims=1)
-        start = _starts(graph, cut, graph.add("Exp", graph.add("Mul", sum_, rate)), states[-1], A.shape[3:], backward)
+        start = _starts(graph, cut, graph.add("Exp", graph.add("Mul", sum_, rate)), states[-1], tail, backward)
         # B and dt u the other way round, or runtimes would keep those products from the first time as well.
         states = walk(start, {t: graph.add("Mul", Bs[t], dtus[t]) for t in order})
     outputs = {t: graph.add("MatMul", Cs[t], h) for t, h in zip(order[::-1], states[::-1], strict=True)}
-    return graph.joined((outputs[t] for t in range(T)), 3)
+    return graph.joined((outputs[t] for t in range(T)), 3), states[-1]
 
 
-def _starts(graph: _Graph, cut: _Cut, decay: str, end: str, tail: tuple[int, ...], backward: bool) -> str:
-    """States before each block, from the blocks' decays and last states, all (2, B, M, N, d)."""
+def _starts(graph: _Graph, cut: _Cut, decay: str, end: str, tail: tuple[int, int], backward: bool) -> str:
+    """States before each block, from the blocks' decays and last states, all (K, B, M, N, d)."""
 
     def parts(x: str) -> list[str]:
         x = graph.padded(x, 5, 2, cut.rest_of_groups)

@@ -1,20 +1,22 @@
 """The whole use of a network as one graph of PyTorch's operators."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serpent_ir import __version__
 from serpent_ir.degradations import Degradation, create_degradation
 from serpent_ir.errors import SerpentError, is_out_of_memory
-from serpent_ir.export.portable import portable_selective_scan
+from serpent_ir.export.portable import portable_selective_scan, portable_ss2d
 from serpent_ir.models.mambairv2 import MambaIRv2
 from serpent_ir.models.wrappers import network_of
 
 LARGEST = 1 << 16
 """Pixels of a side."""
+ARTANH = (1.9999996, 0.66675979, 0.39590061, 0.34222457)
+"""2 artanh(w) / w as a polynomial of w^2 in [0, 1/9]: 1.7e-7 from it at most."""
 
 
 class WholeTask(nn.Module):
@@ -84,10 +86,66 @@ def symbolic_ss2d(
     return torch.onnx.ops.symbolic("serpent_ir::ss2d", inputs, dtype=u.dtype, shape=u.shape, version=1)
 
 
+def symbolic_selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """selective_scan_fn as one node of an ONNX file, with sequences (groups, batch, L, d), and what is around it."""
+    if B.ndim == 2 or C.ndim == 2:  # the same at all positions: in no network
+        return portable_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    groups = max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
+    batch, channels, length = u.shape
+    d, states = channels // groups, A.shape[1]
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    dt = written_out_softplus(dt) if delta_softplus else dt
+
+    def walks(x: Tensor) -> Tensor:
+        return x.unflatten(1, (groups, d)).permute(1, 0, 3, 2)
+
+    def of_positions(x: Tensor) -> Tensor:
+        x = x if x.ndim == 4 else x[:, None]
+        return x.expand(-1, groups, -1, -1).permute(1, 0, 3, 2)
+
+    rate = A.unflatten(0, (groups, d)).transpose(1, 2)
+    inputs = tuple(x.contiguous() for x in (walks(u), walks(dt), of_positions(B), of_positions(C), rate))
+    y, last = torch.onnx.ops.symbolic_multi_out(
+        "serpent_ir::selective_scan",
+        inputs,
+        dtypes=(u.dtype, u.dtype),
+        shapes=((groups, batch, length, d), (groups, batch, states, d)),
+        version=1,
+    )
+    y, last = (x.permute(1, 0, 3, 2).flatten(1, 2) for x in (y, last))
+    y = y if D is None else y + D[:, None] * u
+    return (y if z is None else y * F.silu(z)), last
+
+
+def written_out_softplus(x: Tensor) -> Tensor:
+    """`scan.softplus`, which tells why."""
+    z = torch.exp(-x.abs())
+    w = z / (z + 2)
+    square = w * w
+    *others, series = ARTANH
+    for value in others[::-1]:
+        series = series * square + value
+    return torch.relu(x) + series * w
+
+
 def trace(
-    task: WholeTask, dynamic: bool, size: int, batch: int | None, *, scan: Callable[..., Tensor]
+    task: WholeTask, dynamic: bool, size: int, batch: int | None, *, symbolic: bool
 ) -> torch.export.ExportedProgram:
-    """The task as a graph of PyTorch's own operators, where `scan` replaces ss2d. `batch` is None for any."""
+    """The task as a graph of PyTorch's own operators. `batch` is None for any number of images.
+
+    The scans are nodes of their own for ONNX if `symbolic`, else made of PyTorch's scan operator.
+    """
     # The size is neither square nor a multiple; otherwise PyTorch would assume that for all images.
     odd = 3 * task.multiple
     shape = (odd + 1, 2 * odd + 3) if dynamic else (size, size)
@@ -106,8 +164,10 @@ def trace(
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         operators = torch.ops.serpent_ir
-        portable: dict[Any, Any] = {operators.ss2d.default: scan}
-        portable[operators.selective_scan.default] = portable_selective_scan
+        portable: dict[Any, Any] = {
+            operators.ss2d.default: symbolic_ss2d if symbolic else portable_ss2d,
+            operators.selective_scan.default: symbolic_selective_scan if symbolic else portable_selective_scan,
+        }
         program = program.run_decompositions(portable)
         # These asserts are guesses about the memory layout at the traced size. They decide nothing.
         for node in list(program.graph.nodes):
