@@ -241,9 +241,9 @@ def _write_sequences(graph: _Graph, inputs: list[str], outputs: list[str], shape
     (_, _, length, d), (K, states, _) = shapes
     *given, A = inputs
     cut = _Cut(graph, length or graph.cut(graph.add("Shape", given[0]), 2, 3, 0), d)
-    given = [cut.into_blocks(graph, x, n) for x, n in zip(given, (d, d, states, states), strict=True)]
+    u, dt, B, C = (cut.into_blocks(graph, x, n) for x, n in zip(given, (d, d, states, states), strict=True))
     rate = graph.add("Reshape", A, graph.ints(K, 1, 1, states, d))
-    y, ends = _walks(graph, cut, *given, rate, (states, d))
+    y, ends = _walks(graph, cut, u, dt, B, C, rate, (states, d))
     y = cut.joined(graph, y, d)
     graph.add("Identity", y, output=outputs[0])
     if len(outputs) > 1 and outputs[1]:  # at the padded end dt is 0, so that the state stays
