@@ -1,6 +1,7 @@
 """Restores videos: each frame goes the way of an image. All else in the file is copied, or reported as lost."""
 
 import contextlib
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", "
 """Suffixes that can be written, with FFmpeg's names of their formats."""
 
 _ADVISED = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", ".webm": "webm"}  # the most capable one comes first
-CONVERTERS = 4
-"""Threads that convert frames beside a GPU."""
+CONVERTERS = max(2, min(8, (os.cpu_count() or 1) // 2))
+"""Threads that convert frames beside a GPU, each of them a frame."""
 
 _RATE = Fraction(25)  # frames per second, if a file does not say
 

@@ -324,7 +324,8 @@ class Frames:
             self._own.reformatter = VideoReformatter()
         # Without the last three a trip to RGB and back makes a frame darker by a level.
         flags = Flags.BICUBIC | Flags.ACCURATE_RND | Flags.FULL_CHR_H_INT | Flags.FULL_CHR_H_INP
-        return self._own.reformatter.reformat(frame, interpolation=flags, **options)
+        # By itself it would start a thread for each core, in each of the threads that convert frames here.
+        return self._own.reformatter.reformat(frame, interpolation=flags, threads=1, **options)
 
     def lost(self) -> list[str]:
         """What the frames have lost, once all of them are done."""
