@@ -294,10 +294,11 @@ def sequences(records: Iterable[dict[str, Any]]) -> list[str]:
             "",
             "# The scan of sequences, and networks that scan",
             "",
-            f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/public.py`, all of one run, from",
+            f"{record['device']}, PyTorch {record['torch']}: `python benchmarks/public.py`, from",
             "`benchmarks/results/public.*.json`. `selective_scan_fn` beside mamba-ssm's `selective_scan_cuda`, N 16,",
             "with D, bias and softplus, milliseconds by CUDA graph, after the results agreed. The backward pass is",
             "timed alone. Shapes of 4 groups are MambaIR's and VMamba's.",
+            *([record["note"]] if record.get("note") else []),
             "",
             "| batch x D x L, groups | dtype | forward | public | x | backward | public | x |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -335,7 +336,7 @@ def _scanning(record: dict[str, Any]) -> list[str]:
     rows = {(row["name"], row["size"], row["dtype"]): row for row in record.get("networks", [])}
     lines = [
         "",
-        "Inference of one image, called. Figures of 1024 are one pass where it takes more than 0.3 s.",
+        "Inference of one image, called; GB beyond the weights. What takes more than 0.3 s was timed once.",
         "",
         "| network | million parameters | GMACs, 256 | bf16, 256, ms | by graph | GB | float32, 256, ms | GB "
         "| GMACs, 1024 | bf16, 1024, ms | GB |",
