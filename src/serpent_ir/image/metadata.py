@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
+from serpent_ir.image import exif_pixels
 from serpent_ir.image import xmp as image_xmp
 from serpent_ir.image.carriers import kept_by_none
+from serpent_ir.image.exif_pixels import first_directory
 from serpent_ir.image.heif import carried_by_heif, carried_by_jp2
 from serpent_ir.image.jpeg import after_the_image, carried_by_jpeg, iptc_of, segments
 from serpent_ir.image.jxl import xmp_of
@@ -70,6 +72,7 @@ def metadata_of(
         orientation = tags.get(_ORIENTATION) or image_xmp.orientation(xmp)
         if image is not None and image.format == "JXL" and not getattr(image, "jpeg", False):
             orientation = 1  # its decoder has applied the codestream's orientation; that of EXIF does not count
+        exif = exif and exif_pixels.turned(exif, orientation)
     except MemoryError:
         raise
     except Exception:  # Pillow raises all kinds of exceptions for damaged tags
@@ -217,7 +220,7 @@ def _upright_exif(exif: bytes) -> bytes:
     for tag in SUB_IFDS:
         parsed.get_ifd(tag)
     result = bytearray(_patched(exif, {_ORIENTATION: 1}))
-    start, order, directory = _first_directory(exif)
+    start, order, directory = first_directory(exif)
     (count,) = struct.unpack_from(order + "H", exif, start + directory)
     next_directory = start + directory + 2 + 12 * count
     result[next_directory : next_directory + 4] = bytes(4)[: max(0, len(result) - next_directory)]  # no next directory
@@ -228,7 +231,7 @@ def with_size(exif: bytes | None, width: int, height: int) -> bytes | None:
     """EXIF data with this image size, if it gives a size. An image that was turned or upsampled has another size."""
     sizes = {int(ExifTags.Base.ExifImageWidth): width, int(ExifTags.Base.ExifImageHeight): height}
     try:
-        return exif and _patched(exif, sizes)
+        return exif and _patched(exif_pixels.scaled(exif, width, height), sizes)
     except (struct.error, KeyError):
         return exif
 
@@ -239,7 +242,7 @@ def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
     Raises struct.error or KeyError if the data are damaged.
     """
     exif = exif or b"Exif\0\0MM\0*\0\0\0\x08" + bytes(6)
-    start, order, directory = _first_directory(exif)
+    start, order, directory = first_directory(exif)
     (count,) = struct.unpack_from(order + "H", exif, start + directory)
     begin = start + directory + 2
     entries = [exif[place : place + 12] for place in range(begin, begin + 12 * count, 12)]
@@ -258,7 +261,7 @@ def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
 
 def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
     """EXIF data with other integer values for tags that are present in the first directory or in EXIF's own."""
-    start, order, first = _first_directory(exif)
+    start, order, first = first_directory(exif)
     result, directories = bytearray(exif), [first]
     for directory in directories:  # the loop adds the EXIF directory to this list, once
         (count,) = struct.unpack_from(order + "H", exif, start + directory)
@@ -271,13 +274,6 @@ def _patched(exif: bytes, values: Mapping[int, int]) -> bytes:
             elif tag in values and values[tag] < 1 << 16:
                 struct.pack_into(order + "HIHH", result, entry + 2, 3, 1, values[tag], 0)  # one short
     return bytes(result)
-
-
-def _first_directory(exif: bytes) -> tuple[int, str, int]:
-    """Where offsets count from, the byte order in `struct`'s notation, and the offset of the first directory."""
-    start = 6 if exif.startswith(b"Exif\0\0") else 0
-    order = {b"II": "<", b"MM": ">"}[exif[start : start + 2]]
-    return start, order, *struct.unpack_from(order + "I", exif, start + 4)
 
 
 def _dpi(value: Any) -> tuple[float, float] | None:
