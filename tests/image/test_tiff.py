@@ -354,3 +354,12 @@ def test_a_person_s_words_and_a_resolution_without_unit_survive(tmp_path):
         write_image(tmp_path / "b.tif", read_image(tmp_path / "a.tif"))
     for number in (270, 282, 283, 296):
         assert tag(tmp_path / "b.tif", number) == tag(tmp_path / "a.tif", number)
+
+
+def test_no_resolution_is_made_up(tmp_path):
+    bare = tmp_path / "bare.tif"
+    Image.fromarray(np.zeros((5, 4, 3), np.uint8)).save(bare)
+    assert read_image(bare).dpi is None
+    for suffix in (".tif", ".png", ".jpg"):
+        write_image(tmp_path / f"out{suffix}", read_image(bare))
+        assert read_image(tmp_path / f"out{suffix}").dpi is None

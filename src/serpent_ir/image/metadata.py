@@ -65,6 +65,7 @@ def metadata_of(
         if is_tiff:
             carried |= _carried_by_tiff(tags)
             exif, xmp = _exif_of_tiff(tags), tags.get(XMP_TAG)
+            dpi = dpi if ExifTags.Base.XResolution in tags else None  # Pillow makes up 1 px per inch
         elif image is not None and (exif := image.info.get("exif") or fields.get("exif")):
             tags = Image.Exif()
             tags.load(exif)
