@@ -283,7 +283,7 @@ def benchmarks(rows: dict[str, Any]) -> list[str]:
         for label, bar in row["sets"].items():
             keys = ("input_psnr", "psnr", "gain", "least_gain", "worst")
             cells = [f"{bar[key]:.2f}" if key in bar else "-" for key in keys]
-            lines.append(f"| {label} | {bar['n']} | {bar['same']} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {bar['n']} | {bar.get('same', '-')} | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,15 +1,12 @@
-"""The fit of `auto`, and that the constants of the rule are those that it found."""
+"""The fit of `auto`: that it finds what is there, and what it looks at."""
 
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from networks import small_network
-from serpent_ir.inference import auto
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -54,9 +51,3 @@ def test_pairs_hold_the_damage_and_the_change_of_each_cell(tmp_path):
     assert (error[pairs.kinds.index("noise8")] / error[pairs.kinds.index("noise4")]).item() == pytest.approx(
         4, rel=0.15
     )
-
-
-def test_the_rule_has_the_constants_of_the_fit():
-    kept = json.loads((ROOT / "benchmarks" / "results" / "auto.json").read_text())
-    assert asdict(auto.WEIGHTS) == kept["constants"]
-    assert min(kept["cross-validated loss"], key=kept["cross-validated loss"].__getitem__) == "all figures"

@@ -9,8 +9,9 @@ and of the picture no more than 80 pixels around. So whole images, tiles, bands,
 
 Where the numbers come from: they were fitted to crops of 308 training images (natural/train and free/train), each
 undegraded and with noise, JPEG, blur, `real` and `photo`, 3358 pairs in all, so that the mean logarithm of the squared
-error (plus 2e-5) is least. Undegraded images and those of `real` weighed three times as much. `tools/photo_bars.py`
-reports what the rule does to images that had no part in it. What it cannot tell from noise is texture that is as fine
+error (plus 2e-5) is least. Undegraded images and those of `real` weighed three times as much. Which figures to look at
+was chosen with validation images in sight. `tools/fit_auto.py` fits the numbers anew on training images alone; it has
+not been run in full. `tools/photo_bars.py` reports what the rule does to images that had no part in the fit. What it cannot tell from noise is texture that is as fine
 and as even: sand, gravel, the grain of a scanned photograph.
 """
 
