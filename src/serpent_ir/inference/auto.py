@@ -11,8 +11,8 @@ Where the numbers come from: they were fitted to crops of 308 training images (n
 undegraded and with noise, JPEG, blur, `real` and `photo`, 3358 pairs in all, so that the mean logarithm of the squared
 error (plus 2e-5) is least. Undegraded images and those of `real` weighed three times as much. Which figures to look at
 was chosen with validation images in sight. `tools/fit_auto.py` fits the numbers anew on training images alone; it has
-not been run in full. `tools/photo_bars.py` reports what the rule does to images that had no part in the fit. What it cannot tell from noise is texture that is as fine
-and as even: sand, gravel, the grain of a scanned photograph.
+not been run in full. `tools/photo_bars.py` reports what the rule does to images that had no part in the fit. What it
+cannot tell from noise is texture that is as fine and as even: sand, gravel, the grain of a scanned photograph.
 """
 
 from dataclasses import astuple, dataclass
