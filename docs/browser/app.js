@@ -42,7 +42,9 @@ async function load() {
   ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   const file = new URL('network.onnx', import.meta.url).href;
-  return { ort, network: await ort.InferenceSession.create(file, { executionProviders: ['wasm'] }) };
+  // Without the runtime's optimizations, which take minutes over the thousands of operators of the scans and gain nothing.
+  const options = { executionProviders: ['wasm'], graphOptimizationLevel: 'disabled' };
+  return { ort, network: await ort.InferenceSession.create(file, options) };
 }
 
 // Tiles of a side: [start, end) of what is computed, and of what is used. All tiles lie within the image.

@@ -311,7 +311,8 @@ def _walks(
     """
     T = cut.block
     dts, dtus = graph.parts(dt, T, 3), graph.parts(graph.add("Mul", dt, u), T, 3)  # (K, B, M, 1, d)
-    Bs = graph.parts(graph.add("Transpose", B, perm=[0, 1, 2, 4, 3]), T, 4)  # (K, B, M, N, 1)
+    # Not transposed: ONNX Runtime would split first, and then copy each part.
+    Bs = [graph.add("Reshape", x, graph.ints(0, 0, 0, -1, 1)) for x in graph.parts(B, T, 3)]  # (K, B, M, N, 1)
     Cs = graph.parts(C, T, 3)  # (K, B, M, 1, N)
     order = range(T)[::-1] if backward else range(T)
     decays, drives = {}, {}
