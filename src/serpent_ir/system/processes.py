@@ -4,6 +4,8 @@ Nothing else in the package reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -51,6 +53,22 @@ def launched() -> bool:
     return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and can_meet()
 
 
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Gloo of PyTorch 2.9 says on stdout whom it is connected to, which would come before our JSON there."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 class Meeting:
     """The processes that share a batch, from before the work until each has done its share. A context manager.
 
@@ -70,8 +88,9 @@ class Meeting:
             import torch.distributed as dist
 
             try:
-                dist.init_process_group("gloo", timeout=PATIENCE)
-                self._words = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # a share may take long
+                with _stdout_to_stderr():
+                    dist.init_process_group("gloo", timeout=PATIENCE)
+                    self._words = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # a share may take long
             except (RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise SerpentError(
