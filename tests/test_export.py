@@ -319,10 +319,10 @@ def test_a_package_for_darktable(monkeypatch, tmp_path):
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [1, 3, 32, 32]
     assert told["description"] == "Serpent: noise, blur and JPEG of photos (CC BY-SA 4.0)"
-    refusal = r"free licence \((serpent_\w\.(photo|denoise)(, )?)+\); serpent_b.deblur: CC BY-NC-SA 4.0$"
+    refusal = r"free licence \(serpent_l\.denoise, serpent_l\.photo\); serpent_b\.deblur: CC BY-NC-SA 4\.0$"
     with pytest.raises(UsageError, match=refusal):
         darktable.export_for_darktable("serpent_b.deblur", model, out)
-    with pytest.raises(UsageError, match=r"serpent_l\.sr4: .* it can have (serpent_\w\.(photo|denoise)(, )?)+$"):
+    with pytest.raises(UsageError, match=r"serpent_l\.sr4: .* it can have serpent_l\.denoise, serpent_l\.photo$"):
         darktable.export_for_darktable("serpent_l.sr4", small_network("sr4"), out)
     darktable.export_for_darktable("serpent_l.denoise", small_network("denoise"), tmp_path / "y.dtmodel")
     with zipfile.ZipFile(tmp_path / "y.dtmodel") as archive:
