@@ -83,8 +83,10 @@ $(VENV)/.demo-installed: $(INSTALLED) | $(VENV)/.torch-installed
 	$(PIP) -e '.[samples]'
 	@touch $@
 
+# BRISQUE brings a library in C++ without a wheel; where no compiler is found its tests are skipped.
 $(VENV)/.dev-installed: $(INSTALLED) | $(VENV)/.torch-installed
 	$(PIP) -e '.[dev]'
+	if command -v g++ > /dev/null; then $(PIP) -e '.[dev,brisque]'; fi
 	@touch $@
 
 clean:

@@ -143,7 +143,7 @@ def test_modules_and_files_that_pages_name_are_there(page):
 
 
 def test_the_speeds_in_the_readme_are_those_of_one_run():
-    """The table under "Why it is fast", cell by cell, to the digits that it prints."""
+    """The table under "How fast, and how good", cell by cell, to the digits that it prints."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "profile.h200.json").read_text())
     runs = {(row["model"], row["size"]): row for row in rows}
     number = r"([\d.]+)"
