@@ -146,7 +146,8 @@ def test_a_file_says_which_network_it_is_and_what_is_wrong_with_it(name, tmp_pat
     layers = {key.rpartition(".")[0] for key in keys}
     for layer in [*sorted(layers)[:: max(1, len(layers) // 6)], "conv_first", "patch_embed.proj", "upsample.0"]:
         gone = {key for key in keys if key.rpartition(".")[0] == layer}
-        if gone:
+        whole = name == "eamamba_sr" and layer == "upsample.0"  # the rest is a network that keeps the size
+        if gone and not whole:
             assert refused({key: x for key, x in state.items() if key not in gone}) == gone
     for key in [*keys[:: max(1, len(keys) // 6)], "conv_first.weight", "upsample.0.weight", "upsample.0.bias"]:
         if key in state:

@@ -251,7 +251,7 @@ def test_the_recipes_of_the_paper(size):
 def test_every_other_recipe_loads():
     files = [file for file in CONFIGS.rglob("*.yaml") if "base:" in file.read_text() or file.parent == CONFIGS]
     partial = {"ffhq256.yaml", "ffhq512.yaml"}  # and ffhq.yaml, which is the base of those
-    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 24
+    assert len(files) == 2 * 2 * len(NETWORKS) + len(partial) + 26
     for file in files:
         if file.name not in partial:
             assert f"{load_recipe(file).model}." in f"{file.stem.split('.')[-1]}.{file.name}"

@@ -151,8 +151,7 @@ def _eamamba_sr(shapes: Shapes) -> EAMambaSRConfig | None:
     if not has(shapes, rf"^{GROUPS}\d+\.blocks\.\d+\.mamba\."):
         return None
     dim = size(shapes, OF_DIM, 0)
-    # Without any stage one is missing, which is then named.
-    stages = [size(shapes, rf"^upsample\.{i}\.", 0) / dim for i in _stages(shapes, r"upsample\.")] or [4]
+    stages = (size(shapes, rf"^upsample\.{i}\.", 0) / dim for i in _stages(shapes, r"upsample\."))
     return EAMambaSRConfig(
         dim=dim,
         blocks=blocks_of(shapes, GROUPS, r"blocks\."),
