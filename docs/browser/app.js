@@ -42,7 +42,7 @@ async function load() {
   ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   const file = new URL('network.onnx', import.meta.url).href;
-  // Without the runtime's optimizations, which take minutes over the thousands of operators of the scans and gain nothing.
+  // Without the runtime's optimizations, which gain nothing here. What takes a session minutes is not known yet.
   const options = { executionProviders: ['wasm'], graphOptimizationLevel: 'disabled' };
   return { ort, network: await ort.InferenceSession.create(file, options) };
 }
